@@ -1,0 +1,558 @@
+//! The composition root: settings and ports become a running daemon.
+//!
+//! The only file that sees every other; nobody sees it.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::io::{self, Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use arc_swap::ArcSwap;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::watch;
+use tracing::{error, info, warn};
+
+use crate::admin::{self, ContainerStatus, CredentialStatus, EngineStatus, Observatory, RequestStatus, Status};
+use crate::caller::cgroup::CgroupError;
+use crate::caller::kernel::HostKernel;
+use crate::clock::{Clock, rfc3339_seconds};
+use crate::config::{CredentialSource, Settings};
+use crate::containers::docker::{DEFAULT_HOST, Engine};
+use crate::containers::index::{EngineState, Index};
+use crate::containers::watcher::{ContainerEngine as _, EngineError, Hold, Instances, Ports, Watcher};
+use crate::containers::{Attachments, Definition, Record};
+use crate::credentials::broker::{Broker, LINGER, LINGER_NEVER_STARTED, Lease};
+use crate::credentials::offline::Offline;
+use crate::credentials::sts::Sts;
+use crate::credentials::{RoleSession, offline};
+use crate::host::apply::Interception;
+use crate::host::{HostError, Plan};
+use crate::instance::{FALLBACK_REGION, Instance, Role, Surroundings, resolve};
+use crate::server::{self, Service};
+use crate::telemetry::printable;
+use crate::wire::imds::credentials_document;
+use crate::wire::token::{TokenAuthority, TokenKey};
+
+/// The address of the metadata service.
+pub const IMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+/// The port that is listened on; the next free one if it is taken.
+pub const DEFAULT_PORT: u16 = 51_254;
+/// Ports that are tried.
+const PORTS: u16 = 64;
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 1024;
+/// How often interception is looked at even if nobody says that it has changed.
+const VERIFY: Duration = Duration::from_secs(10);
+
+/// Why the daemon does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// No cgroup v2.
+    #[error("callers cannot be proven on this host")]
+    Proof(#[from] CgroupError),
+    /// No port is free.
+    #[error("cannot listen on {IMDS_ADDRESS}, ports {DEFAULT_PORT} to {}", DEFAULT_PORT + PORTS - 1)]
+    Listen(#[source] io::Error),
+    /// Interception cannot be put up.
+    #[error("cannot make {IMDS_ADDRESS} ours on this host")]
+    Host(#[from] HostError),
+    /// The admin socket.
+    #[error("cannot listen on the admin socket {}\nhint: [serve] admin_socket or --admin names another", path.display())]
+    Admin {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The state directory.
+    #[error("cannot keep state in {}: {what}\nhint: [serve] state_dir names another directory", path.display())]
+    State {
+        /// Which file or directory.
+        path: PathBuf,
+        /// What was tried, or what is wrong with it.
+        what: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Runs until `shutdown` completes, then takes everything down again.
+///
+/// # Errors
+/// Why it could not start, or not take everything down.
+pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Result<(), AppError> {
+    let clock = Clock::system();
+    let kernel = HostKernel::new()?;
+    let tokens = token_authority(&settings.state_dir, &clock)?;
+    let admin = admin_listener(&settings.admin_socket)?;
+    let (listener, port) = imds_listener().map_err(AppError::Listen)?;
+
+    let sts = match settings.source {
+        CredentialSource::Sts => Some(Sts::load(settings.profile.as_deref(), settings.region.as_deref()).await),
+        CredentialSource::Offline => None,
+    };
+    let around = Surroundings {
+        base_account: None,
+        base_region: sts.as_ref().and_then(Sts::region),
+        host: host_name(),
+    };
+    let broker = match &sts {
+        Some(sts) => Broker::new(Box::new(sts.clone()), credentials_document, clock.clone()),
+        None => Broker::new(Box::new(Offline::new(clock.clone())), credentials_document, clock.clone()),
+    };
+    let (changed, changes) = watch::channel(0);
+    let resolver = Arc::new(Resolver { settings, around: ArcSwap::from_pointee(around), broker: broker.clone(), changed });
+    let settings = &resolver.settings;
+
+    let (index, misses) = Index::new();
+    let engine = engine_host(settings);
+    let ports = Ports {
+        engine: Arc::new(Engine::new(&engine, clock.clone())),
+        kernel: Arc::new(kernel),
+        instances: resolver.clone(),
+        changed: changes,
+    };
+    let service = Service::new(
+        index.clone(),
+        broker.clone(),
+        tokens,
+        clock.clone(),
+        settings.hold,
+        settings.hosts.clone(),
+    );
+    let listening = SocketAddrV4::new(IMDS_ADDRESS, port);
+    let observer = Arc::new(Observer {
+        resolver: resolver.clone(),
+        service: service.clone(),
+        clock: clock.clone(),
+        listening,
+    });
+
+    // From here on the host is changed; what fails takes its own part down again.
+    let interception = Interception::up(Plan::host(listening))?;
+    for part in interception.taken_over() {
+        warn!(%part, "was there already: an earlier daemon did not end cleanly; taken over");
+    }
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(Watcher::new(ports, index, misses, clock).run());
+    tasks.spawn(server::accept(listener, service));
+    tasks.spawn(admin::serve(admin, observer));
+    if let Some(sts) = sts {
+        tasks.spawn(learn_base(sts, resolver.clone()));
+    }
+    info!(
+        version = env!("CARGO_PKG_VERSION"), attach = "host", proof = "full", %listening, engine,
+        admin = %settings.admin_socket.display(), "serving"
+    );
+    for warning in resolver.warnings() {
+        warn!("{warning}");
+    }
+    let interception = guard(interception, shutdown).await;
+    info!("stopping");
+    // The address goes first: nobody is answered by half a daemon.
+    let down = interception.down();
+    tasks.shutdown().await;
+    let _ = std::fs::remove_file(&settings.admin_socket);
+    Ok(down?)
+}
+
+/// Puts interception back whenever somebody removes it, until `shutdown`.
+async fn guard(mut interception: Interception, shutdown: impl Future<Output = ()>) -> Interception {
+    let mut shutdown = std::pin::pin!(shutdown);
+    loop {
+        tokio::select! {
+            () = &mut shutdown => return interception,
+            changed = interception.changed() => if let Err(error) = changed {
+                warn!(%error, "changes of the host's network are not seen at once");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            },
+            () = tokio::time::sleep(VERIFY) => {}
+        }
+        match interception.verify() {
+            Ok(steps) => {
+                for step in steps {
+                    warn!(%step, "interception was changed by somebody else; put back");
+                }
+            }
+            Err(error) => error!(%error, "interception is not whole"),
+        }
+    }
+}
+
+/// Asks STS for the base account until it has said it: roles by name need it.
+async fn learn_base(sts: Sts, resolver: Arc<Resolver>) {
+    let mut pause = Duration::from_millis(250);
+    loop {
+        match sts.base_identity(&resolver.region()).await {
+            Ok(identity) => {
+                info!(account = identity.account, arn = identity.arn, "base credentials");
+                let mut around = Surroundings::clone(&resolver.around.load());
+                around.base_account = Some(identity.account);
+                resolver.around.store(Arc::new(around));
+                resolver.changed.send_modify(|version| *version += 1);
+                return;
+            }
+            Err(error) => warn!(%error, "base credentials are not usable yet"),
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_secs(15));
+    }
+}
+
+/// What `check` found.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Checked {
+    /// A line a container, for people.
+    pub text: String,
+    /// How many do not get what they ask for.
+    pub problems: usize,
+}
+
+/// What each container of this host would get, without serving anybody.
+///
+/// # Errors
+/// When the engine does not answer.
+pub async fn check(settings: Settings) -> Result<Checked, EngineError> {
+    let host = engine_host(&settings);
+    let engine = Engine::new(&host, Clock::system());
+    // The subscription connects; the events themselves are not wanted.
+    drop(engine.subscribe().await?);
+    let mut around = Surroundings { base_account: None, base_region: None, host: host_name() };
+    let mut text = String::new();
+    if settings.source == CredentialSource::Sts {
+        let sts = Sts::load(settings.profile.as_deref(), settings.region.as_deref()).await;
+        around.base_region = sts.region();
+        let region = settings.region.clone().or(sts.region()).unwrap_or_else(|| FALLBACK_REGION.to_owned());
+        match sts.base_identity(&region).await {
+            Ok(identity) => {
+                text.push_str(&format!("base credentials: {}\n", identity.arn));
+                around.base_account = Some(identity.account);
+            }
+            Err(error) => text.push_str(&format!("base credentials: {error}\n")),
+        }
+    }
+    let (mut containers, mut problems) = (0, 0);
+    for row in engine.containers().await? {
+        let image = engine.image_labels(&row.image_id).await?;
+        let definition = row.define(image, settings.image_labels, &format!("{}.", settings.label_prefix));
+        let instance = resolve(&definition, &Attachments::default(), SystemTime::UNIX_EPOCH, &settings, &around);
+        let name = printable(&definition.name, 40);
+        containers += 1;
+        let said = match &instance.role {
+            _ if !instance.endpoint => "not served: no label of ours, or its endpoint is disabled".to_owned(),
+            Role::None => "metadata, no role".to_owned(),
+            Role::Session(session) => format!("role {} as {}", session.role, session.session_name),
+            Role::Pending(why) | Role::Refused(why) => {
+                problems += 1;
+                format!("no credentials: {}", printable(why, 400))
+            }
+        };
+        text.push_str(&format!("{name}: {said}\n"));
+        for label in &definition.image_labels {
+            text.push_str(&format!("{name}: label {label} comes from the image and does not count\n"));
+        }
+    }
+    text.push_str(&format!("{containers} containers on {host}\n"));
+    Ok(Checked { text, problems })
+}
+
+/// The engine that is meant.
+pub fn engine_host(settings: &Settings) -> String {
+    let variable = || std::env::var("DOCKER_HOST").ok().filter(|host| !host.is_empty());
+    settings.docker_host.clone().or_else(variable).unwrap_or_else(|| DEFAULT_HOST.to_owned())
+}
+
+/// What this host calls itself.
+pub fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// Listens before the address is there (IP_FREEBIND, ip(7)): rules and listener come first, the address last.
+fn imds_listener() -> io::Result<(TcpListener, u16)> {
+    let mut taken = io::Error::other("no port was tried");
+    for port in DEFAULT_PORT..DEFAULT_PORT + PORTS {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, Some(socket2::Protocol::TCP))?;
+        socket.set_freebind_v4(true)?;
+        // Connections of an earlier daemon in TIME_WAIT must not move the port.
+        socket.set_reuse_address(true)?;
+        socket.set_nonblocking(true)?;
+        let address = SocketAddrV4::new(IMDS_ADDRESS, port);
+        match socket.bind(&address.into()).and_then(|()| socket.listen(BACKLOG)) {
+            Ok(()) => return Ok((TcpListener::from_std(socket.into())?, port)),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => taken = error,
+            Err(error) => return Err(error),
+        }
+    }
+    Err(taken)
+}
+
+/// The mode of the admin socket: root and its group.
+const ADMIN_MODE: u32 = 0o660;
+
+fn admin_listener(path: &Path) -> Result<UnixListener, AppError> {
+    let failed = |source| AppError::Admin { path: path.to_owned(), source };
+    if let Some(directory) = path.parent() {
+        std::fs::DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(failed)?;
+    }
+    // What a crash left; one that still answers is another daemon's, and the table of rules will say so.
+    if std::fs::symlink_metadata(path).is_ok_and(|it| it.file_type().is_socket())
+        && std::os::unix::net::UnixStream::connect(path).is_err()
+    {
+        std::fs::remove_file(path).map_err(failed)?;
+    }
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(ADMIN_MODE)).map_err(failed)?;
+    Ok(listener)
+}
+
+fn token_authority(state_dir: &Path, clock: &Clock) -> Result<TokenAuthority, AppError> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    let boot_id = std::fs::read_to_string(path)
+        .map_err(|source| AppError::State { path: path.into(), what: "cannot be read", source })?;
+    Ok(TokenAuthority::new(&token_key(state_dir)?, boot_id.trim(), clock.clone()))
+}
+
+/// The key of tokens: kept on disk, so that a restart of the daemon logs nobody out. Made on first use, 0600 in a 0700
+/// directory; no symbolic link is followed, and a file that others could have read is not used.
+fn token_key(state_dir: &Path) -> Result<TokenKey, AppError> {
+    let path = state_dir.join("token.key");
+    let state = |what| {
+        let path = path.clone();
+        move |source| AppError::State { path, what, source }
+    };
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(state_dir)
+        .map_err(state("its directory cannot be made"))?;
+    // Linux O_NOFOLLOW (open(2)).
+    let no_follow = i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or(0);
+    let mut bytes = [0; 32];
+    match std::fs::OpenOptions::new().read(true).custom_flags(no_follow).open(&path) {
+        Ok(mut file) => {
+            let meta = file.metadata().map_err(state("cannot be looked at"))?;
+            let own = meta.uid() == rustix::process::geteuid().as_raw();
+            if !meta.is_file() || meta.mode() & 0o077 != 0 || !own || meta.len() != 32 {
+                let source = io::Error::other("expected a file of 32 bytes, mode 0600, owned by this user");
+                return Err(state("is not a key that only we know; remove it, and clients ask for new tokens")(source));
+            }
+            file.read_exact(&mut bytes).map_err(state("cannot be read"))?;
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            getrandom::fill(&mut bytes).map_err(|error| state("no randomness")(io::Error::other(error.to_string())))?;
+            let mut file = std::fs::OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .custom_flags(no_follow)
+                .open(&path)
+                .map_err(state("cannot be made"))?;
+            file.write_all(&bytes).map_err(state("cannot be written"))?;
+        }
+        Err(error) => return Err(state("cannot be opened")(error)),
+    }
+    Ok(TokenKey(bytes))
+}
+
+/// Settings, and what was learnt since.
+struct Resolver {
+    settings: Settings,
+    around: ArcSwap<Surroundings>,
+    broker: Arc<Broker>,
+    changed: watch::Sender<u64>,
+}
+
+impl Resolver {
+    fn region(&self) -> String {
+        let base = || self.around.load().base_region.clone();
+        self.settings.region.clone().or_else(base).unwrap_or_else(|| FALLBACK_REGION.to_owned())
+    }
+
+    fn account(&self) -> Option<String> {
+        let offline = || (self.settings.source == CredentialSource::Offline).then(|| offline::ACCOUNT.to_owned());
+        self.settings.account_id.clone().or_else(|| self.around.load().base_account.clone()).or_else(offline)
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
+        if self.settings.source == CredentialSource::Offline {
+            warnings.push("credentials are fakes (offline): AWS does not know them".to_owned());
+        } else {
+            warnings.push(
+                "any container gets any role that it names and that the base credentials may assume: \
+                 this version has no [[allow]] rules yet"
+                    .to_owned(),
+            );
+        }
+        if self.settings.region.is_none() && self.around.load().base_region.is_none() {
+            warnings.push(format!("no region is configured; {FALLBACK_REGION} is a guess: --region, AWS_REGION or region = \"…\""));
+        }
+        warnings.push(
+            "attach host proves who asks, but does not keep answers secret from a neighbour with NET_RAW on the same \
+             bridge: --cap-drop NET_RAW, or a network each, closes that"
+                .to_owned(),
+        );
+        warnings
+    }
+}
+
+impl Instances for Resolver {
+    fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance {
+        resolve(container, attachments, started, &self.settings, &self.around.load())
+    }
+
+    fn hold(&self, session: &RoleSession) -> Box<dyn Hold> {
+        let mut lease = self.broker.lease(session);
+        lease.set_linger(LINGER_NEVER_STARTED);
+        Box::new(lease)
+    }
+
+    fn image_labels_count(&self) -> bool {
+        self.settings.image_labels
+    }
+
+    fn label_prefix(&self) -> String {
+        format!("{}.", self.settings.label_prefix)
+    }
+}
+
+impl Hold for Lease {
+    fn session(&self) -> &RoleSession {
+        Self::session(self)
+    }
+
+    fn started(&mut self) {
+        self.set_linger(LINGER);
+    }
+}
+
+/// Makes `status`.
+struct Observer {
+    resolver: Arc<Resolver>,
+    service: Arc<Service>,
+    clock: Clock,
+    listening: SocketAddrV4,
+}
+
+impl Observatory for Observer {
+    fn status(&self) -> Status {
+        let (state, reason) = match &*self.service.index.engine() {
+            EngineState::Away(why) => ("away", Some(why.clone())),
+            EngineState::Synchronising => ("synchronising", None),
+            EngineState::Synchronised => ("synchronised", None),
+        };
+        let source = match self.resolver.settings.source {
+            CredentialSource::Sts => "sts",
+            CredentialSource::Offline => "offline",
+        };
+        let refused = self.service.refusals().into_iter().map(|(reason, count)| (reason.to_owned(), count));
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            attach: "host".to_owned(),
+            proof: "full".to_owned(),
+            source: source.to_owned(),
+            listening: self.listening.to_string(),
+            engine: EngineStatus { state: state.to_owned(), reason },
+            region: self.resolver.region(),
+            account: self.resolver.account(),
+            warnings: self.resolver.warnings(),
+            containers: self.service.index.all().iter().map(|record| self.container(record)).collect(),
+            refused_connections: refused.collect::<BTreeMap<_, _>>(),
+        }
+    }
+}
+
+impl Observer {
+    fn container(&self, record: &Record) -> ContainerStatus {
+        let instance = &record.instance;
+        let session = instance.role.session();
+        let mut problems = instance.problems.clone();
+        if let Role::Pending(why) = &instance.role {
+            problems.push(why.clone());
+        }
+        problems.extend(record.no_life.clone());
+        if !record.definition.image_labels.is_empty() {
+            problems.push(format!(
+                "label {} comes from the image and does not count; [docker] image_labels = true lets it",
+                record.definition.image_labels.join(", ")
+            ));
+        }
+        ContainerStatus {
+            id: record.definition.id.as_str().to_owned(),
+            name: record.definition.name.clone(),
+            addresses: record.attachments.addresses().map(|address| address.to_string()).collect(),
+            alive: record.life.as_ref().is_some_and(|life| life.alive()),
+            endpoint: if instance.endpoint { "enabled" } else { "disabled" }.to_owned(),
+            tokens: if instance.tokens_required { "required" } else { "optional" }.to_owned(),
+            role: session.map(|session| session.role.to_string()),
+            session_name: session.map(|session| session.session_name.clone()),
+            credentials: session.map(|session| self.credentials(session)),
+            last_request: record.life.as_ref().and_then(|life| life.last.get()).map(|(at, status)| RequestStatus {
+                at: rfc3339_seconds(SystemTime::UNIX_EPOCH + Duration::from_secs(at)),
+                status,
+            }),
+            problems,
+        }
+    }
+
+    fn credentials(&self, session: &RoleSession) -> CredentialStatus {
+        let state = self.service.broker.state(session).unwrap_or_default();
+        let published = state.published.as_ref().map(|it| &it.credentials);
+        let word = match published {
+            Some(credentials) if self.clock.wall() < credentials.expiration => "live",
+            Some(_) => "expired",
+            None if state.error.is_some() => "failed",
+            None => "pending",
+        };
+        CredentialStatus {
+            state: word.to_owned(),
+            key: published.map(|it| it.access_key_id.clone()),
+            fake: published.is_some_and(|it| it.fake),
+            until: published.map(|it| rfc3339_seconds(it.expiration)),
+            error: state.error.map(|error| error.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_token_key_is_made_once_and_only_ours() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("state");
+        let key = token_key(&state).unwrap();
+        assert!(token_key(&state).unwrap() == key);
+        let file = state.join("token.key");
+        assert_eq!(std::fs::metadata(&state).unwrap().mode() & 0o777, 0o700);
+        assert_eq!(std::fs::metadata(&file).unwrap().mode() & 0o777, 0o600);
+
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o640)).unwrap();
+        assert!(token_key(&state).unwrap_err().to_string().contains("not a key that only we know"));
+
+        let elsewhere = dir.path().join("elsewhere");
+        std::fs::write(&elsewhere, [7; 32]).unwrap();
+        std::fs::remove_file(&file).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &file).unwrap();
+        assert!(token_key(&state).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_a_crash_left_is_replaced_and_a_file_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run/admin.sock");
+        drop(admin_listener(&path).unwrap());
+        let _second = admin_listener(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, ADMIN_MODE);
+        assert!(admin_listener(&path).is_err());
+        let file = dir.path().join("file");
+        std::fs::write(&file, "x").unwrap();
+        assert!(admin_listener(&file).is_err());
+        assert_eq!(std::fs::read(&file).unwrap(), b"x");
+    }
+}

@@ -1,0 +1,160 @@
+//! Verbs and flags.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{DEFAULT_ADMIN_SOCKET, Sources};
+use crate::telemetry::LogFormat;
+
+/// The EC2 instance metadata service of every container on a Docker host, each with its own role.
+#[derive(Parser, Debug)]
+#[command(
+    version,
+    about,
+    after_help = "Containers get a role with a label: docker run --label imds.role=my-role …\n\
+                  Exit codes: 0 fine, 1 failed, 2 wrong usage or configuration."
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// What to do.
+#[derive(Subcommand, Debug)]
+pub enum Verb {
+    /// Serve the containers of this host until SIGTERM or SIGINT
+    Serve(Serve),
+    /// Show what each running container would get, and what is wrong with its labels, without serving
+    Check {
+        /// Flags of the configuration.
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Put the address, routes and rules up or down by themselves
+    Intercept {
+        /// up: callers are refused until a daemon serves; down: removes what is ours; plan: says what up would do
+        #[arg(value_enum)]
+        what: Intercept,
+    },
+    /// Show every container: addresses, role, credentials until, last request, why not
+    Status {
+        /// As JSON, with stable names
+        #[arg(long)]
+        json: bool,
+        /// The daemon's admin socket
+        #[arg(long, value_name = "PATH", env = "IMDS_ROUTER_SERVE_ADMIN_SOCKET", default_value = DEFAULT_ADMIN_SOCKET)]
+        admin: PathBuf,
+    },
+    /// Ask the metadata service for a path, as an IMDSv2 client; works inside containers
+    Get {
+        /// Such as meta-data/instance-id, or /latest/meta-data/instance-id
+        path: String,
+    },
+}
+
+/// Which way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum Intercept {
+    /// Put up.
+    Up,
+    /// Take down.
+    Down,
+    /// Say what would be done.
+    Plan,
+}
+
+/// Flags of verbs that read the configuration.
+#[derive(Args, Clone, Debug)]
+pub struct Common {
+    /// Configuration [default: /etc/imds-router/config.toml, if it is there]
+    #[arg(long, value_name = "FILE", env = "IMDS_ROUTER_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// Well-formed fake credentials, without AWS
+    #[arg(long)]
+    pub offline: bool,
+    /// Profile of the base credentials
+    #[arg(long, value_name = "P")]
+    pub profile: Option<String>,
+    /// Region of containers that name none
+    #[arg(long, value_name = "R")]
+    pub region: Option<String>,
+    /// Role of containers that name none
+    #[arg(long, value_name = "ROLE")]
+    pub default_role: Option<String>,
+}
+
+/// Flags of `serve`.
+#[derive(Args, Clone, Debug)]
+pub struct Serve {
+    #[command(flatten)]
+    /// Flags of the configuration.
+    pub common: Common,
+    /// How containers are reached: auto or host
+    #[arg(long, value_name = "WAY")]
+    pub attach: Option<String>,
+    /// Where to put the admin socket
+    #[arg(long, value_name = "PATH")]
+    pub admin: Option<String>,
+    /// How log lines look; IMDS_ROUTER_LOG sets the level
+    #[arg(long, value_enum, default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+impl Common {
+    /// What was typed, together with the environment.
+    pub fn sources(&self) -> Sources {
+        let text = |value: &Option<String>| value.clone();
+        let flags = [
+            ("--offline", "credentials.source", self.offline.then(|| "offline".to_owned())),
+            ("--profile", "credentials.profile", text(&self.profile)),
+            ("--region", "region", text(&self.region)),
+            ("--default-role", "credentials.default_role", text(&self.default_role)),
+        ];
+        Sources {
+            file: self.config.clone(),
+            // Variables that are no text are none of ours.
+            variables: std::env::vars_os()
+                .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+                .collect(),
+            flags: flags.into_iter().filter_map(|(flag, key, value)| Some((flag, key, value?))).collect(),
+        }
+    }
+}
+
+impl Serve {
+    /// What was typed, together with the environment.
+    pub fn sources(&self) -> Sources {
+        let mut sources = self.common.sources();
+        sources.flags.extend(self.attach.clone().map(|value| ("--attach", "serve.attach", value)));
+        sources.flags.extend(self.admin.clone().map(|value| ("--admin", "serve.admin_socket", value)));
+        sources
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::KEYS;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_flag_of_the_configuration_sets_a_key() {
+        let cli = Cli::parse_from([
+            "imds-router", "serve", "--offline", "--profile", "p", "--region", "eu-west-1", "--default-role", "r",
+            "--attach", "host", "--admin", "/a", "--log-format", "json",
+        ]);
+        let Verb::Serve(serve) = cli.verb else { panic!("serve") };
+        let sources = serve.sources();
+        assert_eq!(sources.flags.len(), 6);
+        for (flag, key, _) in &sources.flags {
+            assert!(KEYS.iter().any(|known| known.path == *key), "{flag} {key}");
+        }
+    }
+}

@@ -1,0 +1,788 @@
+//! What was typed → what is meant: configuration file, environment and flags become [`Settings`].
+//!
+//! Every key stands once, in [`KEYS`]: its name, its default, what it takes, and how it is read. File, environment
+//! variable (`IMDS_ROUTER_<SECTION>_<KEY>`) and flag all go through that one row, so they cannot disagree; precedence is
+//! flag, variable, file, default.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use toml::de::{DeTable, DeValue};
+
+use crate::credentials::RoleArn;
+
+/// Where the configuration is read from when `--config` does not say.
+pub const DEFAULT_FILE: &str = "/etc/imds-router/config.toml";
+/// Where the admin socket is when nothing else is said.
+pub const DEFAULT_ADMIN_SOCKET: &str = "/run/imds-router/admin.sock";
+/// What variables of ours start with.
+pub const ENV_PREFIX: &str = "IMDS_ROUTER_";
+/// Variables with our prefix that are not configuration keys: they belong to the log and to the client verbs.
+const OTHER_VARIABLES: &[&str] = &["IMDS_ROUTER_LOG", "IMDS_ROUTER_CONFIG"];
+
+/// How containers are reached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Attach {
+    /// The best that the daemon has the rights for. In this version: [`Attach::Host`].
+    Auto,
+    /// The address on the host; the source address leads to the container, the kernel decides.
+    Host,
+}
+
+/// Who finds an instance metadata service at all.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum HttpEndpoint {
+    /// Containers with an `imds.` label or a role; the others get 403, so that nothing in them believes that it is on EC2.
+    Labelled,
+    /// All containers.
+    Enabled,
+    /// None; with `labels_may_lower`, except for those whose label says `enabled`.
+    Disabled,
+}
+
+/// EC2's `HttpTokens`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord)]
+pub enum HttpTokens {
+    /// IMDSv1 and IMDSv2.
+    Optional,
+    /// IMDSv2 only.
+    Required,
+}
+
+/// Where credentials come from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum CredentialSource {
+    /// AssumeRole.
+    Sts,
+    /// Well-formed fakes, without AWS.
+    Offline,
+}
+
+/// Everything that an operator can decide. One field per key of [`KEYS`]; the tables of the file at the end.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Settings {
+    /// `region`
+    pub region: Option<String>,
+    /// `account_id`
+    pub account_id: Option<String>,
+    /// `docker.host`
+    pub docker_host: Option<String>,
+    /// `docker.label_prefix`
+    pub label_prefix: String,
+    /// `docker.image_labels`
+    pub image_labels: bool,
+    /// `docker.unknown_labels`: whether an unknown label of ours is an error of its container.
+    pub unknown_labels_are_errors: bool,
+    /// `serve.attach`
+    pub attach: Attach,
+    /// `serve.hold`: the longest that a request waits, in all.
+    pub hold: Duration,
+    /// `serve.admin_socket`
+    pub admin_socket: PathBuf,
+    /// `serve.state_dir`
+    pub state_dir: PathBuf,
+    /// `imds.labels_may_lower`
+    pub labels_may_lower: bool,
+    /// `imds.http_endpoint`
+    pub http_endpoint: HttpEndpoint,
+    /// `imds.http_tokens`
+    pub http_tokens: HttpTokens,
+    /// `imds.hosts`: names accepted in `Host` beside EC2's own.
+    pub hosts: Vec<String>,
+    /// `credentials.source`
+    pub source: CredentialSource,
+    /// `credentials.profile`
+    pub profile: Option<String>,
+    /// `credentials.default_role`
+    pub default_role: Option<String>,
+    /// `credentials.session_name`
+    pub session_name: String,
+    /// `credentials.duration`
+    pub duration: Duration,
+    /// `credentials.min_remaining`
+    pub min_remaining: Duration,
+    /// `[roles]`: alias → ARN.
+    pub roles: BTreeMap<String, RoleArn>,
+    /// `[accounts]`: alias → account id.
+    pub accounts: BTreeMap<String, String>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            region: None,
+            account_id: None,
+            docker_host: None,
+            label_prefix: "imds".to_owned(),
+            image_labels: false,
+            unknown_labels_are_errors: true,
+            attach: Attach::Auto,
+            hold: Duration::from_millis(400),
+            admin_socket: DEFAULT_ADMIN_SOCKET.into(),
+            state_dir: "/var/lib/imds-router".into(),
+            labels_may_lower: false,
+            http_endpoint: HttpEndpoint::Labelled,
+            http_tokens: HttpTokens::Optional,
+            hosts: Vec::new(),
+            source: CredentialSource::Sts,
+            profile: None,
+            default_role: None,
+            session_name: "{container}@{host}".to_owned(),
+            duration: Duration::from_secs(3600),
+            min_remaining: Duration::from_secs(1800),
+            roles: BTreeMap::new(),
+            accounts: BTreeMap::new(),
+        }
+    }
+}
+
+impl Settings {
+    /// The least life that served credentials have while STS works: `min_remaining`, at most half of the session.
+    pub fn min_remaining(&self) -> Duration {
+        self.min_remaining.min(self.duration / 2)
+    }
+}
+
+/// One configuration key.
+pub struct Key {
+    /// `section.name`, or `name` at the top.
+    pub path: &'static str,
+    /// The default, as it would be typed.
+    pub default: &'static str,
+    /// What the key takes, as an error message says it.
+    pub expected: &'static str,
+    /// What it means.
+    pub about: &'static str,
+    read: fn(&mut Settings, &Typed) -> Option<()>,
+}
+
+/// A value as typed: text, or several.
+struct Typed(Vec<String>);
+
+impl Typed {
+    fn text(&self) -> Option<&str> {
+        match self.0.as_slice() {
+            [one] if !one.is_empty() => Some(one),
+            _ => None,
+        }
+    }
+
+    fn one_of<T: Copy>(&self, choices: &[(&str, T)]) -> Option<T> {
+        let text = self.text()?;
+        choices.iter().find(|(name, _)| *name == text).map(|(_, value)| *value)
+    }
+
+    fn boolean(&self) -> Option<bool> {
+        self.one_of(&[("true", true), ("false", false)])
+    }
+
+    fn duration(&self, least: Duration, most: Duration) -> Option<Duration> {
+        parse_duration(self.text()?).filter(|it| (least..=most).contains(it))
+    }
+}
+
+/// Reads `400ms`, `30s`, `15m`, `1h`: a whole number and its unit.
+pub fn parse_duration(text: &str) -> Option<Duration> {
+    let digits = text.find(|c: char| !c.is_ascii_digit())?;
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().ok()?;
+    match unit {
+        "ms" => Some(Duration::from_millis(number)),
+        "s" => Some(Duration::from_secs(number)),
+        "m" => number.checked_mul(60).map(Duration::from_secs),
+        "h" => number.checked_mul(3600).map(Duration::from_secs),
+        _ => None,
+    }
+}
+
+/// Whether `text` is an AWS account id.
+pub fn is_account_id(text: &str) -> bool {
+    text.len() == 12 && text.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+/// Whether `text` looks like an AWS region: `eu-west-1`, `us-gov-east-1`.
+pub fn is_region(text: &str) -> bool {
+    let mut parts = text.split('-').rev();
+    let number = parts.next().is_some_and(|it| !it.is_empty() && it.bytes().all(|b| b.is_ascii_digit()));
+    let mut words = 0;
+    number && parts.all(|it| { words += 1; !it.is_empty() && it.bytes().all(|b| b.is_ascii_lowercase()) }) && words >= 2
+}
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// Every key, in the order of the documentation.
+pub const KEYS: &[Key] = &[
+    Key {
+        path: "region",
+        default: "AWS_REGION, the base profile's, else us-east-1",
+        expected: "an AWS region such as \"eu-west-1\"",
+        about: "Region of containers that name none, and of STS.",
+        read: |s, v| v.text().filter(|it| is_region(it)).map(|it| s.region = Some(it.to_owned())),
+    },
+    Key {
+        path: "account_id",
+        default: "the base identity's",
+        expected: "12 digits in quotes",
+        about: "Account of roles that are given by name.",
+        read: |s, v| v.text().filter(|it| is_account_id(it)).map(|it| s.account_id = Some(it.to_owned())),
+    },
+    Key {
+        path: "docker.host",
+        default: "DOCKER_HOST, else unix:///var/run/docker.sock",
+        expected: "unix:///path/to/docker.sock or tcp://host:port",
+        about: "The engine.",
+        read: |s, v| {
+            let known = |it: &&str| ["unix:///", "tcp://", "http://"].iter().any(|scheme| it.starts_with(scheme));
+            v.text().filter(known).map(|it| s.docker_host = Some(it.to_owned()))
+        },
+    },
+    Key {
+        path: "docker.label_prefix",
+        default: "imds",
+        expected: "letters, digits, - and . without a dot at either end",
+        about: "What labels of ours start with, before the dot.",
+        read: |s, v| {
+            let fits = |it: &&str| {
+                it.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.')
+                    && !it.starts_with('.')
+                    && !it.ends_with('.')
+            };
+            v.text().filter(fits).map(|it| s.label_prefix = it.to_owned())
+        },
+    },
+    Key {
+        path: "docker.image_labels",
+        default: "false",
+        expected: "true or false",
+        about: "Whether labels that the image brought count: then whoever builds an image chooses roles.",
+        read: |s, v| v.boolean().map(|it| s.image_labels = it),
+    },
+    Key {
+        path: "docker.unknown_labels",
+        default: "error",
+        expected: "\"error\" or \"warn\"",
+        about: "What a label with our prefix that this version does not know is: a typo must not drop a restriction.",
+        read: |s, v| v.one_of(&[("error", true), ("warn", false)]).map(|it| s.unknown_labels_are_errors = it),
+    },
+    Key {
+        path: "serve.attach",
+        default: "auto",
+        expected: "\"auto\" or \"host\" (\"namespace\" is not in this version yet)",
+        about: "How containers are reached.",
+        read: |s, v| v.one_of(&[("auto", Attach::Auto), ("host", Attach::Host)]).map(|it| s.attach = it),
+    },
+    Key {
+        path: "serve.proof",
+        default: "full",
+        expected: "\"full\" (\"address\" is not in this version yet)",
+        about: "How a caller is proven. `full`: by the kernel, on every connection.",
+        read: |_, v| v.one_of(&[("full", ())]),
+    },
+    Key {
+        path: "serve.hold",
+        default: "400ms",
+        expected: "a duration from 50ms to 900ms: the strictest SDK gives up at 500ms, most at 1s",
+        about: "The longest that a request waits in all, for its container to be known and for its first credentials.",
+        read: |s, v| {
+            v.duration(Duration::from_millis(50), Duration::from_millis(900)).map(|it| s.hold = it)
+        },
+    },
+    Key {
+        path: "serve.admin_socket",
+        default: DEFAULT_ADMIN_SOCKET,
+        expected: "an absolute path",
+        about: "Unix socket that status and the other verbs ask.",
+        read: |s, v| absolute(v).map(|it| s.admin_socket = it),
+    },
+    Key {
+        path: "serve.state_dir",
+        default: "/var/lib/imds-router",
+        expected: "an absolute path",
+        about: "Directory of what outlives the daemon: the key of IMDS tokens.",
+        read: |s, v| absolute(v).map(|it| s.state_dir = it),
+    },
+    Key {
+        path: "imds.labels_may_lower",
+        default: "false",
+        expected: "true or false",
+        about: "Whether labels may make the options of this section laxer, not only stricter.",
+        read: |s, v| v.boolean().map(|it| s.labels_may_lower = it),
+    },
+    Key {
+        path: "imds.http_endpoint",
+        default: "labelled",
+        expected: "\"labelled\", \"enabled\" or \"disabled\"",
+        about: "Which containers find a metadata service.",
+        read: |s, v| {
+            v.one_of(&[
+                ("labelled", HttpEndpoint::Labelled),
+                ("enabled", HttpEndpoint::Enabled),
+                ("disabled", HttpEndpoint::Disabled),
+            ])
+            .map(|it| s.http_endpoint = it)
+        },
+    },
+    Key {
+        path: "imds.http_tokens",
+        default: "optional",
+        expected: "\"optional\" or \"required\"",
+        about: "Whether IMDSv1 is answered.",
+        read: |s, v| {
+            v.one_of(&[("optional", HttpTokens::Optional), ("required", HttpTokens::Required)])
+                .map(|it| s.http_tokens = it)
+        },
+    },
+    Key {
+        path: "imds.hosts",
+        default: "",
+        expected: "host names",
+        about: "More names to accept in the Host header.",
+        read: |s, v| {
+            v.0.iter().all(|it| !it.is_empty()).then(|| s.hosts = v.0.iter().map(|it| it.to_ascii_lowercase()).collect())
+        },
+    },
+    Key {
+        path: "credentials.source",
+        default: "sts",
+        expected: "\"sts\" or \"offline\"",
+        about: "Where credentials come from. `offline`: well-formed fakes, marked as fake everywhere.",
+        read: |s, v| {
+            v.one_of(&[("sts", CredentialSource::Sts), ("offline", CredentialSource::Offline)]).map(|it| s.source = it)
+        },
+    },
+    Key {
+        path: "credentials.profile",
+        default: "the usual AWS chain",
+        expected: "the name of a profile",
+        about: "Profile of the base credentials.",
+        read: |s, v| v.text().map(|it| s.profile = Some(it.to_owned())),
+    },
+    Key {
+        path: "credentials.default_role",
+        default: "none",
+        expected: "a role: ARN, name, name@account or alias; {container}, {project} and {service} are filled in",
+        about: "Role of containers that name none.",
+        read: |s, v| v.text().filter(|it| template_fits(it)).map(|it| s.default_role = Some(it.to_owned())),
+    },
+    Key {
+        path: "credentials.session_name",
+        default: "{container}@{host}",
+        expected: "text with {container}, {project}, {service}, {id} and {host}",
+        about: "Role session name, as CloudTrail shows it; cleaned to what STS takes.",
+        read: |s, v| v.text().filter(|it| template_fits(it)).map(|it| s.session_name = it.to_owned()),
+    },
+    Key {
+        path: "credentials.duration",
+        default: "1h",
+        expected: "a duration from 15m to 12h (STS's own bounds)",
+        about: "How long a session is asked for.",
+        read: |s, v| v.duration(HOUR / 4, HOUR * 12).map(|it| s.duration = it),
+    },
+    Key {
+        path: "credentials.min_remaining",
+        default: "30m",
+        expected: "a duration from 0s to 6h",
+        about: "The least life of what is served while STS works; at most half of the session.",
+        read: |s, v| v.duration(Duration::ZERO, HOUR * 6).map(|it| s.min_remaining = it),
+    },
+];
+
+/// The tables whose keys the operator names, and what a value must be.
+const TABLES: &[(&str, &str)] = &[("roles", "a role ARN"), ("accounts", "an account id: 12 digits in quotes")];
+
+fn absolute(value: &Typed) -> Option<PathBuf> {
+    value.text().map(PathBuf::from).filter(|path| path.is_absolute())
+}
+
+/// What may stand between braces in a template.
+pub const PLACEHOLDERS: &[&str] = &["container", "project", "service", "id", "host"];
+
+fn template_fits(text: &str) -> bool {
+    fill(text, |name| PLACEHOLDERS.contains(&name).then(String::new)).is_some()
+}
+
+/// Fills a template; `None` when a brace is not closed or a part is missing: a missing part means no value, never a
+/// shorter one.
+pub fn fill(template: &str, part: impl Fn(&str) -> Option<String>) -> Option<String> {
+    let mut filled = String::new();
+    let mut rest = template;
+    while let Some((before, after)) = rest.split_once('{') {
+        let (name, after) = after.split_once('}')?;
+        filled.push_str(before);
+        filled.push_str(&part(name)?);
+        rest = after;
+    }
+    filled.push_str(rest);
+    Some(filled)
+}
+
+/// Where a value was typed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Origin {
+    /// In a file, at a line (from 1).
+    File(PathBuf, usize),
+    /// In an environment variable.
+    Variable(String),
+    /// In a flag.
+    Flag(String),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path, line) => write!(f, "{}, line {line}", path.display()),
+            Self::Variable(name) => write!(f, "variable {name}"),
+            Self::Flag(name) => write!(f, "flag {name}"),
+        }
+    }
+}
+
+/// Why what was typed means nothing. The text has where, what was there, and what was expected.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {}\nhint: --config names another file; without one, all defaults hold", path.display())]
+    Unreadable {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not TOML.
+    #[error("{origin}: not TOML: {message}")]
+    NotToml {
+        /// Where.
+        origin: Origin,
+        /// The parser's words.
+        message: String,
+    },
+    /// A key that does not exist.
+    #[error("{origin}: unknown key {key}{nearest}")]
+    UnknownKey {
+        /// Where.
+        origin: Origin,
+        /// What was typed.
+        key: String,
+        /// `; did you mean …?`, or nothing.
+        nearest: Nearest,
+    },
+    /// A value that the key does not take.
+    #[error("{origin}: {key} = {value:?}: expected {expected}")]
+    BadValue {
+        /// Where.
+        origin: Origin,
+        /// Which key.
+        key: String,
+        /// What was typed.
+        value: String,
+        /// What it takes.
+        expected: String,
+    },
+}
+
+/// The nearest name to one that does not exist, as the end of a message.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Nearest(pub Option<String>);
+
+impl Nearest {
+    /// Looks for the name nearest to `typed`.
+    pub fn among<'a>(typed: &str, names: impl IntoIterator<Item = &'a str>) -> Self {
+        // Jaro-Winkler below 0.7 is a different word, not a typo.
+        const SIMILAR: f64 = 0.7;
+        let nearest = names
+            .into_iter()
+            .map(|name| (strsim::jaro_winkler(typed, name), name))
+            .filter(|(similarity, _)| *similarity >= SIMILAR)
+            .max_by(|a, b| a.0.total_cmp(&b.0));
+        Self(nearest.map(|(_, name)| name.to_owned()))
+    }
+}
+
+impl fmt::Display for Nearest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Some(name) => write!(f, "; did you mean {name}?"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What was typed, before it means anything.
+#[derive(Clone, Debug, Default)]
+pub struct Sources {
+    /// `--config`; must exist if given.
+    pub file: Option<PathBuf>,
+    /// The environment.
+    pub variables: Vec<(String, String)>,
+    /// Flags: the flag's name, the key that it sets, the value.
+    pub flags: Vec<(&'static str, &'static str, String)>,
+}
+
+/// Reads everything that was typed.
+///
+/// # Errors
+/// The first thing that means nothing, with where it stands and what was expected.
+pub fn load(sources: &Sources) -> Result<Settings, ConfigError> {
+    let mut settings = Settings::default();
+    let (path, required) = match &sources.file {
+        Some(path) => (path.as_path(), true),
+        None => (Path::new(DEFAULT_FILE), false),
+    };
+    match std::fs::read_to_string(path) {
+        Ok(text) => read_file(&mut settings, path, &text)?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && !required => {}
+        Err(source) => return Err(ConfigError::Unreadable { path: path.to_owned(), source }),
+    }
+    for (name, value) in &sources.variables {
+        if name.starts_with(ENV_PREFIX) && !OTHER_VARIABLES.contains(&name.as_str()) {
+            let key = KEYS.iter().find(|key| variable(key.path) == *name).ok_or_else(|| {
+                let names: Vec<_> = KEYS.iter().map(|key| variable(key.path)).collect();
+                ConfigError::UnknownKey {
+                    origin: Origin::Variable(name.clone()),
+                    key: name.clone(),
+                    nearest: Nearest::among(name, names.iter().map(String::as_str)),
+                }
+            })?;
+            let several = key.path == "imds.hosts";
+            let typed = if several { value.split(',').map(|it| it.trim().to_owned()).collect() } else { vec![value.clone()] };
+            set(&mut settings, key, &Typed(typed), Origin::Variable(name.clone()))?;
+        }
+    }
+    for (flag, path, value) in &sources.flags {
+        // A flag that names no key is a mistake of this program, not of its user; the test of the table holds it.
+        if let Some(key) = KEYS.iter().find(|key| key.path == *path) {
+            set(&mut settings, key, &Typed(vec![value.clone()]), Origin::Flag((*flag).to_owned()))?;
+        }
+    }
+    Ok(settings)
+}
+
+/// The environment variable of a key.
+pub fn variable(path: &str) -> String {
+    format!("{ENV_PREFIX}{}", path.replace('.', "_").to_ascii_uppercase())
+}
+
+fn set(settings: &mut Settings, key: &Key, value: &Typed, origin: Origin) -> Result<(), ConfigError> {
+    (key.read)(settings, value).ok_or_else(|| ConfigError::BadValue {
+        origin,
+        key: key.path.to_owned(),
+        value: value.0.join(","),
+        expected: key.expected.to_owned(),
+    })
+}
+
+fn read_file(settings: &mut Settings, path: &Path, text: &str) -> Result<(), ConfigError> {
+    let line = |at: usize| text[..at.min(text.len())].matches('\n').count() + 1;
+    let at = |at: usize| Origin::File(path.to_owned(), line(at));
+    let document = DeTable::parse(text).map_err(|error| ConfigError::NotToml {
+        origin: at(error.span().map_or(0, |span| span.start)),
+        message: error.message().to_owned(),
+    })?;
+    for (name, value) in document.get_ref() {
+        let origin = at(name.span().start);
+        let name = name.get_ref().as_ref();
+        let section = KEYS.iter().any(|key| key.path.starts_with(&format!("{name}.")));
+        let table = TABLES.iter().find(|(table, _)| *table == name);
+        match value.get_ref() {
+            DeValue::Table(entries) if section || table.is_some() => {
+                for (key, value) in entries {
+                    let origin = at(key.span().start);
+                    let key = key.get_ref().as_ref();
+                    match table {
+                        Some((_, expected)) => read_entry(settings, name, expected, key, value.get_ref(), origin)?,
+                        None => read_key(settings, &format!("{name}.{key}"), value.get_ref(), origin)?,
+                    }
+                }
+            }
+            value => read_key(settings, name, value, origin)?,
+        }
+    }
+    Ok(())
+}
+
+fn read_key(settings: &mut Settings, path: &str, value: &DeValue<'_>, origin: Origin) -> Result<(), ConfigError> {
+    let Some(key) = KEYS.iter().find(|key| key.path == path) else {
+        let sections = KEYS.iter().filter_map(|key| key.path.split_once('.')).map(|(section, _)| section);
+        let names = KEYS.iter().map(|key| key.path).chain(TABLES.iter().map(|(name, _)| *name)).chain(sections);
+        return Err(ConfigError::UnknownKey {
+            origin,
+            key: path.to_owned(),
+            nearest: Nearest::among(path, names),
+        });
+    };
+    set(settings, key, &typed(value), origin)
+}
+
+fn typed(value: &DeValue<'_>) -> Typed {
+    match value {
+        DeValue::Array(items) => Typed(items.iter().flat_map(|item| typed(item.get_ref()).0).collect()),
+        DeValue::String(text) => Typed(vec![text.clone().into_owned()]),
+        DeValue::Boolean(value) => Typed(vec![value.to_string()]),
+        DeValue::Integer(value) => Typed(vec![value.to_string()]),
+        DeValue::Float(value) => Typed(vec![value.to_string()]),
+        DeValue::Datetime(value) => Typed(vec![value.to_string()]),
+        // Nothing takes a table; no text makes every reader say what it expected.
+        DeValue::Table(_) => Typed(Vec::new()),
+    }
+}
+
+fn read_entry(
+    settings: &mut Settings,
+    table: &str,
+    expected: &str,
+    name: &str,
+    value: &DeValue<'_>,
+    origin: Origin,
+) -> Result<(), ConfigError> {
+    let value = typed(value);
+    let read = match (table, value.text()) {
+        ("roles", Some(text)) => RoleArn::parse(text).map(|arn| settings.roles.insert(name.to_owned(), arn)).is_some(),
+        ("accounts", Some(text)) if is_account_id(text) => {
+            settings.accounts.insert(name.to_owned(), text.to_owned());
+            true
+        }
+        _ => false,
+    };
+    if read {
+        return Ok(());
+    }
+    Err(ConfigError::BadValue {
+        origin,
+        key: format!("{table}.{name}"),
+        value: value.0.join(","),
+        expected: expected.to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Settings, String> {
+        let mut settings = Settings::default();
+        read_file(&mut settings, Path::new("c.toml"), text).map_err(|error| error.to_string())?;
+        Ok(settings)
+    }
+
+    #[test]
+    fn an_empty_file_is_the_default() {
+        assert_eq!(read(""), Ok(Settings::default()));
+    }
+
+    #[test]
+    fn every_documented_default_that_can_be_typed_is_the_default() {
+        for key in KEYS {
+            let mut settings = Settings::default();
+            if (key.read)(&mut settings, &Typed(vec![key.default.to_owned()])).is_some()
+                && !matches!(key.path, "credentials.profile" | "credentials.default_role")
+            {
+                assert_eq!(settings, Settings::default(), "{}", key.path);
+            }
+        }
+    }
+
+    #[test]
+    fn the_example_of_the_documentation_is_read() {
+        let settings = read(
+            r#"
+region = "eu-west-1"
+account_id = "111122223333"
+[serve]
+hold = "300ms"
+[imds]
+http_tokens = "required"
+hosts = ["Metadata.local", "x"]
+[credentials]
+source = "offline"
+duration = "2h"
+[roles]
+orders = "arn:aws:iam::111122223333:role/service/orders"
+[accounts]
+prod = "444455556666"
+"#,
+        )
+        .unwrap();
+        assert_eq!(settings.region.as_deref(), Some("eu-west-1"));
+        assert_eq!(settings.hold, Duration::from_millis(300));
+        assert_eq!(settings.http_tokens, HttpTokens::Required);
+        assert_eq!(settings.hosts, ["metadata.local", "x"]);
+        assert_eq!(settings.duration, HOUR * 2);
+        assert_eq!(settings.roles["orders"].name(), "orders");
+        assert_eq!(settings.accounts["prod"], "444455556666");
+    }
+
+    #[test]
+    fn bad_files_say_where_what_and_what_was_expected() {
+        for (text, message) in [
+            ("regoin = \"x\"", "c.toml, line 1: unknown key regoin; did you mean region?"),
+            ("\n[serve]\nholt = \"1s\"", "c.toml, line 3: unknown key serve.holt; did you mean serve.hold?"),
+            ("[server]\nhold = \"1s\"", "c.toml, line 1: unknown key server; did you mean serve?"),
+            (
+                "[credentials]\n\nduration = \"90\"",
+                "c.toml, line 3: credentials.duration = \"90\": expected a duration from 15m to 12h (STS's own bounds)",
+            ),
+            ("region = 7", "c.toml, line 1: region = \"7\": expected an AWS region such as \"eu-west-1\""),
+            ("account_id = \"12\"", "c.toml, line 1: account_id = \"12\": expected 12 digits in quotes"),
+            (
+                "[roles]\na = \"arn:aws:iam::12:role/x\"",
+                "c.toml, line 2: roles.a = \"arn:aws:iam::12:role/x\": expected a role ARN",
+            ),
+            ("[accounts]\np = 12", "c.toml, line 2: accounts.p = \"12\": expected an account id: 12 digits in quotes"),
+            (
+                "[serve]\nattach = \"namespace\"",
+                "c.toml, line 2: serve.attach = \"namespace\": expected \"auto\" or \"host\" (\"namespace\" is not in this version yet)",
+            ),
+            ("[imds]\nhttp_tokens = true", "c.toml, line 2: imds.http_tokens = \"true\": expected \"optional\" or \"required\""),
+            (
+                "[credentials]\nsession_name = \"{containr}\"",
+                "c.toml, line 2: credentials.session_name = \"{containr}\": expected text with {container}, {project}, {service}, {id} and {host}",
+            ),
+        ] {
+            assert_eq!(read(text).unwrap_err(), message);
+        }
+        assert!(read("a = ").unwrap_err().starts_with("c.toml, line 1: not TOML: "));
+    }
+
+    #[test]
+    fn flag_beats_variable_beats_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("c.toml");
+        std::fs::write(&file, "region = \"eu-west-1\"\naccount_id = \"111122223333\"\n").unwrap();
+        let mut sources = Sources { file: Some(file), ..Sources::default() };
+        assert_eq!(load(&sources).unwrap().region.as_deref(), Some("eu-west-1"));
+        sources.variables = vec![("IMDS_ROUTER_REGION".into(), "eu-west-2".into()), ("PATH".into(), "/".into())];
+        assert_eq!(load(&sources).unwrap().region.as_deref(), Some("eu-west-2"));
+        sources.flags = vec![("--region", "region", "eu-west-3".into())];
+        let settings = load(&sources).unwrap();
+        assert_eq!(settings.region.as_deref(), Some("eu-west-3"));
+        assert_eq!(settings.account_id.as_deref(), Some("111122223333"));
+    }
+
+    #[test]
+    fn variables_and_missing_files_are_named() {
+        let variables = |name: &str, value: &str| Sources {
+            variables: vec![(name.into(), value.into())],
+            ..Sources::default()
+        };
+        assert_eq!(
+            load(&variables("IMDS_ROUTER_SERVE_HOLDS", "1s")).unwrap_err().to_string(),
+            "variable IMDS_ROUTER_SERVE_HOLDS: unknown key IMDS_ROUTER_SERVE_HOLDS; did you mean IMDS_ROUTER_SERVE_HOLD?"
+        );
+        assert!(load(&variables("IMDS_ROUTER_IMDS_HTTP_TOKENS", "no")).unwrap_err().to_string().starts_with(
+            "variable IMDS_ROUTER_IMDS_HTTP_TOKENS: imds.http_tokens = \"no\": expected"
+        ));
+        assert_eq!(load(&variables("IMDS_ROUTER_IMDS_HOSTS", "a, b")).unwrap().hosts, ["a", "b"]);
+        let missing = Sources { file: Some("/nonexistent/c.toml".into()), ..Sources::default() };
+        assert!(load(&missing).unwrap_err().to_string().contains("/nonexistent/c.toml"));
+    }
+
+    #[test]
+    fn templates() {
+        let part = |name: &str| (name == "container").then(|| "web".to_owned());
+        assert_eq!(fill("{container}@h", part).as_deref(), Some("web@h"));
+        assert_eq!(fill("{project}-{container}", part), None);
+        assert_eq!(fill("{container", part), None);
+    }
+}

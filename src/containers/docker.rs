@@ -1,0 +1,324 @@
+//! [`ContainerEngine`] on bollard: Docker, and whatever speaks its API.
+//!
+//! bollard's enums are closed: one row with a state that it does not know fails the whole list, one such event ends the
+//! stream. So the engine filters by type and action, a list that fails is asked again state by state, and a stream that
+//! ends is subscribed again (the watcher resynchronises).
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use bollard::Docker;
+use bollard::errors::Error;
+use bollard::models::{ContainerSummary, ContainerSummaryStateEnum, EventMessage, EventMessageTypeEnum, NetworkInspect};
+use bollard::query_parameters::{EventsOptions, InspectContainerOptions, InspectNetworkOptions, ListContainersOptions};
+use futures_util::future::BoxFuture;
+use futures_util::stream::{BoxStream, StreamExt as _};
+use futures_util::{FutureExt as _, future};
+use tracing::{debug, warn};
+
+use super::watcher::{ContainerEngine, EngineError, Event, Inspection, Network, Row};
+use super::{ContainerId, Endpoint, NetworkId, NetworkMode};
+use crate::clock::Clock;
+
+/// Where Docker listens when nobody says otherwise.
+pub const DEFAULT_HOST: &str = "unix:///var/run/docker.sock";
+
+/// Events that say where to look. Others (exec, health, pause …) would only wake us.
+const ACTIONS: &[&str] =
+    &["create", "start", "die", "destroy", "remove", "rename", "update", "connect", "disconnect", "init"];
+
+/// States of containers in the engine's list (Docker API 1.41 to 1.53), for asking state by state.
+const STATES: &[&str] = &["created", "running", "paused", "restarting", "removing", "exited", "dead"];
+
+/// How far back events are asked for at subscription: whatever happens while the request is on its way is repeated.
+const OVERLAP: Duration = Duration::from_secs(2);
+
+/// An engine at an address.
+#[derive(Clone)]
+pub struct Engine {
+    host: String,
+    clock: Clock,
+    client: Arc<ArcSwapOption<Docker>>,
+}
+
+impl Engine {
+    /// The engine at `host` (`unix:///…`, `tcp://…`). Connects when it is asked for the first time.
+    pub fn new(host: &str, clock: Clock) -> Self {
+        Self { host: host.to_owned(), clock, client: Arc::default() }
+    }
+
+    /// Asks for something of the connected engine.
+    fn ask<T, F>(&self, ask: impl FnOnce(Docker) -> F + Send + 'static) -> BoxFuture<'static, Result<T, EngineError>>
+    where
+        F: Future<Output = Result<T, EngineError>> + Send + 'static,
+        T: Send + 'static,
+    {
+        match self.client.load_full() {
+            Some(client) => ask(Docker::clone(&client)).boxed(),
+            None => future::ready(Err(EngineError("not connected".to_owned()))).boxed(),
+        }
+    }
+}
+
+fn failed(error: Error) -> EngineError {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(&error);
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    EngineError(crate::telemetry::printable(&text, 300))
+}
+
+/// `None` for what the engine says is not there.
+fn absent<T>(answer: Result<T, Error>) -> Result<Option<T>, EngineError> {
+    match answer {
+        Ok(found) => Ok(Some(found)),
+        Err(Error::DockerResponseServerError { status_code: 404, .. }) => Ok(None),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+fn filters(pairs: &[(&str, &[&str])]) -> Option<HashMap<String, Vec<String>>> {
+    let owned = |values: &[&str]| values.iter().map(|it| (*it).to_owned()).collect();
+    Some(pairs.iter().map(|(key, values)| ((*key).to_owned(), owned(values))).collect())
+}
+
+impl ContainerEngine for Engine {
+    fn subscribe(&self) -> BoxFuture<'static, Result<BoxStream<'static, Event>, EngineError>> {
+        let this = self.clone();
+        async move {
+            let at = |error| {
+                let EngineError(why) = failed(error);
+                EngineError(format!("{}: {why}", this.host))
+            };
+            let client = Docker::connect_with_host(&this.host).map_err(at)?.negotiate_version().await.map_err(at)?;
+            this.client.store(Some(Arc::new(client.clone())));
+            let since = this.clock.wall_seconds().saturating_sub(OVERLAP.as_secs());
+            let options = EventsOptions {
+                since: Some(since.to_string()),
+                filters: filters(&[("type", &["container", "network"]), ("event", ACTIONS)]),
+                ..EventsOptions::default()
+            };
+            let events = client.events(Some(options)).map(|event| match event {
+                Ok(event) => Some(event),
+                Err(error) => {
+                    warn!(error = failed(error).0, "the stream of events has broken; subscribing again");
+                    None
+                }
+            });
+            // The stream ends with the first error.
+            let events = events.take_while(|event| future::ready(event.is_some()));
+            Ok(events.filter_map(|event| future::ready(event.and_then(read_event))).boxed())
+        }
+        .boxed()
+    }
+
+    fn containers(&self) -> BoxFuture<'static, Result<Vec<Row>, EngineError>> {
+        self.ask(|docker| async move {
+            let list = |states: Option<&'static str>| {
+                let filters = states.and_then(|state| filters(&[("status", &[state])]));
+                let options = ListContainersOptions { all: true, filters, ..ListContainersOptions::default() };
+                let docker = docker.clone();
+                async move { docker.list_containers(Some(options)).await }
+            };
+            let rows = match list(None).await {
+                Ok(rows) => rows,
+                Err(error) => {
+                    debug!(error = failed(error).0, "the list of containers is unreadable; asking state by state");
+                    let mut rows = Vec::new();
+                    for state in STATES {
+                        match list(Some(state)).await {
+                            Ok(more) => rows.extend(more),
+                            // A state that this engine does not know, or rows of it that cannot be read: theirs alone.
+                            Err(Error::JsonDataError { .. } | Error::DockerResponseServerError { status_code: 400, .. }) => {
+                                warn!(state, "containers of this state are unreadable; they are not served");
+                            }
+                            Err(error) => return Err(failed(error)),
+                        }
+                    }
+                    rows
+                }
+            };
+            Ok(rows.into_iter().filter_map(read_row).collect())
+        })
+    }
+
+    fn container(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Row>, EngineError>> {
+        let id = id.clone();
+        self.ask(|docker| async move {
+            let filters = filters(&[("id", &[id.as_str()])]);
+            let options = ListContainersOptions { all: true, filters, ..ListContainersOptions::default() };
+            let rows = docker.list_containers(Some(options)).await.map_err(failed)?;
+            Ok(rows.into_iter().filter_map(read_row).find(|row| row.id == id))
+        })
+    }
+
+    fn inspect(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Inspection>, EngineError>> {
+        let id = id.clone();
+        self.ask(|docker| async move {
+            let answer = docker.inspect_container(id.as_str(), None::<InspectContainerOptions>).await;
+            Ok(absent(answer)?.map(|answer| Inspection {
+                hostname: answer.config.and_then(|config| config.hostname).filter(|it| !it.is_empty()),
+                pid: answer
+                    .state
+                    .filter(|state| state.running == Some(true))
+                    .and_then(|state| state.pid)
+                    .and_then(|pid| u32::try_from(pid).ok())
+                    .filter(|pid| *pid > 0),
+            }))
+        })
+    }
+
+    fn image_labels(&self, id: &str) -> BoxFuture<'static, Result<Option<BTreeMap<String, String>>, EngineError>> {
+        let id = id.to_owned();
+        self.ask(|docker| async move {
+            let image = absent(docker.inspect_image(&id).await)?;
+            Ok(image.map(|image| {
+                let labels = image.config.and_then(|config| config.labels).unwrap_or_default();
+                labels.into_iter().collect()
+            }))
+        })
+    }
+
+    fn networks(&self) -> BoxFuture<'static, Result<Vec<NetworkId>, EngineError>> {
+        self.ask(|docker| async move {
+            let networks = docker.list_networks(None).await.map_err(failed)?;
+            let ids = networks.into_iter().filter_map(|network| network.id);
+            Ok(ids.map(|id| NetworkId::from(id.as_str())).collect())
+        })
+    }
+
+    fn network(&self, id: &NetworkId) -> BoxFuture<'static, Result<Option<Network>, EngineError>> {
+        let id = id.clone();
+        self.ask(|docker| async move {
+            let answer = docker.inspect_network(&id.0, None::<InspectNetworkOptions>).await;
+            Ok(absent(answer)?.map(read_network))
+        })
+    }
+}
+
+fn read_event(event: EventMessage) -> Option<Event> {
+    let actor = event.actor?;
+    let subject = actor.id?;
+    let attribute = |name: &str| actor.attributes.as_ref().and_then(|attributes| attributes.get(name));
+    match (event.typ?, event.action?.as_str()) {
+        (EventMessageTypeEnum::CONTAINER, action) => {
+            let id = ContainerId::parse(&subject)?;
+            Some(match action {
+                "start" | "init" => Event::Started(id),
+                "die" => Event::Died(id),
+                "destroy" | "remove" => Event::Removed(id),
+                _ => Event::Defined(id),
+            })
+        }
+        (EventMessageTypeEnum::NETWORK, action) => {
+            let network = NetworkId::from(subject.as_str());
+            match action {
+                "connect" => Some(Event::Connected(network, attribute("container").and_then(|id| ContainerId::parse(id)))),
+                "disconnect" | "destroy" | "remove" => Some(Event::Disconnected(network)),
+                "create" => Some(Event::Connected(network, None)),
+                _ => None,
+            }
+        }
+        _ => None,
+    }
+}
+
+fn read_row(row: ContainerSummary) -> Option<Row> {
+    let id = ContainerId::parse(row.id.as_deref()?)?;
+    let name = row.names.and_then(|names| names.into_iter().map(|name| name.trim_start_matches('/').to_owned()).min_by_key(String::len));
+    let mode = row.host_config.and_then(|config| config.network_mode);
+    Some(Row {
+        name: name.unwrap_or_else(|| id.short().to_owned()),
+        labels: row.labels.unwrap_or_default().into_iter().collect(),
+        image: row.image.unwrap_or_default(),
+        image_id: row.image_id.unwrap_or_default(),
+        network_mode: mode.as_deref().map(NetworkMode::parse).unwrap_or_default(),
+        running: matches!(
+            row.state,
+            Some(ContainerSummaryStateEnum::RUNNING | ContainerSummaryStateEnum::PAUSED)
+        ),
+        id,
+    })
+}
+
+fn read_network(network: NetworkInspect) -> Network {
+    let name = network.name.unwrap_or_default();
+    let internal = network.internal.unwrap_or(false);
+    let subnets = network.ipam.and_then(|ipam| ipam.config).unwrap_or_default();
+    let subnets = subnets.into_iter().filter_map(|config| read_cidr(config.subnet.as_deref()?)).collect();
+    let endpoints = network.containers.unwrap_or_default().into_iter().filter_map(|(id, endpoint)| {
+        // Not everything on a network is a container: `ingress-sbox` of swarm is not.
+        let id = ContainerId::parse(&id)?;
+        let cidr = |text: Option<String>| text.as_deref().and_then(read_cidr);
+        let endpoint = Endpoint {
+            network: name.clone(),
+            mac: endpoint.mac_address.unwrap_or_default(),
+            ipv4: cidr(endpoint.ipv4_address).and_then(|(address, prefix)| match address {
+                IpAddr::V4(address) => Some((address, prefix)),
+                IpAddr::V6(_) => None,
+            }),
+            ipv6: cidr(endpoint.ipv6_address).and_then(|(address, prefix)| match address {
+                IpAddr::V6(address) => Some((address, prefix)),
+                IpAddr::V4(_) => None,
+            }),
+            internal,
+        };
+        Some((id, endpoint))
+    });
+    Network { subnets, endpoints: endpoints.collect() }
+}
+
+fn read_cidr(text: &str) -> Option<(IpAddr, u8)> {
+    let (address, prefix) = text.split_once('/')?;
+    Some((address.parse().ok()?, prefix.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(json: &str) -> Option<Event> {
+        read_event(serde_json::from_str(json).unwrap())
+    }
+
+    #[test]
+    fn events_say_where_to_look() {
+        let id = "ab".repeat(32);
+        let container = ContainerId::parse(&id).unwrap();
+        let of = |action: &str| {
+            event(&format!(r#"{{"Type":"container","Action":"{action}","Actor":{{"ID":"{id}","Attributes":{{"exitCode":"x"}}}}}}"#))
+        };
+        assert_eq!(of("create"), Some(Event::Defined(container.clone())));
+        assert_eq!(of("start"), Some(Event::Started(container.clone())));
+        assert_eq!(of("die"), Some(Event::Died(container.clone())));
+        assert_eq!(of("destroy"), Some(Event::Removed(container.clone())));
+        let connect = format!(
+            r#"{{"Type":"network","Action":"connect","Actor":{{"ID":"n1","Attributes":{{"container":"{id}","name":"bridge"}}}}}}"#
+        );
+        assert_eq!(event(&connect), Some(Event::Connected("n1".into(), Some(container))));
+        assert_eq!(event(r#"{"Type":"container","Action":"start","Actor":{"ID":"short"}}"#), None);
+        assert_eq!(event(r#"{"Type":"image","Action":"pull","Actor":{"ID":"x"}}"#), None);
+    }
+
+    #[test]
+    fn a_network_with_what_is_not_a_container() {
+        let id = "ab".repeat(32);
+        let json = format!(
+            r#"{{"Name":"bridge","Internal":true,"IPAM":{{"Config":[{{"Subnet":"172.17.0.0/16"}}]}},"Containers":{{
+              "{id}":{{"Name":"web","MacAddress":"02:42:ac:11:00:02","IPv4Address":"172.17.0.2/16","IPv6Address":""}},
+              "ingress-sbox":{{"IPv4Address":"172.17.0.9/16"}}}}}}"#
+        );
+        let network = read_network(serde_json::from_str(&json).unwrap());
+        assert_eq!(network.subnets, [("172.17.0.0".parse().unwrap(), 16)]);
+        assert_eq!(network.endpoints.len(), 1);
+        let endpoint = network.endpoints.values().next().unwrap();
+        assert_eq!(endpoint.ipv4, Some(([172, 17, 0, 2].into(), 16)));
+        assert_eq!(endpoint.ipv6, None);
+        assert!(endpoint.internal);
+    }
+}

@@ -1,0 +1,150 @@
+//! What is known of all containers, for many readers; the watcher is the one writer.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use dashmap::DashMap;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::{ContainerId, Record};
+
+/// How it stands with the engine.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum EngineState {
+    /// Not reached yet, or lost; with the reason. Known containers are served on: the kernel says whether they live.
+    Away(String),
+    /// Reached, and being asked who runs here.
+    Synchronising,
+    /// Everything that it knew is in the index, and events follow.
+    Synchronised,
+}
+
+/// A caller whose address leads to no living container. Whoever asks waits for the engine to be asked once more.
+#[derive(Debug)]
+pub struct Miss {
+    /// The address.
+    pub address: IpAddr,
+    /// Answered when the engine knows nothing more of the address than the index; dropped when it is not to be had.
+    pub looked: oneshot::Sender<()>,
+}
+
+/// All containers, by id and by address.
+pub struct Index {
+    records: DashMap<ContainerId, Arc<Record>>,
+    /// Few ids an address: two at once are possible (networks of the same subnet, an address that moves).
+    by_address: DashMap<IpAddr, Vec<ContainerId>>,
+    version: watch::Sender<u64>,
+    engine: ArcSwap<EngineState>,
+    misses: mpsc::Sender<Miss>,
+}
+
+/// Misses that wait for the watcher. More than there are connections before proof cannot come.
+const MISSES: usize = 512;
+
+impl Index {
+    /// An empty index, and where its misses arrive.
+    pub fn new() -> (Arc<Self>, mpsc::Receiver<Miss>) {
+        let (misses, receiver) = mpsc::channel(MISSES);
+        let index = Self {
+            records: DashMap::new(),
+            by_address: DashMap::new(),
+            version: watch::Sender::new(0),
+            engine: ArcSwap::from_pointee(EngineState::Away("not asked yet".to_owned())),
+            misses,
+        };
+        (Arc::new(index), receiver)
+    }
+
+    /// One container.
+    pub fn get(&self, id: &ContainerId) -> Option<Arc<Record>> {
+        self.records.get(id).map(|record| record.clone())
+    }
+
+    /// All containers, by name.
+    pub fn all(&self) -> Vec<Arc<Record>> {
+        let mut all: Vec<_> = self.records.iter().map(|record| record.value().clone()).collect();
+        all.sort_by(|a, b| (&a.definition.name, &a.definition.id).cmp(&(&b.definition.name, &b.definition.id)));
+        all
+    }
+
+    /// Who may be at `address`: candidates, never a proof.
+    pub fn at(&self, address: IpAddr) -> Vec<Arc<Record>> {
+        let ids = self.by_address.get(&address).map(|ids| ids.clone()).unwrap_or_default();
+        ids.iter().filter_map(|id| self.get(id)).collect()
+    }
+
+    /// How it stands with the engine.
+    pub fn engine(&self) -> Arc<EngineState> {
+        self.engine.load_full()
+    }
+
+    /// Wakes whenever anything in the index has changed.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.version.subscribe()
+    }
+
+    /// Asks the watcher to ask the engine about `address`. Completes when that has been done, or cannot be.
+    pub async fn look_again(&self, address: IpAddr) {
+        let (looked, answer) = oneshot::channel();
+        if self.misses.send(Miss { address, looked }).await.is_ok() {
+            // A dropped sender is an answer, too: nothing more will come.
+            let _ = answer.await;
+        }
+    }
+
+    /// Replaces what is known of one container. For the writer.
+    pub(super) fn put(&self, record: Record) {
+        let id = record.definition.id.clone();
+        let record = Arc::new(record);
+        let old = self.records.insert(id.clone(), record.clone());
+        if let Some(old) = old {
+            for address in old.attachments.addresses() {
+                if !record.attachments.addresses().any(|it| it == address) {
+                    self.unlink(address, &id);
+                }
+            }
+        }
+        for address in record.attachments.addresses() {
+            let mut ids = self.by_address.entry(address).or_default();
+            if !ids.contains(&id) {
+                ids.push(id.clone());
+            }
+        }
+        self.changed();
+    }
+
+    /// Forgets one container. For the writer.
+    pub(super) fn remove(&self, id: &ContainerId) {
+        if let Some((_, old)) = self.records.remove(id) {
+            for address in old.attachments.addresses() {
+                self.unlink(address, id);
+            }
+            self.changed();
+        }
+    }
+
+    /// Notes how it stands with the engine. For the writer.
+    pub(super) fn set_engine(&self, state: EngineState) {
+        self.engine.store(Arc::new(state));
+        self.changed();
+    }
+
+    /// Takes an address from one container, and from nobody else who holds it by now.
+    fn unlink(&self, address: IpAddr, id: &ContainerId) {
+        self.by_address.remove_if_mut(&address, |_, ids| {
+            ids.retain(|other| other != id);
+            ids.is_empty()
+        });
+    }
+
+    fn changed(&self) {
+        self.version.send_modify(|version| *version += 1);
+    }
+
+    /// What every address leads to, for the property tests.
+    #[cfg(test)]
+    pub(super) fn addresses(&self) -> std::collections::BTreeMap<IpAddr, std::collections::BTreeSet<ContainerId>> {
+        self.by_address.iter().map(|entry| (*entry.key(), entry.value().iter().cloned().collect())).collect()
+    }
+}

@@ -1,0 +1,273 @@
+//! Labels → [`ContainerSpec`], or what is wrong with them.
+//!
+//! Only labels that whoever started the container wrote come here ([`super::Definition::labels`]). A label with our
+//! prefix that is unknown is an error of its container: a typo must not drop a restriction.
+
+use std::collections::BTreeMap;
+
+use crate::config::{HttpEndpoint, HttpTokens, Nearest, Settings, is_region};
+
+/// What a container's labels ask for. `None`: the label is not there.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct ContainerSpec {
+    /// Whether there is any label with our prefix at all.
+    pub labelled: bool,
+    /// `imds.role`, as typed.
+    pub role: Option<String>,
+    /// `imds.http-endpoint`
+    pub http_endpoint: Option<bool>,
+    /// `imds.http-tokens`
+    pub http_tokens: Option<HttpTokens>,
+    /// `imds.region`
+    pub region: Option<String>,
+    /// `imds.availability-zone`
+    pub availability_zone: Option<String>,
+    /// `imds.instance-type`
+    pub instance_type: Option<String>,
+    /// `imds.instance-id`
+    pub instance_id: Option<String>,
+    /// `imds.ami-id`
+    pub ami_id: Option<String>,
+}
+
+/// What is wrong with one label.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum LabelError {
+    /// A label with our prefix that does not exist.
+    #[error("unknown label {label}{nearest}")]
+    Unknown {
+        /// The label.
+        label: String,
+        /// The nearest name.
+        nearest: Nearest,
+    },
+    /// A label whose value it does not take.
+    #[error("label {label}={value:?}: expected {expected}")]
+    BadValue {
+        /// The label.
+        label: String,
+        /// Its value.
+        value: String,
+        /// What it takes.
+        expected: String,
+    },
+    /// A label that would make an option laxer than the configuration.
+    #[error("label {label}={value:?} is laxer than the configuration's; [imds] labels_may_lower = true allows it")]
+    Lowers {
+        /// The label.
+        label: String,
+        /// Its value.
+        value: String,
+    },
+}
+
+/// One label: its name after the prefix and the dot.
+struct Label {
+    name: &'static str,
+    expected: &'static str,
+    read: fn(&mut ContainerSpec, &str) -> Option<()>,
+}
+
+/// Every label that this version knows.
+const LABELS: &[Label] = &[
+    Label {
+        name: "role",
+        expected: "a role ARN, name, name@account or alias",
+        read: |spec, value| (!value.is_empty()).then(|| spec.role = Some(value.to_owned())),
+    },
+    Label {
+        name: "http-endpoint",
+        expected: "enabled or disabled",
+        read: |spec, value| choose(value, &[("enabled", true), ("disabled", false)], &mut spec.http_endpoint),
+    },
+    Label {
+        name: "http-tokens",
+        expected: "optional or required",
+        read: |spec, value| {
+            let choices = [("optional", HttpTokens::Optional), ("required", HttpTokens::Required)];
+            choose(value, &choices, &mut spec.http_tokens)
+        },
+    },
+    Label {
+        name: "region",
+        expected: "an AWS region such as eu-west-1",
+        read: |spec, value| is_region(value).then(|| spec.region = Some(value.to_owned())),
+    },
+    Label {
+        name: "availability-zone",
+        expected: "a region and one letter, such as eu-west-1a",
+        read: |spec, value| is_zone(value).then(|| spec.availability_zone = Some(value.to_owned())),
+    },
+    Label {
+        name: "instance-type",
+        expected: "an instance type such as t3.micro",
+        read: |spec, value| {
+            let fits = |part: &str| {
+                !part.is_empty() && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+            };
+            let fits = value.split_once('.').is_some_and(|(family, size)| fits(family) && fits(size));
+            fits.then(|| spec.instance_type = Some(value.to_owned()))
+        },
+    },
+    Label {
+        name: "instance-id",
+        expected: "i- and 8 or 17 hexadecimal digits",
+        read: |spec, value| is_id("i-", value).then(|| spec.instance_id = Some(value.to_owned())),
+    },
+    Label {
+        name: "ami-id",
+        expected: "ami- and 8 or 17 hexadecimal digits",
+        read: |spec, value| is_id("ami-", value).then(|| spec.ami_id = Some(value.to_owned())),
+    },
+];
+
+fn choose<T: Copy>(value: &str, choices: &[(&str, T)], into: &mut Option<T>) -> Option<()> {
+    *into = Some(choices.iter().find(|(name, _)| *name == value)?.1);
+    Some(())
+}
+
+/// Whether `text` is a region and one letter.
+pub fn is_zone(text: &str) -> bool {
+    text.ends_with(|c: char| c.is_ascii_lowercase()) && is_region(&text[..text.len() - 1])
+}
+
+fn is_id(prefix: &str, text: &str) -> bool {
+    text.strip_prefix(prefix).is_some_and(|digits| {
+        matches!(digits.len(), 8 | 17) && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+    })
+}
+
+/// Reads a container's own labels.
+///
+/// # Errors
+/// Everything that is wrong, not only the first, so that a compose file is mended once. What could be read comes along:
+/// a container with a bad label still lives, without credentials.
+pub fn read(labels: &BTreeMap<String, String>, settings: &Settings) -> (ContainerSpec, Vec<LabelError>) {
+    let mut spec = ContainerSpec::default();
+    let mut errors = Vec::new();
+    let prefix = format!("{}.", settings.label_prefix);
+    for (label, value) in labels {
+        let Some(name) = label.strip_prefix(&prefix) else { continue };
+        spec.labelled = true;
+        match LABELS.iter().find(|known| known.name == name) {
+            Some(known) => {
+                if (known.read)(&mut spec, value).is_none() {
+                    errors.push(LabelError::BadValue {
+                        label: label.clone(),
+                        value: value.clone(),
+                        expected: known.expected.to_owned(),
+                    });
+                }
+            }
+            None if settings.unknown_labels_are_errors => {
+                let mut nearest = Nearest::among(name, LABELS.iter().map(|known| known.name));
+                nearest.0 = nearest.0.map(|name| format!("{prefix}{name}"));
+                errors.push(LabelError::Unknown { label: label.clone(), nearest });
+            }
+            None => {}
+        }
+    }
+    let lowers = [
+        (
+            "http-tokens",
+            "optional",
+            settings.http_tokens == HttpTokens::Required && spec.http_tokens == Some(HttpTokens::Optional),
+        ),
+        (
+            "http-endpoint",
+            "enabled",
+            settings.http_endpoint == HttpEndpoint::Disabled && spec.http_endpoint == Some(true),
+        ),
+    ];
+    for (name, value, _) in lowers.into_iter().filter(|(.., lowers)| *lowers && !settings.labels_may_lower) {
+        errors.push(LabelError::Lowers { label: format!("{prefix}{name}"), value: value.to_owned() });
+    }
+    (spec, errors)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+    }
+
+    #[test]
+    fn what_is_there_is_read_and_the_rest_is_not_ours() {
+        let (spec, errors) = read(
+            &labels(&[
+                ("imds.role", "web"),
+                ("imds.http-tokens", "required"),
+                ("imds.region", "eu-west-1"),
+                ("imds.availability-zone", "eu-west-1b"),
+                ("imds.instance-id", "i-0123456789abcdef0"),
+                ("imdsx.role", "other"),
+                ("com.docker.compose.project", "shop"),
+            ]),
+            &Settings::default(),
+        );
+        assert_eq!(errors, []);
+        assert!(spec.labelled);
+        assert_eq!(spec.role.as_deref(), Some("web"));
+        assert_eq!(spec.http_tokens, Some(HttpTokens::Required));
+        assert_eq!(spec.availability_zone.as_deref(), Some("eu-west-1b"));
+        let (spec, errors) = read(&labels(&[("com.docker.compose.project", "shop")]), &Settings::default());
+        assert_eq!((spec, errors), (ContainerSpec::default(), Vec::new()));
+    }
+
+    #[test]
+    fn every_mistake_has_its_message() {
+        let required = Settings { http_tokens: HttpTokens::Required, ..Settings::default() };
+        for (settings, label, value, message) in [
+            (Settings::default(), "imds.rol", "x", "unknown label imds.rol; did you mean imds.role?"),
+            (Settings::default(), "imds.zzz", "x", "unknown label imds.zzz"),
+            (
+                Settings::default(),
+                "imds.http-token",
+                "required",
+                "unknown label imds.http-token; did you mean imds.http-tokens?",
+            ),
+            (
+                Settings::default(),
+                "imds.http-tokens",
+                "yes",
+                "label imds.http-tokens=\"yes\": expected optional or required",
+            ),
+            (
+                Settings::default(),
+                "imds.role",
+                "",
+                "label imds.role=\"\": expected a role ARN, name, name@account or alias",
+            ),
+            (
+                Settings::default(),
+                "imds.region",
+                "Mars",
+                "label imds.region=\"Mars\": expected an AWS region such as eu-west-1",
+            ),
+            (
+                Settings::default(),
+                "imds.ami-id",
+                "ami-XYZ",
+                "label imds.ami-id=\"ami-XYZ\": expected ami- and 8 or 17 hexadecimal digits",
+            ),
+            (
+                required,
+                "imds.http-tokens",
+                "optional",
+                "label imds.http-tokens=\"optional\" is laxer than the configuration's; [imds] labels_may_lower = true allows it",
+            ),
+        ] {
+            let (spec, errors) = read(&labels(&[(label, value)]), &settings);
+            assert!(spec.labelled);
+            assert_eq!(errors.iter().map(ToString::to_string).collect::<Vec<_>>(), [message]);
+        }
+    }
+
+    #[test]
+    fn unknown_labels_can_be_let_pass() {
+        let settings = Settings { unknown_labels_are_errors: false, ..Settings::default() };
+        assert_eq!(read(&labels(&[("imds.future", "x")]), &settings).1, []);
+    }
+}

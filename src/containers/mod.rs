@@ -1,0 +1,305 @@
+//! Who runs here: the containers of this host, as nouns.
+//!
+//! Nothing in this file does I/O, reads a clock or holds a lock. [`watcher`] is the one writer, [`index`] is what
+//! everybody reads.
+
+pub mod docker;
+pub mod index;
+pub mod labels;
+pub mod watcher;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::future::Future;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::SystemTime;
+
+use arc_swap::ArcSwap;
+
+use crate::instance::Instance;
+
+/// A container's id: 64 lower-case hexadecimal digits, given by the engine.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ContainerId(Arc<str>);
+
+impl ContainerId {
+    /// Number of hexadecimal digits of an id (moby `stringid`: 32 random bytes).
+    pub const DIGITS: usize = 64;
+
+    /// Reads an id; `None` where the text is not one.
+    pub fn parse(text: &str) -> Option<Self> {
+        let hex = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+        (text.len() == Self::DIGITS && text.bytes().all(hex)).then(|| Self(text.into()))
+    }
+
+    /// All 64 digits.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The first 12 digits, as `docker ps` shows them.
+    pub fn short(&self) -> &str {
+        &self.0[..12]
+    }
+}
+
+impl fmt::Display for ContainerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.short())
+    }
+}
+
+impl fmt::Debug for ContainerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.short())
+    }
+}
+
+/// A network's id or, on Podman, its name.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct NetworkId(pub Arc<str>);
+
+impl From<&str> for NetworkId {
+    fn from(text: &str) -> Self {
+        Self(text.into())
+    }
+}
+
+/// Whose network namespace a container is in.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub enum NetworkMode {
+    /// One of its own.
+    #[default]
+    Own,
+    /// The host's.
+    Host,
+    /// Another container's.
+    Container(ContainerId),
+}
+
+impl NetworkMode {
+    /// Reads `HostConfig.NetworkMode`.
+    pub fn parse(text: &str) -> Self {
+        match text.split_once(':') {
+            Some(("container", id)) => ContainerId::parse(id).map_or(Self::Own, Self::Container),
+            _ if text == "host" => Self::Host,
+            _ => Self::Own,
+        }
+    }
+}
+
+/// What the engine says of a container before and besides its running: who wrote it is whoever started it, except for
+/// what came with the image.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Definition {
+    /// Its id.
+    pub id: ContainerId,
+    /// Its name, without the leading slash.
+    pub name: String,
+    /// Its labels that are **not** the image's: absent from, or different in, the image's configuration.
+    pub labels: BTreeMap<String, String>,
+    /// Labels with our prefix that were left out because they are the image's.
+    pub image_labels: Vec<String>,
+    /// The image as the engine names it.
+    pub image: String,
+    /// The image's id (`sha256:…`).
+    pub image_id: String,
+    /// Whose network namespace.
+    pub network_mode: NetworkMode,
+    /// Its hostname; the first 12 digits of the id until the engine has said otherwise.
+    pub hostname: String,
+}
+
+impl Definition {
+    /// The compose project that the container belongs to (label of compose; written by whoever started the container).
+    pub fn project(&self) -> Option<&str> {
+        self.labels.get("com.docker.compose.project").map(String::as_str)
+    }
+
+    /// The compose service that the container belongs to.
+    pub fn service(&self) -> Option<&str> {
+        self.labels.get("com.docker.compose.service").map(String::as_str)
+    }
+}
+
+/// One end of a container on one network.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Endpoint {
+    /// The network's name.
+    pub network: String,
+    /// MAC address as the engine writes it.
+    pub mac: String,
+    /// IPv4 address and the length of its subnet's prefix.
+    pub ipv4: Option<(Ipv4Addr, u8)>,
+    /// IPv6 address and the length of its subnet's prefix.
+    pub ipv6: Option<(Ipv6Addr, u8)>,
+    /// The network has no way out (`--internal`).
+    pub internal: bool,
+}
+
+impl Endpoint {
+    /// The addresses of this endpoint.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        let v4 = self.ipv4.map(|(address, _)| IpAddr::V4(address));
+        let v6 = self.ipv6.map(|(address, _)| IpAddr::V6(address));
+        v4.into_iter().chain(v6)
+    }
+}
+
+/// All networks of a container, by id.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Attachments(pub BTreeMap<NetworkId, Endpoint>);
+
+impl Attachments {
+    /// All addresses on all networks.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.0.values().flat_map(Endpoint::addresses)
+    }
+
+    /// The endpoint that EC2 would call device 0: that of the default route. Engines before 28 give it to the network
+    /// whose name sorts first; internal networks have none.
+    pub fn primary(&self) -> Option<&Endpoint> {
+        self.0
+            .values()
+            .filter(|endpoint| endpoint.ipv4.is_some())
+            .min_by_key(|endpoint| (endpoint.internal, &endpoint.network))
+            .or_else(|| self.0.values().next())
+    }
+}
+
+/// The kernel's id of a cgroup directory: its inode number on the cgroup v2 hierarchy. The kernel gives a new one to
+/// every directory that it makes, so it also tells one run of a container from the next.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct CgroupId(pub u64);
+
+/// What the kernel says of one TCP socket.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SocketEvidence {
+    /// TCP state as in `include/net/tcp_states.h`; 1 is ESTABLISHED.
+    pub state: u8,
+    /// The cgroup of the process that created the socket.
+    pub cgroup: CgroupId,
+}
+
+/// What the kernel holds of one life: asked, never believed from anybody else. Implemented by [`crate::caller`] on the
+/// real kernel and by tests on a script.
+pub trait Witness: Send + Sync + 'static {
+    /// Whether the container's first process still runs. Cheap: it is asked on every request.
+    fn alive(&self) -> bool;
+
+    /// Completes when the first process has ended.
+    fn ended(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
+
+    /// The socket in the container's network namespace whose connection is exactly `client` → `server`, addresses as
+    /// the client sees them. `Ok(None)`: there is none.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    fn socket(&self, client: SocketAddr, server: SocketAddr) -> std::io::Result<Option<SocketEvidence>>;
+
+    /// Whether `cgroup` is the container's or lies below it.
+    fn holds(&self, cgroup: CgroupId) -> bool;
+}
+
+/// One run of one container, from the start of its first process to its end. Connections, tokens and the instance
+/// belong to a life, never to an address or a name.
+pub struct Life {
+    /// Whose life it is.
+    pub container: ContainerId,
+    /// The kernel's id of it.
+    pub cgroup: CgroupId,
+    /// The container's first process, as this host numbers it.
+    pub pid: u32,
+    /// When the first process started.
+    pub started: SystemTime,
+    /// The kernel's side of it.
+    pub witness: Box<dyn Witness>,
+    /// What this container is to see; replaced whole on any change.
+    pub instance: ArcSwap<Instance>,
+    /// Connections open now.
+    pub connections: AtomicU32,
+    /// What was last asked, for `status`.
+    pub last: LastRequest,
+}
+
+impl Life {
+    /// Whether it still is: asked of the kernel.
+    pub fn alive(&self) -> bool {
+        self.witness.alive()
+    }
+}
+
+impl fmt::Debug for Life {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Life")
+            .field("container", &self.container)
+            .field("cgroup", &self.cgroup)
+            .field("pid", &self.pid)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The last request of a life: time and status, without a lock.
+#[derive(Debug, Default)]
+pub struct LastRequest {
+    /// Seconds since 1970; 0 = none yet.
+    at: AtomicU64,
+    status: AtomicU32,
+}
+
+impl LastRequest {
+    /// Notes a request answered at `at` (seconds since 1970) with `status`.
+    pub fn note(&self, at: u64, status: u16) {
+        self.at.store(at, Ordering::Relaxed);
+        self.status.store(u32::from(status), Ordering::Relaxed);
+    }
+
+    /// Seconds since 1970 and status of the last request, if there was one.
+    pub fn get(&self) -> Option<(u64, u16)> {
+        let at = self.at.load(Ordering::Relaxed);
+        let status = u16::try_from(self.status.load(Ordering::Relaxed)).unwrap_or(0);
+        (at != 0).then_some((at, status))
+    }
+}
+
+/// All that is known of one container at one moment. Readers get it whole; the watcher replaces it whole.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// What the engine says of it.
+    pub definition: Definition,
+    /// Its networks.
+    pub attachments: Attachments,
+    /// Its present run, if the kernel knows of one.
+    pub life: Option<Arc<Life>>,
+    /// Why there is no life although the engine says that it runs.
+    pub no_life: Option<String>,
+    /// What it is to see.
+    pub instance: Arc<Instance>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_is_64_lower_case_hex_digits() {
+        assert!(ContainerId::parse(&"0123456789abcdef".repeat(4)).is_some());
+        for bad in ["", "abc", &"A".repeat(64), &"g".repeat(64), &"a".repeat(63), &"a".repeat(65)] {
+            assert!(ContainerId::parse(bad).is_none(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn network_modes() {
+        let id = "ab".repeat(32);
+        assert_eq!(NetworkMode::parse("default"), NetworkMode::Own);
+        assert_eq!(NetworkMode::parse("host"), NetworkMode::Host);
+        assert_eq!(
+            NetworkMode::parse(&format!("container:{id}")),
+            NetworkMode::Container(ContainerId::parse(&id).unwrap())
+        );
+    }
+}

@@ -1,0 +1,870 @@
+//! Engine events → [`Index`].
+//!
+//! One task, the one writer. Events are hints: they say *what to look at*, never what is so. The engine proposes names,
+//! labels and addresses; the kernel alone begins and ends lives. After every loss of the engine everything is asked again
+//! and what the answer does not hold is forgotten.
+//!
+//! Per subject (a container, a network …) at most one look-up is in flight, and one that was overtaken by an event is
+//! made again: no answer can be older than the last event for long.
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use futures_util::future::BoxFuture;
+use futures_util::stream::{BoxStream, FuturesUnordered, StreamExt as _};
+use futures_util::{FutureExt as _, future};
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tracing::{debug, info, warn};
+
+use super::index::{EngineState, Index, Miss};
+use super::{
+    Attachments, CgroupId, ContainerId, Definition, Endpoint, LastRequest, Life, NetworkId, NetworkMode, Record, Witness,
+};
+use crate::clock::Clock;
+use crate::credentials::RoleSession;
+use crate::instance::Instance;
+
+/// What an engine can be asked. Implemented by [`super::docker`] and by a script in tests.
+pub trait ContainerEngine: Send + Sync + 'static {
+    /// Connects, and streams events from now on. A stream that ends means that the engine was lost.
+    fn subscribe(&self) -> BoxFuture<'static, Result<BoxStream<'static, Event>, EngineError>>;
+    /// All containers, whatever their state.
+    fn containers(&self) -> BoxFuture<'static, Result<Vec<Row>, EngineError>>;
+    /// One container, by its row of the list: does not block while it starts.
+    fn container(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Row>, EngineError>>;
+    /// What only an inspect tells; blocks while the container starts, so nothing waits for it.
+    fn inspect(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Inspection>, EngineError>>;
+    /// The labels that an image brings. `None`: it cannot be read any more.
+    fn image_labels(&self, id: &str) -> BoxFuture<'static, Result<Option<BTreeMap<String, String>>, EngineError>>;
+    /// All networks.
+    fn networks(&self) -> BoxFuture<'static, Result<Vec<NetworkId>, EngineError>>;
+    /// One network and who is on it.
+    fn network(&self, id: &NetworkId) -> BoxFuture<'static, Result<Option<Network>, EngineError>>;
+}
+
+/// Why the engine did not answer.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct EngineError(pub String);
+
+/// Something happened: look there.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Event {
+    /// A container was created, renamed or changed.
+    Defined(ContainerId),
+    /// A container started.
+    Started(ContainerId),
+    /// A container ended, the engine says.
+    Died(ContainerId),
+    /// A container was removed.
+    Removed(ContainerId),
+    /// A container came to a network.
+    Connected(NetworkId, Option<ContainerId>),
+    /// A container left a network, or the network itself is gone.
+    Disconnected(NetworkId),
+}
+
+/// A container in the engine's list.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Row {
+    /// Id.
+    pub id: ContainerId,
+    /// Name, without the slash.
+    pub name: String,
+    /// All labels, the image's among them.
+    pub labels: BTreeMap<String, String>,
+    /// Image as named.
+    pub image: String,
+    /// Image id.
+    pub image_id: String,
+    /// Whose network namespace.
+    pub network_mode: NetworkMode,
+    /// Whether it runs.
+    pub running: bool,
+}
+
+impl Row {
+    /// The definition that follows from a row and the labels that its image brings (`None`: unreadable, so any of them
+    /// may be the image's). `image_counts`: those count, too. `prefix`: ours, with the dot.
+    pub fn define(self, image: Option<BTreeMap<String, String>>, image_counts: bool, prefix: &str) -> Definition {
+        let (labels, brought) = match image {
+            _ if image_counts => (self.labels, BTreeMap::new()),
+            Some(image) => self.labels.into_iter().partition(|(key, value)| image.get(key) != Some(value)),
+            None => (BTreeMap::new(), self.labels),
+        };
+        Definition {
+            name: self.name,
+            labels,
+            image_labels: brought.into_keys().filter(|key| key.starts_with(prefix)).collect(),
+            image: self.image,
+            image_id: self.image_id,
+            network_mode: self.network_mode,
+            hostname: self.id.short().to_owned(),
+            id: self.id,
+        }
+    }
+}
+
+/// What an inspect tells.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Inspection {
+    /// Hostname.
+    pub hostname: Option<String>,
+    /// First process.
+    pub pid: Option<u32>,
+}
+
+/// A network.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Network {
+    /// Its subnets: address and length of the prefix.
+    pub subnets: Vec<(IpAddr, u8)>,
+    /// Who is on it.
+    pub endpoints: BTreeMap<ContainerId, Endpoint>,
+}
+
+/// The kernel's side of a container. Implemented by [`crate::caller`]; called on threads that may block.
+pub trait Kernel: Send + Sync + 'static {
+    /// Finds the container's first process and opens what proves its connections. `pid`: what the engine says it is.
+    ///
+    /// # Errors
+    /// Why it is not there, or not yet; the text is shown in `status`.
+    fn birth(&self, id: &ContainerId, pid: Option<u32>) -> Result<Birth, String>;
+}
+
+/// A life, as the kernel found it.
+pub struct Birth {
+    /// The container's cgroup.
+    pub cgroup: CgroupId,
+    /// Its first process.
+    pub pid: u32,
+    /// When that started.
+    pub started: SystemTime,
+    /// The kernel's side.
+    pub witness: Box<dyn Witness>,
+}
+
+/// What the rest of the daemon makes of a container.
+pub trait Instances: Send + Sync + 'static {
+    /// [`crate::instance::resolve`] with the settings in force.
+    fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance;
+    /// Has credentials kept fresh until the hold is dropped.
+    fn hold(&self, session: &RoleSession) -> Box<dyn Hold>;
+    /// Whether what an image brought counts, too.
+    fn image_labels_count(&self) -> bool;
+    /// What our labels start with, with the dot.
+    fn label_prefix(&self) -> String;
+}
+
+/// A wish for credentials to be kept.
+pub trait Hold: Send {
+    /// What for.
+    fn session(&self) -> &RoleSession;
+    /// The container has run: its credentials are kept longer after it.
+    fn started(&mut self);
+}
+
+/// Look-ups in flight at once.
+const FLIGHTS: usize = 16;
+/// The longest pause before the engine is tried again.
+const RECONNECT: Duration = Duration::from_millis(250);
+/// How often the kernel is asked for a container that must be starting now: its first process is there at least 135 ms
+/// before its first request.
+const BIRTH_TICK: Duration = Duration::from_millis(5);
+/// The same for one that the engine says has run for a while and whose process is not found.
+const BIRTH_SLOW_TICK: Duration = Duration::from_millis(500);
+/// How long it is asked quickly.
+const BIRTH_QUICK: Duration = Duration::from_secs(5);
+/// How long it is asked at all when the engine does not say that it runs.
+const BIRTH_GIVEN_UP: Duration = Duration::from_secs(60);
+/// A look-up that failed is made again after this, so many times; a resync makes it again in any case.
+const RETRY: Duration = Duration::from_millis(100);
+const RETRIES: u32 = 10;
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+enum Subject {
+    Rows,
+    Networks,
+    Container(ContainerId),
+    Inspect(ContainerId),
+    Network(NetworkId),
+}
+
+/// A row with the labels that its image brings (`None`: unreadable).
+type ReadRow = (Row, Option<BTreeMap<String, String>>);
+
+enum Found {
+    Rows(Vec<ReadRow>),
+    Networks(Vec<NetworkId>),
+    Container(Option<Box<ReadRow>>),
+    Inspect(Option<Inspection>),
+    Network(Option<Network>),
+}
+
+type Answer = (Subject, Result<Found, EngineError>);
+type Images = Arc<dashmap::DashMap<String, BTreeMap<String, String>>>;
+
+/// What the writer knows of a container.
+struct Known {
+    definition: Option<Definition>,
+    running: bool,
+    attachments: Attachments,
+    hostname: Option<String>,
+    pid: Option<u32>,
+    birth: Option<Birth>,
+    life: Option<Arc<Life>>,
+    no_life: Option<String>,
+    hold: Option<Box<dyn Hold>>,
+    seen: SystemTime,
+}
+
+/// What the writer knows of a network.
+#[derive(Default)]
+struct KnownNetwork {
+    subnets: Vec<(IpAddr, u8)>,
+    members: HashSet<ContainerId>,
+}
+
+impl KnownNetwork {
+    fn may_hold(&self, address: IpAddr) -> bool {
+        self.subnets.iter().any(|subnet| within(address, *subnet))
+    }
+}
+
+struct Awaited {
+    since: Instant,
+    next: Instant,
+    asked: bool,
+}
+
+struct Waiter {
+    miss: Miss,
+    /// Look-ups that may still tell something of its address.
+    pending: HashSet<Subject>,
+}
+
+/// The one writer.
+pub struct Watcher {
+    engine: Arc<dyn ContainerEngine>,
+    kernel: Arc<dyn Kernel>,
+    instances: Arc<dyn Instances>,
+    index: Arc<Index>,
+    clock: Clock,
+    misses: mpsc::Receiver<Miss>,
+    /// Wakes when settings or surroundings have changed: every instance is resolved again.
+    changed: watch::Receiver<u64>,
+
+    known: HashMap<ContainerId, Known>,
+    networks: HashMap<NetworkId, KnownNetwork>,
+    images: Images,
+
+    /// In flight; `true`: overtaken by an event, to be made again.
+    flights: HashMap<Subject, bool>,
+    queue: VecDeque<Subject>,
+    queued: HashSet<Subject>,
+    answers: FuturesUnordered<BoxFuture<'static, Answer>>,
+    retries: Vec<(Instant, Subject)>,
+    failures: HashMap<Subject, u32>,
+    /// What is left until the snapshot is whole.
+    synchronising: Option<HashSet<Subject>>,
+
+    awaited: HashMap<ContainerId, Awaited>,
+    births: FuturesUnordered<BoxFuture<'static, (ContainerId, Result<Birth, String>)>>,
+    ends: FuturesUnordered<BoxFuture<'static, (ContainerId, CgroupId)>>,
+    waiters: Vec<Waiter>,
+}
+
+/// What a watcher needs.
+pub struct Ports {
+    /// The engine.
+    pub engine: Arc<dyn ContainerEngine>,
+    /// The kernel.
+    pub kernel: Arc<dyn Kernel>,
+    /// What is made of a container.
+    pub instances: Arc<dyn Instances>,
+    /// Wakes when settings or surroundings have changed.
+    pub changed: watch::Receiver<u64>,
+}
+
+impl Watcher {
+    /// A watcher that fills `index`.
+    pub fn new(ports: Ports, index: Arc<Index>, misses: mpsc::Receiver<Miss>, clock: Clock) -> Self {
+        Self {
+            engine: ports.engine,
+            kernel: ports.kernel,
+            instances: ports.instances,
+            changed: ports.changed,
+            index,
+            clock,
+            misses,
+            known: HashMap::new(),
+            networks: HashMap::new(),
+            images: Images::default(),
+            flights: HashMap::new(),
+            queue: VecDeque::new(),
+            queued: HashSet::new(),
+            answers: FuturesUnordered::new(),
+            retries: Vec::new(),
+            failures: HashMap::new(),
+            synchronising: None,
+            awaited: HashMap::new(),
+            births: FuturesUnordered::new(),
+            ends: FuturesUnordered::new(),
+            waiters: Vec::new(),
+        }
+    }
+
+    /// Watches until the task is dropped.
+    pub async fn run(mut self) {
+        let mut events: BoxStream<'static, Event> = futures_util::stream::pending().boxed();
+        let mut connecting: BoxFuture<'static, Result<BoxStream<'static, Event>, EngineError>> = self.engine.subscribe();
+        let mut connected = false;
+        let mut back_off = Duration::from_millis(10);
+        let mut tick = tokio::time::interval(BIRTH_TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                subscribed = &mut connecting, if !connected => match subscribed {
+                    Ok(stream) => {
+                        events = stream;
+                        (connected, back_off) = (true, Duration::from_millis(10));
+                        self.resync();
+                    }
+                    Err(error) => {
+                        self.lost(&error.to_string());
+                        let (pause, again) = (back_off, self.engine.clone());
+                        back_off = (back_off * 2).min(RECONNECT);
+                        connecting = async move { tokio::time::sleep(pause).await; again.subscribe().await }.boxed();
+                    }
+                },
+                event = events.next(), if connected => match event {
+                    Some(event) => self.event(event),
+                    None => {
+                        self.lost("the stream of events has ended");
+                        connected = false;
+                        let (pause, again) = (back_off, self.engine.clone());
+                        connecting = async move { tokio::time::sleep(pause).await; again.subscribe().await }.boxed();
+                    }
+                },
+                Some((subject, found)) = self.answers.next(), if !self.answers.is_empty() => {
+                    self.answered(subject, found, connected);
+                }
+                Some((id, birth)) = self.births.next(), if !self.births.is_empty() => self.born(id, birth),
+                Some((id, cgroup)) = self.ends.next(), if !self.ends.is_empty() => self.ended(&id, cgroup),
+                Some(miss) = self.misses.recv() => self.missed(miss, connected),
+                Ok(()) = self.changed.changed() => {
+                    let all: Vec<_> = self.known.keys().cloned().collect();
+                    all.iter().for_each(|id| self.publish(id));
+                }
+                _ = tick.tick(), if !self.awaited.is_empty() || !self.retries.is_empty() => self.tick(),
+            }
+        }
+    }
+
+    // ---- the engine
+
+    fn lost(&mut self, why: &str) {
+        if *self.index.engine() != EngineState::Away(why.to_owned()) {
+            warn!(why, "the container engine is away; known containers are served on");
+            self.index.set_engine(EngineState::Away(why.to_owned()));
+        }
+        self.synchronising = None;
+        self.queue.clear();
+        self.queued.clear();
+        self.flights.clear();
+        self.retries.clear();
+        self.answers = FuturesUnordered::new();
+        // Whoever waits may be known before its deadline: the engine may come back. The deadline is the caller's.
+        for waiter in &mut self.waiters {
+            waiter.pending.insert(Subject::Rows);
+        }
+    }
+
+    fn resync(&mut self) {
+        self.index.set_engine(EngineState::Synchronising);
+        self.synchronising = Some([Subject::Rows, Subject::Networks].into());
+        self.failures.clear();
+        self.touch(Subject::Rows);
+        self.touch(Subject::Networks);
+    }
+
+    fn event(&mut self, event: Event) {
+        debug!(?event, "event");
+        match event {
+            Event::Defined(id) => {
+                self.touch(Subject::Container(id.clone()));
+                self.touch(Subject::Inspect(id));
+            }
+            Event::Started(id) => {
+                if let Some(known) = self.known.get_mut(&id) {
+                    known.running = true;
+                } else {
+                    self.touch(Subject::Container(id.clone()));
+                }
+                self.touch(Subject::Inspect(id.clone()));
+                self.expect(id);
+            }
+            Event::Died(id) => {
+                let life = self.known.get(&id).and_then(|known| known.life.clone());
+                if let Some(life) = life.filter(|life| !life.alive()) {
+                    self.ended(&id, life.cgroup);
+                }
+                if let Some(known) = self.known.get_mut(&id) {
+                    known.running = false;
+                }
+            }
+            Event::Removed(id) => self.forget(&id),
+            Event::Connected(network, container) => {
+                self.touch(Subject::Network(network));
+                if let Some(id) = container {
+                    if !self.known.contains_key(&id) {
+                        self.touch(Subject::Container(id.clone()));
+                    }
+                    self.expect(id);
+                }
+            }
+            Event::Disconnected(network) => self.touch(Subject::Network(network)),
+        }
+    }
+
+    /// Something about `subject` may have changed: look it up, again if that is being done.
+    fn touch(&mut self, subject: Subject) {
+        if let Some(again) = self.flights.get_mut(&subject) {
+            *again = true;
+        } else if self.queued.insert(subject.clone()) {
+            self.queue.push_back(subject);
+        }
+        self.fly();
+    }
+
+    fn fly(&mut self) {
+        while self.answers.len() < FLIGHTS {
+            let Some(subject) = self.queue.pop_front() else { return };
+            self.queued.remove(&subject);
+            self.flights.insert(subject.clone(), false);
+            self.answers.push(self.look_up(subject));
+        }
+    }
+
+    fn look_up(&self, subject: Subject) -> BoxFuture<'static, Answer> {
+        let (engine, images) = (self.engine.clone(), self.images.clone());
+        let all = self.instances.image_labels_count();
+        async move {
+            let found = match &subject {
+                Subject::Rows => async {
+                    let rows = engine.containers().await?;
+                    let mut read = Vec::with_capacity(rows.len());
+                    for row in rows {
+                        read.push(with_image(&engine, &images, all, row).await?);
+                    }
+                    Ok(Found::Rows(read))
+                }
+                .await,
+                Subject::Networks => engine.networks().await.map(Found::Networks),
+                Subject::Container(id) => match engine.container(id).await {
+                    Ok(Some(row)) => {
+                        let read = with_image(&engine, &images, all, row).await;
+                        read.map(|read| Found::Container(Some(Box::new(read))))
+                    }
+                    Ok(None) => Ok(Found::Container(None)),
+                    Err(error) => Err(error),
+                },
+                Subject::Inspect(id) => engine.inspect(id).await.map(Found::Inspect),
+                Subject::Network(id) => engine.network(id).await.map(Found::Network),
+            };
+            (subject, found)
+        }
+        .boxed()
+    }
+
+    fn answered(&mut self, subject: Subject, found: Result<Found, EngineError>, connected: bool) {
+        let again = self.flights.remove(&subject).unwrap_or(false);
+        match found {
+            Ok(found) => {
+                self.failures.remove(&subject);
+                self.learn(&subject, found);
+            }
+            Err(error) => {
+                let failures = self.failures.entry(subject.clone()).or_default();
+                *failures += 1;
+                debug!(?subject, %error, failures, "look-up failed");
+                if connected && !again && *failures <= RETRIES {
+                    self.retries.push((self.clock.now() + RETRY, subject));
+                    return self.fly();
+                }
+            }
+        }
+        if again {
+            self.touch(subject);
+        } else {
+            self.finished(&subject);
+        }
+        self.fly();
+    }
+
+    /// A look-up has told what it can.
+    fn finished(&mut self, subject: &Subject) {
+        if let Some(left) = &mut self.synchronising {
+            left.remove(subject);
+            if left.is_empty() {
+                self.synchronising = None;
+                self.index.set_engine(EngineState::Synchronised);
+                info!(containers = self.known.len(), networks = self.networks.len(), "synchronised with the container engine");
+            }
+        }
+        for mut waiter in std::mem::take(&mut self.waiters) {
+            waiter.pending.remove(subject);
+            self.wait(waiter);
+        }
+    }
+
+    fn learn(&mut self, subject: &Subject, found: Found) {
+        match (subject, found) {
+            (Subject::Rows, Found::Rows(rows)) => {
+                let ids: HashSet<_> = rows.iter().map(|(row, _)| row.id.clone()).collect();
+                let gone: Vec<_> = self.known.keys().filter(|id| !ids.contains(*id)).cloned().collect();
+                gone.iter().for_each(|id| self.forget(id));
+                rows.into_iter().for_each(|read| self.define(read));
+            }
+            (Subject::Networks, Found::Networks(networks)) => {
+                let gone: Vec<_> = self.networks.keys().filter(|id| !networks.contains(id)).cloned().collect();
+                gone.iter().for_each(|id| self.attach(id, None));
+                for id in networks {
+                    if let Some(left) = &mut self.synchronising {
+                        left.insert(Subject::Network(id.clone()));
+                    }
+                    self.touch(Subject::Network(id));
+                }
+            }
+            (Subject::Container(_), Found::Container(Some(read))) => self.define(*read),
+            (Subject::Container(id), Found::Container(None)) => self.forget(id),
+            (Subject::Inspect(id), Found::Inspect(Some(inspection))) => {
+                if let Some(known) = self.known.get_mut(id) {
+                    known.pid = inspection.pid;
+                    if inspection.hostname.is_some() && known.hostname != inspection.hostname {
+                        known.hostname = inspection.hostname;
+                        self.publish(id);
+                    }
+                }
+            }
+            (Subject::Network(id), Found::Network(network)) => self.attach(&id.clone(), network),
+            // A container that is gone has no inspection; its row says so.
+            _ => {}
+        }
+    }
+
+    fn define(&mut self, (row, image_labels): ReadRow) {
+        let (id, network_mode, running) = (row.id.clone(), row.network_mode.clone(), row.running);
+        let definition =
+            row.define(image_labels, self.instances.image_labels_count(), &self.instances.label_prefix());
+        let known = self.known(&id);
+        known.running = running;
+        known.definition = Some(definition);
+        known.no_life = elsewhere(&network_mode).map(str::to_owned).or(known.no_life.take());
+        let (unborn, unnamed) = (known.life.is_none() && known.birth.is_none(), known.hostname.is_none());
+        if network_mode != NetworkMode::Own {
+            self.awaited.remove(&id);
+        }
+        self.publish(&id);
+        if unnamed || (running && unborn) {
+            self.touch(Subject::Inspect(id.clone()));
+        }
+        if running && unborn {
+            self.expect(id);
+        }
+    }
+
+    fn known(&mut self, id: &ContainerId) -> &mut Known {
+        let seen = self.clock.wall();
+        self.known.entry(id.clone()).or_insert_with(|| Known {
+            definition: None,
+            running: false,
+            attachments: Attachments::default(),
+            hostname: None,
+            pid: None,
+            birth: None,
+            life: None,
+            no_life: None,
+            hold: None,
+            seen,
+        })
+    }
+
+    /// Replaces who is on a network.
+    fn attach(&mut self, id: &NetworkId, network: Option<Network>) {
+        let Network { subnets, endpoints } = match network {
+            Some(network) => network,
+            None => Network { subnets: Vec::new(), endpoints: BTreeMap::new() },
+        };
+        let members = endpoints.keys().cloned().collect();
+        let before = match endpoints.is_empty() && subnets.is_empty() {
+            true => self.networks.remove(id),
+            false => self.networks.insert(id.clone(), KnownNetwork { subnets, members }),
+        };
+        for container in before.map(|network| network.members).unwrap_or_default() {
+            if !endpoints.contains_key(&container)
+                && let Some(known) = self.known.get_mut(&container)
+            {
+                known.attachments.0.remove(id);
+                self.publish(&container);
+            }
+        }
+        for (container, endpoint) in endpoints {
+            let known = self.known(&container);
+            if known.attachments.0.get(id) == Some(&endpoint) {
+                continue;
+            }
+            known.attachments.0.insert(id.clone(), endpoint);
+            if known.definition.is_none() {
+                self.touch(Subject::Container(container));
+            } else {
+                self.publish(&container);
+            }
+        }
+    }
+
+    fn forget(&mut self, id: &ContainerId) {
+        self.awaited.remove(id);
+        if let Some(known) = self.known.remove(id) {
+            debug!(container = %id, name = known.definition.map(|it| it.name), "forgotten");
+        }
+        self.index.remove(id);
+    }
+
+    // ---- the kernel
+
+    /// A container is about to run: look for its first process until it is there.
+    fn expect(&mut self, id: ContainerId) {
+        if let Some(known) = self.known.get(&id) {
+            let lives = known.life.as_ref().is_some_and(|life| life.alive());
+            let mode = known.definition.as_ref().map(|definition| &definition.network_mode);
+            if lives || mode.is_some_and(|mode| elsewhere(mode).is_some()) {
+                return;
+            }
+        }
+        let now = self.clock.now();
+        let awaited = self.awaited.entry(id).or_insert(Awaited { since: now, next: now, asked: false });
+        (awaited.since, awaited.next) = (now, now);
+        self.tick();
+    }
+
+    fn tick(&mut self) {
+        let now = self.clock.now();
+        let mut due = Vec::new();
+        self.awaited.retain(|id, awaited| {
+            let known = self.known.get(id);
+            let running = known.is_some_and(|known| known.running);
+            if !running && now - awaited.since > BIRTH_GIVEN_UP {
+                return false;
+            }
+            if !awaited.asked && awaited.next <= now {
+                awaited.asked = true;
+                due.push((id.clone(), known.and_then(|known| known.pid)));
+            }
+            true
+        });
+        for (id, pid) in due {
+            let kernel = self.kernel.clone();
+            let ask = tokio::task::spawn_blocking(move || {
+                let birth = kernel.birth(&id, pid);
+                (id, birth)
+            });
+            // A look that panicked or was cancelled never comes back: the runtime is going down then.
+            self.births.push(async move { if let Ok(born) = ask.await { born } else { future::pending().await } }.boxed());
+        }
+        let (due, later) = self.retries.drain(..).partition(|(at, _)| *at <= now);
+        self.retries = later;
+        due.into_iter().for_each(|(_, subject): (Instant, Subject)| self.touch(subject));
+    }
+
+    fn born(&mut self, id: ContainerId, birth: Result<Birth, String>) {
+        let now = self.clock.now();
+        match birth {
+            Ok(birth) => {
+                self.awaited.remove(&id);
+                let known = self.known(&id);
+                known.no_life = None;
+                if known.life.as_ref().is_none_or(|life| life.cgroup != birth.cgroup) {
+                    known.birth = Some(birth);
+                    self.publish(&id);
+                }
+            }
+            Err(why) => {
+                let Some(awaited) = self.awaited.get_mut(&id) else { return };
+                awaited.asked = false;
+                let waited = now - awaited.since;
+                awaited.next = now + if waited < BIRTH_QUICK { BIRTH_TICK } else { BIRTH_SLOW_TICK };
+                // Before that it is only not there yet.
+                if waited >= BIRTH_QUICK
+                    && let Some(known) = self.known.get_mut(&id)
+                    && known.running
+                    && known.no_life.as_ref() != Some(&why)
+                {
+                    warn!(container = %id, why, "runs, but cannot be served");
+                    known.no_life = Some(why);
+                    self.publish(&id);
+                }
+            }
+        }
+    }
+
+    fn ended(&mut self, id: &ContainerId, cgroup: CgroupId) {
+        let Some(known) = self.known.get_mut(id) else { return };
+        if known.life.as_ref().is_some_and(|life| life.cgroup == cgroup) {
+            debug!(container = %id, "ended");
+            known.life = None;
+            self.publish(id);
+        }
+    }
+
+    // ---- readers
+
+    /// Makes what is known of a container visible, once its definition is.
+    fn publish(&mut self, id: &ContainerId) {
+        let Some(known) = self.known.get_mut(id) else { return };
+        let Some(definition) = &mut known.definition else { return };
+        if let Some(hostname) = &known.hostname {
+            definition.hostname.clone_from(hostname);
+        }
+        let started = match (&known.birth, &known.life) {
+            (Some(birth), _) => birth.started,
+            (None, Some(life)) => life.started,
+            (None, None) => known.seen,
+        };
+        let instance = Arc::new(self.instances.resolve(definition, &known.attachments, started));
+        match instance.role.session() {
+            Some(session) if known.hold.as_ref().is_some_and(|hold| hold.session() == &**session) => {}
+            Some(session) => known.hold = Some(self.instances.hold(session)),
+            None => known.hold = None,
+        }
+        if let Some(birth) = known.birth.take() {
+            let life = Arc::new(Life {
+                container: id.clone(),
+                cgroup: birth.cgroup,
+                pid: birth.pid,
+                started: birth.started,
+                witness: birth.witness,
+                instance: arc_swap::ArcSwap::new(instance.clone()),
+                connections: 0.into(),
+                last: LastRequest::default(),
+            });
+            let watched = life.clone();
+            self.ends.push(
+                async move {
+                    watched.witness.ended().await;
+                    (watched.container.clone(), watched.cgroup)
+                }
+                .boxed(),
+            );
+            debug!(container = %id, name = definition.name, pid = life.pid, cgroup = life.cgroup.0, "lives");
+            known.life = Some(life);
+        }
+        if let Some(life) = &known.life {
+            life.instance.store(instance.clone());
+            if let Some(hold) = &mut known.hold {
+                hold.started();
+            }
+        }
+        self.index.put(Record {
+            definition: definition.clone(),
+            attachments: known.attachments.clone(),
+            life: known.life.clone(),
+            no_life: known.no_life.clone(),
+            instance,
+        });
+    }
+
+    /// A caller whose address leads to nobody: ask the engine about the networks that the address may be on.
+    fn missed(&mut self, miss: Miss, connected: bool) {
+        let mut pending = HashSet::new();
+        if connected {
+            let on = self.networks.iter().filter(|(_, network)| network.may_hold(miss.address));
+            pending.extend(on.map(|(id, _)| Subject::Network(id.clone())));
+            if pending.is_empty() {
+                pending.insert(Subject::Networks);
+            }
+            // One that is in flight was asked just now: its answer serves everybody who waits, so that a flood of unknown
+            // callers costs one look-up at a time and network.
+            for subject in pending.clone() {
+                if !self.flights.contains_key(&subject) {
+                    self.touch(subject);
+                }
+            }
+        } else {
+            pending.insert(Subject::Rows);
+        }
+        self.wait(Waiter { miss, pending });
+    }
+
+    /// Answers a waiter that nothing can be told any more, keeps the others.
+    fn wait(&mut self, mut waiter: Waiter) {
+        if waiter.miss.looked.is_closed() {
+            return;
+        }
+        let address = waiter.miss.address;
+        let at = |known: &Known| known.attachments.addresses().any(|it| it == address);
+        // The list of networks has become look-ups of each; a network has become definitions of its containers.
+        let more = self.flights.keys().chain(&self.queued).filter(|subject| match subject {
+            Subject::Network(id) => self.networks.get(id).is_none_or(|network| network.may_hold(waiter.miss.address)),
+            Subject::Container(id) => self.known.get(id).is_some_and(at),
+            _ => false,
+        });
+        waiter.pending.extend(more.cloned());
+        let open = |subject: &Subject| self.flights.contains_key(subject) || self.queued.contains(subject);
+        // The rows stand for an engine that is away: they come with it.
+        waiter.pending.retain(|subject| open(subject) || *subject == Subject::Rows);
+        let born_soon = self.awaited.keys().any(|id| self.known.get(id).is_some_and(at));
+        if waiter.pending.is_empty() && !born_soon {
+            // A closed channel: whoever waited has left.
+            let _ = waiter.miss.looked.send(());
+        } else {
+            self.waiters.push(waiter);
+        }
+    }
+}
+
+async fn with_image(
+    engine: &Arc<dyn ContainerEngine>,
+    images: &Images,
+    all_count: bool,
+    row: Row,
+) -> Result<ReadRow, EngineError> {
+    if all_count {
+        return Ok((row, None));
+    }
+    if let Some(labels) = images.get(&row.image_id) {
+        return Ok((row, Some(labels.clone())));
+    }
+    let labels = engine.image_labels(&row.image_id).await?;
+    if let Some(labels) = &labels {
+        images.insert(row.image_id.clone(), labels.clone());
+    }
+    Ok((row, labels))
+}
+
+/// Why a container without a network namespace of its own is not served.
+fn elsewhere(mode: &NetworkMode) -> Option<&'static str> {
+    match mode {
+        NetworkMode::Own => None,
+        NetworkMode::Host => Some("is in the host's network: not served by this version"),
+        NetworkMode::Container(_) => Some("shares another container's network: not served by this version"),
+    }
+}
+
+/// Whether an address is in a subnet.
+fn within(address: IpAddr, (subnet, prefix): (IpAddr, u8)) -> bool {
+    match (address, subnet) {
+        (IpAddr::V4(a), IpAddr::V4(s)) => {
+            let mask = u32::MAX.checked_shl(32 - u32::from(prefix.min(32))).unwrap_or(0);
+            a.to_bits() & mask == s.to_bits() & mask
+        }
+        (IpAddr::V6(a), IpAddr::V6(s)) => {
+            let mask = u128::MAX.checked_shl(128 - u32::from(prefix.min(128))).unwrap_or(0);
+            a.to_bits() & mask == s.to_bits() & mask
+        }
+        _ => false,
+    }
+}

@@ -1,0 +1,359 @@
+//! What the kernel is asked and told, by netlink; tables are in [`super::tables`].
+//!
+//! The sockets belong to the namespace that their thread sat in when [`Kernel::open`] made them; from then on any
+//! thread may use them.
+
+use std::fmt::Display;
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
+
+use netlink_bindings::traits::NetlinkRequest;
+use netlink_bindings::{nftables, rt_addr, rt_link, rt_route};
+use netlink_socket2::NetlinkSocket;
+use rt_addr::Ifaddrmsg;
+use rt_link::{IfinfoFlags, Ifinfomsg};
+use rt_route::{RtmType, Rtmsg};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, Protocol, SocketFlags, SocketType, bind, netlink, socket_with};
+
+use super::tables::inet;
+use super::{
+    AddressSeen, HostError, LINK, LOOPBACK, LinkSeen, Observed, PROTOCOL, Part, Plan, Step,
+};
+
+/// linux/socket.h
+pub(super) const AF_INET: u8 = 2;
+/// linux/rtnetlink.h, enum rt_class_t
+const RT_TABLE_MAIN: u8 = 254;
+/// linux/rtnetlink.h, enum rt_scope_t: the scope of every route here; in a deletion `NOWHERE` means "any".
+const RT_SCOPE_UNIVERSE: u8 = 0;
+const RT_SCOPE_LINK: u8 = 253;
+const RT_SCOPE_NOWHERE: u8 = 255;
+/// linux/rtnetlink.h: RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE
+const ROUTE_GROUPS: u32 = 0x1 | 0x10 | 0x40;
+/// linux/netfilter/nfnetlink.h: group n is bit n − 1 (netlink(7)), and NFNLGRP_NFTABLES is 7.
+const NETFILTER_GROUPS: u32 = 1 << 6;
+
+/// Hears of every change to links, addresses, routes and tables, ours and others'.
+pub(super) struct Bell {
+    pub(super) route: OwnedFd,
+    pub(super) netfilter: OwnedFd,
+}
+
+pub(super) struct Kernel {
+    pub(super) socket: NetlinkSocket,
+    /// The netlink port that our owned table belongs to.
+    pub(super) holder: Option<u32>,
+    /// Where this process put the address: before Linux 5.18 the kernel does not keep our mark on it.
+    placed: Option<String>,
+    /// Set once the kernel said that it cannot make a dummy.
+    without_dummy: bool,
+}
+
+impl Kernel {
+    pub(super) fn open() -> Result<(Self, Bell), HostError> {
+        let no_route = |e: Errno| HostError::failed(&"open a route netlink socket", e.into());
+        let no_netfilter = |e: Errno| HostError::nft(&"open a netfilter netlink socket", e.into());
+        // Asked first, since NetlinkSocket garbles the reason when socket(2) itself fails.
+        netlink_socket(Some(netlink::NETFILTER)).map_err(no_netfilter)?;
+        let mut kernel = Self {
+            socket: NetlinkSocket::new(),
+            holder: None,
+            placed: None,
+            without_dummy: false,
+        };
+        // The first netfilter socket of a process has the process id as its port, and others see the port of the one
+        // that owns the table: so that one speaks before the bell's is bound.
+        kernel
+            .ask(&nftables::Request::new().op_getgen_do(&inet()), |_| ())
+            .map_err(|e| HostError::nft(&"use nf_tables", e))?;
+        let listen = |family, groups| {
+            let socket = netlink_socket(family)?;
+            bind(&socket, &netlink::SocketAddrNetlink::new(0, groups))?;
+            Ok(socket)
+        };
+        let bell = Bell {
+            route: listen(None, ROUTE_GROUPS).map_err(no_route)?,
+            netfilter: listen(Some(netlink::NETFILTER), NETFILTER_GROUPS).map_err(no_netfilter)?,
+        };
+        Ok((kernel, bell))
+    }
+
+    /// What is there of `plan`. A listing that the kernel had to interrupt may miss something; then a step finds it
+    /// there, which is fine.
+    pub(super) fn observe(&mut self, plan: &Plan) -> Result<Observed, HostError> {
+        let mut observed = Observed::default();
+        for table in plan.tables() {
+            observed.tables.extend(self.table(table)?);
+        }
+        let Some(address) = plan.address() else {
+            return Ok(observed);
+        };
+        observed.link = self.link(LINK)?.map(|(_, seen)| seen);
+        self.observe_routes(address, &mut observed)
+            .map_err(|e| HostError::failed(&"read the routes", e))?;
+        self.observe_addresses(address, &mut observed)
+            .map_err(|e| HostError::failed(&"read the addresses", e))?;
+        Ok(observed)
+    }
+
+    fn observe_routes(&mut self, to: Ipv4Addr, observed: &mut Observed) -> io::Result<()> {
+        let all = Rtmsg {
+            rtm_family: AF_INET,
+            ..Rtmsg::new()
+        };
+        let mut first = None;
+        self.ask(
+            &rt_route::Request::new().op_getroute_dump(&all),
+            |(head, route)| {
+                let exact =
+                    (head.rtm_table, head.rtm_dst_len, head.rtm_tos) == (RT_TABLE_MAIN, 32, 0);
+                if exact && route.get_dst().is_ok_and(|dst| dst == to) {
+                    observed.own_route |= head.rtm_protocol == PROTOCOL;
+                    // The kernel lists routes to one destination in the order in which it tries them.
+                    first.get_or_insert((
+                        head.rtm_protocol,
+                        RtmType::from_value(head.rtm_type.into()),
+                    ));
+                }
+            },
+        )?;
+        observed.foreign_closed_route = first.is_some_and(|(protocol, kind)| {
+            use RtmType::{Blackhole, Prohibit, Unreachable};
+            protocol != PROTOCOL && matches!(kind, Some(Blackhole | Prohibit | Unreachable))
+        });
+        Ok(())
+    }
+
+    fn observe_addresses(&mut self, local: Ipv4Addr, observed: &mut Observed) -> io::Result<()> {
+        let all = Ifaddrmsg {
+            ifa_family: AF_INET,
+            ..Ifaddrmsg::new()
+        };
+        let own_link = observed.link.is_some_and(|link| link.ours);
+        let mut seen = Vec::new();
+        self.ask(
+            &rt_addr::Request::new().op_getaddr_dump(&all),
+            |(_, found)| {
+                if found.get_local().is_ok_and(|address| address == local) {
+                    let label = found.get_label().unwrap_or_default().to_string_lossy();
+                    let link = label.split(':').next().unwrap_or_default().to_owned();
+                    seen.push((link, found.get_proto().ok() == Some(PROTOCOL)));
+                }
+            },
+        )?;
+        let placed = self.placed.as_ref();
+        let judged = seen.into_iter().map(|(link, marked)| {
+            let ours = marked || (own_link && link == LINK) || placed == Some(&link);
+            AddressSeen { link, ours }
+        });
+        observed.addresses = judged.collect();
+        Ok(())
+    }
+
+    /// Does one step. Returns what was really done: nothing where somebody was faster, and where the kernel has no
+    /// dummy, `lo` carries the address.
+    pub(super) fn execute(&mut self, mut step: Step) -> Result<Option<Step>, HostError> {
+        match &mut step {
+            Step::Add(Part::Address { link, .. }) if self.without_dummy && link == LINK => {
+                *link = LOOPBACK.to_owned();
+            }
+            _ => (),
+        }
+        let removed: &[Errno] = &[Errno::NOENT, Errno::SRCH, Errno::ADDRNOTAVAIL, Errno::NODEV];
+        let (result, no_need) = match &step {
+            Step::Add(part) => (self.add(part), [Errno::EXIST].as_slice()),
+            Step::Repair(part) => (self.repair(part), [].as_slice()),
+            Step::Remove(part) => (self.remove(part), removed),
+        };
+        match (result, &step) {
+            (Ok(()), _) => Ok(Some(step)),
+            (Err(e), _) if is(&e, no_need) => Ok(None),
+            (Err(e), Step::Add(Part::Link(_))) if is(&e, &[Errno::OPNOTSUPP]) => {
+                self.without_dummy = true;
+                Ok(None)
+            }
+            (Err(e), Step::Add(Part::Table(_)) | Step::Repair(Part::Table(_))) => {
+                Err(HostError::nft(&step, e))
+            }
+            (Err(e), _) => Err(HostError::failed(&step, e)),
+        }
+    }
+
+    fn add(&mut self, part: &Part) -> io::Result<()> {
+        match part {
+            Part::Table(table) => self.put_table(table),
+            Part::Route(to) => {
+                // Without NLM_F_EXCL: somebody's route of the same metric stays, and ours comes before it.
+                let request = rt_route::Request::new().set_create();
+                let mut request = request.op_newroute_do(&unreachable(RT_SCOPE_UNIVERSE));
+                request.encode().push_dst((*to).into());
+                self.ask(&request, |_| ())
+            }
+            Part::Link(name) => {
+                let request = rt_link::Request::new().set_create().set_excl();
+                let mut request = request.op_newlink_do(&link_up(0));
+                let link = request.encode().push_ifname_bytes(name.as_bytes());
+                link.nested_linkinfo().push_kind(c"dummy");
+                self.ask(&request, |_| ())
+            }
+            Part::Address { address, link } => {
+                let header = self.carried_by(link)?;
+                let request = rt_addr::Request::new().set_create().set_excl();
+                let mut request = request.op_newaddr_do(&header);
+                let address = (*address).into();
+                request
+                    .encode()
+                    .push_local(address)
+                    .push_address(address)
+                    .push_proto(PROTOCOL);
+                self.ask(&request, |_| ())?;
+                self.placed = Some(link.clone());
+                Ok(())
+            }
+        }
+    }
+
+    fn repair(&mut self, part: &Part) -> io::Result<()> {
+        match part {
+            Part::Link(name) => {
+                let (index, _) = self.link_as_io(name)?.ok_or(Errno::NODEV)?;
+                self.ask(
+                    &rt_link::Request::new().op_newlink_do(&link_up(index)),
+                    |_| (),
+                )
+            }
+            Part::Table(_) | Part::Route(_) | Part::Address { .. } => self.add(part),
+        }
+    }
+
+    fn remove(&mut self, part: &Part) -> io::Result<()> {
+        match part {
+            Part::Table(table) => self.remove_table(table),
+            Part::Route(to) => {
+                let request = rt_route::Request::new();
+                let mut request = request.op_delroute_do(&unreachable(RT_SCOPE_NOWHERE));
+                request.encode().push_dst((*to).into());
+                self.ask(&request, |_| ())
+            }
+            Part::Link(name) => {
+                let mut request = rt_link::Request::new().op_dellink_do(&Ifinfomsg::new());
+                request.encode().push_ifname_bytes(name.as_bytes());
+                self.ask(&request, |_| ())
+            }
+            Part::Address { address, link } => {
+                let header = self.carried_by(link)?;
+                let mut request = rt_addr::Request::new().op_deladdr_do(&header);
+                request.encode().push_local((*address).into());
+                self.ask(&request, |_| ())
+            }
+        }
+    }
+
+    /// Its index and its state; `None` if there is none of that name.
+    fn link(&mut self, name: &str) -> Result<Option<(i32, LinkSeen)>, HostError> {
+        self.link_as_io(name)
+            .map_err(|e| HostError::failed(&format_args!("look at link {name}"), e))
+    }
+
+    fn link_as_io(&mut self, name: &str) -> io::Result<Option<(i32, LinkSeen)>> {
+        let mut request = rt_link::Request::new().op_getlink_do(&Ifinfomsg::new());
+        request.encode().push_ifname_bytes(name.as_bytes());
+        let mut found = None;
+        let asked = self.ask(&request, |(head, link)| {
+            let kind = link.get_linkinfo().and_then(|info| info.get_kind());
+            let ours = kind.is_ok_and(|kind| kind == c"dummy");
+            let up = head.ifi_flags & IfinfoFlags::Up as u32 != 0;
+            found = Some((head.ifi_index, LinkSeen { ours, up }));
+        });
+        match asked {
+            Err(e) if is(&e, &[Errno::NODEV]) => Ok(None),
+            other => other.map(|()| found),
+        }
+    }
+
+    fn carried_by(&mut self, link: &str) -> io::Result<Ifaddrmsg> {
+        let (index, _) = self.link_as_io(link)?.ok_or(Errno::NODEV)?;
+        Ok(Ifaddrmsg {
+            ifa_family: AF_INET,
+            ifa_prefixlen: 32,
+            // With a wider one the kernel might choose the address as the source of unrelated packets.
+            ifa_scope: RT_SCOPE_LINK,
+            ifa_index: index.unsigned_abs(),
+            ..Ifaddrmsg::new()
+        })
+    }
+
+    /// Sends one request and hands every answer on.
+    pub(super) fn ask<R: NetlinkRequest>(
+        &mut self,
+        request: &R,
+        mut each: impl FnMut(R::ReplyType<'_>),
+    ) -> io::Result<()> {
+        let mut reply = self.socket.request(request)?;
+        while let Some(answer) = reply.recv() {
+            each(answer?);
+        }
+        Ok(())
+    }
+}
+
+impl HostError {
+    fn failed(attempt: &dyn Display, source: io::Error) -> Self {
+        let attempt = attempt.to_string();
+        if is(&source, &[Errno::PERM, Errno::ACCESS]) {
+            return Self::Denied { attempt, source };
+        }
+        Self::Failed { attempt, source }
+    }
+
+    /// The ways in which a kernel says that nf_tables, or an expression of it, is not there, are these.
+    pub(super) fn nft(attempt: &dyn Display, source: io::Error) -> Self {
+        let absent = [
+            Errno::PROTONOSUPPORT,
+            Errno::OPNOTSUPP,
+            Errno::INVAL,
+            Errno::NOENT,
+        ];
+        if is(&source, &absent) {
+            return Self::NoNftables {
+                attempt: attempt.to_string(),
+                source,
+            };
+        }
+        Self::failed(attempt, source)
+    }
+}
+
+pub(super) fn is(error: &io::Error, any: &[Errno]) -> bool {
+    any.iter()
+        .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+}
+
+fn netlink_socket(family: Option<Protocol>) -> rustix::io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, family)
+}
+
+fn unreachable(rtm_scope: u8) -> Rtmsg {
+    Rtmsg {
+        rtm_family: AF_INET,
+        rtm_dst_len: 32,
+        rtm_table: RT_TABLE_MAIN,
+        rtm_protocol: PROTOCOL,
+        rtm_scope,
+        rtm_type: RtmType::Unreachable as u8,
+        ..Rtmsg::new()
+    }
+}
+
+fn link_up(ifi_index: i32) -> Ifinfomsg {
+    let up = IfinfoFlags::Up as u32;
+    Ifinfomsg {
+        ifi_index,
+        ifi_flags: up,
+        ifi_change: up,
+        ..Ifinfomsg::new()
+    }
+}

@@ -1,0 +1,522 @@
+//! How 169.254.169.254 gets there.
+//!
+//! A [`Plan`] is what shall be there, as data: links, addresses, routes and port rules. [`Observed`] is what is there
+//! now. [`diff`] and [`teardown`] say what to do about the difference; only [`apply`] does it.
+//!
+//! Three promises hold between any two steps, and after a crash at any of them:
+//! the rules are there before the address, so no publisher of port 80 ever answers for it; what stays behind when the
+//! daemon dies refuses connections; and nothing that somebody else made is replaced or removed.
+
+pub mod apply;
+mod kernel;
+mod tables;
+
+use std::fmt;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+/// The table that swaps the ports. On the host it is *owned*: it lives exactly as long as the daemon's socket.
+pub const RULES_TABLE: &str = "imds_router";
+/// The table that refuses what [`RULES_TABLE`] did not take. It survives the daemon.
+pub const GUARD_TABLE: &str = "imds_router_guard";
+/// The link that carries the address where the kernel can make a dummy; a dummy of this name is ours.
+pub const LINK: &str = "imds0";
+/// Carries the address in a namespace, and on the host where the kernel has no dummy.
+pub const LOOPBACK: &str = "lo";
+/// The port that every client of the metadata service asks for.
+pub const IMDS_PORT: u16 = 80;
+/// Marks routes (`rtm_protocol`) and addresses (`IFA_PROTO`) as ours: 169, the first octet of the address. Neither
+/// `linux/rtnetlink.h` (RTPROT_*), `linux/if_addr.h` (IFAPROT_*) nor iproute2's `etc/iproute2/rt_protos` uses it.
+pub const PROTOCOL: u8 = 169;
+
+/// Before connection tracking and before any NAT: `NF_IP_PRI_RAW` (−300, `linux/netfilter_ipv4.h`) less ten.
+const RULES_PRIORITY: i32 = -310;
+/// After the rules, so that it meets only what they did not take; still before everybody else.
+const GUARD_PRIORITY: i32 = -305;
+
+/// What shall be there, in the order in which it is put up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    parts: Vec<Part>,
+}
+
+impl Plan {
+    /// The host's own namespace: `listener` (bound by the caller, before this is put up) serves every container.
+    pub fn host(listener: SocketAddrV4) -> Self {
+        let (address, port) = (*listener.ip(), listener.port());
+        let guard = |name, hook| Chain {
+            name,
+            hook,
+            priority: GUARD_PRIORITY,
+            rules: vec![Rule::to(address, Some(IMDS_PORT), Action::Reset)],
+        };
+        let rules = vec![
+            Chain::swapping("pre", Hook::Prerouting, vec![Rule::request(address, port)]),
+            Chain::swapping(
+                "out",
+                Hook::Output,
+                vec![Rule::request(address, port), Rule::answer(address, port)],
+            ),
+        ];
+        Self {
+            parts: vec![
+                Part::Table(Table {
+                    name: GUARD_TABLE,
+                    owned: false,
+                    chains: vec![guard("pre", Hook::Prerouting), guard("out", Hook::Output)],
+                }),
+                Part::Route(address),
+                Part::Table(Table {
+                    name: RULES_TABLE,
+                    owned: true,
+                    chains: rules,
+                }),
+                Part::Link(LINK),
+                Part::Address {
+                    address,
+                    link: LINK.to_owned(),
+                },
+            ],
+        }
+    }
+
+    /// A container's namespace: it dies with the container, so there is nothing to guard and nothing to lock.
+    pub fn namespace(listener: SocketAddrV4) -> Self {
+        let (address, port) = (*listener.ip(), listener.port());
+        // What leaves through `out` comes back in through `lo`: without this, connection tracking would see half of it.
+        let returning = Rule {
+            input: Some(LOOPBACK),
+            ..Rule::to(address, None, Action::Untrack)
+        };
+        let rules = vec![
+            Chain::swapping(
+                "out",
+                Hook::Output,
+                vec![Rule::request(address, port), Rule::answer(address, port)],
+            ),
+            Chain::swapping("pre", Hook::Prerouting, vec![returning]),
+        ];
+        Self {
+            parts: vec![
+                Part::Table(Table {
+                    name: RULES_TABLE,
+                    owned: false,
+                    chains: rules,
+                }),
+                Part::Address {
+                    address,
+                    link: LOOPBACK.to_owned(),
+                },
+            ],
+        }
+    }
+
+    /// What may stay without a daemon: everything but what a daemon owns. Who asks is refused.
+    pub fn persistent(mut self) -> Self {
+        self.parts
+            .retain(|part| !matches!(part, Part::Table(Table { owned: true, .. })));
+        self
+    }
+
+    /// In the order in which they are put up.
+    pub fn parts(&self) -> &[Part] {
+        &self.parts
+    }
+
+    fn tables(&self) -> impl Iterator<Item = &Table> {
+        self.parts.iter().filter_map(|part| match part {
+            Part::Table(table) => Some(table),
+            _ => None,
+        })
+    }
+
+    fn address(&self) -> Option<Ipv4Addr> {
+        self.parts.iter().find_map(|part| match part {
+            Part::Address { address, .. } => Some(*address),
+            _ => None,
+        })
+    }
+}
+
+/// One thing that a [`Plan`] puts somewhere.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Part {
+    /// A table of port rules.
+    Table(Table),
+    /// An `unreachable` route to this one address: without it, packets leave through the default route, to whatever
+    /// answers there, whenever the address is gone.
+    Route(Ipv4Addr),
+    /// A dummy link.
+    Link(&'static str),
+    /// The address itself, as a /32.
+    Address {
+        /// Which.
+        address: Ipv4Addr,
+        /// The link that carries it.
+        link: String,
+    },
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Table(table) => write!(f, "table ip {}", table.name),
+            Self::Route(to) => write!(f, "unreachable route {to}/32"),
+            Self::Link(name) => write!(f, "link {name} (dummy)"),
+            Self::Address { address, link } => write!(f, "address {address}/32 on {link}"),
+        }
+    }
+}
+
+/// A table of family `ip`. Displays as nft's own text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Table {
+    /// Its name.
+    pub name: &'static str,
+    /// `NFT_TABLE_F_OWNER`: nobody else can change or flush it, and it is gone when its owner is.
+    pub owned: bool,
+    /// In order of creation, which is the order in which nft lists them.
+    pub chains: Vec<Chain>,
+}
+
+/// A base chain of type `filter`, policy `accept`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chain {
+    /// Its name.
+    pub name: &'static str,
+    /// Where packets meet it.
+    pub hook: Hook,
+    /// When packets meet it: lower is earlier.
+    pub priority: i32,
+    /// In order.
+    pub rules: Vec<Rule>,
+}
+
+impl Chain {
+    fn swapping(name: &'static str, hook: Hook, rules: Vec<Rule>) -> Self {
+        Self {
+            name,
+            hook,
+            priority: RULES_PRIORITY,
+            rules,
+        }
+    }
+}
+
+/// A netfilter hook; the value is the kernel's number (`enum nf_inet_hooks`, `linux/netfilter.h`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hook {
+    /// What comes in, before the routing decision.
+    Prerouting = 0,
+    /// What a local process sends.
+    Output = 3,
+}
+
+/// Which packets, and what becomes of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rule {
+    /// Only what comes in through this link.
+    pub input: Option<&'static str>,
+    /// The end of the connection that `address` and `port` are about.
+    pub end: End,
+    /// The address of that end.
+    pub address: Ipv4Addr,
+    /// The TCP port of that end; `None`: every protocol.
+    pub port: Option<u16>,
+    /// What happens.
+    pub action: Action,
+}
+
+impl Rule {
+    fn to(address: Ipv4Addr, port: Option<u16>, action: Action) -> Self {
+        Self {
+            input: None,
+            end: End::Destination,
+            address,
+            port,
+            action,
+        }
+    }
+
+    fn request(address: Ipv4Addr, listener: u16) -> Self {
+        Self::to(address, Some(IMDS_PORT), Action::Port(listener))
+    }
+
+    fn answer(address: Ipv4Addr, listener: u16) -> Self {
+        Self {
+            end: End::Source,
+            ..Self::to(address, Some(listener), Action::Port(IMDS_PORT))
+        }
+    }
+}
+
+/// An end of a packet's way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// Where it comes from.
+    Source,
+    /// Where it goes.
+    Destination,
+}
+
+/// What a rule does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// Hides the packet from connection tracking, and so from everybody's NAT.
+    Untrack,
+    /// The same, and puts this port in place of the one that matched.
+    Port(u16),
+    /// Answers with a TCP reset: "connection refused".
+    Reset,
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "table ip {} {{", self.name)?;
+        if self.owned {
+            writeln!(f, "\tflags owner\n")?;
+        }
+        for (nth, chain) in self.chains.iter().enumerate() {
+            let hook = match chain.hook {
+                Hook::Prerouting => "prerouting",
+                Hook::Output => "output",
+            };
+            let blank = if nth > 0 { "\n" } else { "" };
+            writeln!(f, "{blank}\tchain {} {{", chain.name)?;
+            writeln!(
+                f,
+                "\t\ttype filter hook {hook} priority {}; policy accept;",
+                chain.priority
+            )?;
+            for rule in &chain.rules {
+                writeln!(f, "\t\t{rule}")?;
+            }
+            writeln!(f, "\t}}")?;
+        }
+        write!(f, "}}")
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (address, port) = match self.end {
+            End::Source => ("saddr", "sport"),
+            End::Destination => ("daddr", "dport"),
+        };
+        if let Some(link) = self.input {
+            write!(f, "iifname \"{link}\" ")?;
+        }
+        write!(f, "ip {address} {} ", self.address)?;
+        if let Some(number) = self.port {
+            write!(f, "tcp {port} {number} ")?;
+        }
+        match self.action {
+            Action::Untrack => write!(f, "notrack"),
+            Action::Port(new) => write!(f, "notrack tcp {port} set {new}"),
+            Action::Reset => write!(f, "reject with tcp reset"),
+        }
+    }
+}
+
+/// What is there now, as far as a [`Plan`] is concerned.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// Those tables of the plan that exist.
+    pub tables: Vec<TableSeen>,
+    /// Our unreachable route is there.
+    pub own_route: bool,
+    /// Somebody else's blackhole, prohibit or unreachable route to exactly our address is there and comes first.
+    pub foreign_closed_route: bool,
+    /// The link [`LINK`].
+    pub link: Option<LinkSeen>,
+    /// Every link that carries the address.
+    pub addresses: Vec<AddressSeen>,
+}
+
+/// A table that exists.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TableSeen {
+    /// Its name.
+    pub name: &'static str,
+    /// The netlink port of the socket that owns it (`NFTA_TABLE_OWNER`); `None`: nobody does.
+    pub owner: Option<u32>,
+    /// It has exactly the planned chains and rules.
+    pub intact: bool,
+}
+
+/// The link [`LINK`], which exists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinkSeen {
+    /// A dummy. Any other kind is somebody else's: used, never removed.
+    pub ours: bool,
+    /// Without that, its address counts for nothing.
+    pub up: bool,
+}
+
+/// A link that carries the address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AddressSeen {
+    /// Its name.
+    pub link: String,
+    /// The address has our mark, or is on our link.
+    pub ours: bool,
+}
+
+/// One thing to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// It is not there.
+    Add(Part),
+    /// It is there, but not as planned.
+    Repair(Part),
+    /// It is ours and has to go.
+    Remove(Part),
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Add(part) => write!(f, "add {part}"),
+            Self::Repair(part) => write!(f, "repair {part}"),
+            Self::Remove(part) => write!(f, "remove {part}"),
+        }
+    }
+}
+
+/// What to do so that everything in `plan` is there, in the order of the plan.
+pub fn diff(plan: &Plan, observed: &Observed) -> Vec<Step> {
+    let step = |part: &Part| {
+        let (there, fine) = match part {
+            Part::Table(table) => match observed.tables.iter().find(|seen| seen.name == table.name)
+            {
+                // The rules of an owned table that lost its owner would outlive the daemon.
+                Some(seen) => (true, seen.intact && seen.owner.is_some() == table.owned),
+                None => (false, false),
+            },
+            Part::Route(_) => {
+                let there = observed.own_route || observed.foreign_closed_route;
+                (there, there)
+            }
+            Part::Link(_) => match observed.link {
+                Some(link) => (true, link.up),
+                // Only there to carry the address: not needed where something else does.
+                None => (!observed.addresses.is_empty(), true),
+            },
+            // Whoever carries it: local is local.
+            Part::Address { .. } => (!observed.addresses.is_empty(), true),
+        };
+        match (there, fine) {
+            (false, _) => Some(Step::Add(part.clone())),
+            (true, false) => Some(Step::Repair(part.clone())),
+            (true, true) => None,
+        }
+    };
+    plan.parts.iter().filter_map(step).collect()
+}
+
+/// What to do so that nothing of ours is left, in the reverse order of the plan.
+pub fn teardown(plan: &Plan, observed: &Observed) -> Vec<Step> {
+    let ours = |part: &Part| -> Vec<Part> {
+        let there = match part {
+            Part::Table(table) => observed.tables.iter().any(|seen| seen.name == table.name),
+            Part::Route(_) => observed.own_route,
+            Part::Link(_) => observed.link.is_some_and(|link| link.ours),
+            Part::Address { address, .. } => {
+                let ours = observed.addresses.iter().filter(|seen| seen.ours);
+                return ours
+                    .map(|seen| Part::Address {
+                        address: *address,
+                        link: seen.link.clone(),
+                    })
+                    .collect();
+            }
+        };
+        there.then(|| part.clone()).into_iter().collect()
+    };
+    plan.parts
+        .iter()
+        .rev()
+        .flat_map(ours)
+        .map(Step::Remove)
+        .collect()
+}
+
+/// Why the plan could not be put up, looked at or taken down.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// Another live process serves here: the table's existence is the lock.
+    #[error(
+        "table ip {table} belongs to another process (netlink port {holder}, as a rule its process id)\n\
+         hint: another imds-router serves this host; stop that one first"
+    )]
+    Busy {
+        /// The table that it holds.
+        table: &'static str,
+        /// The netlink port of its socket.
+        holder: u32,
+    },
+    /// EPERM.
+    #[error(
+        "not allowed to {attempt}\nhint: this needs CAP_NET_ADMIN in this network namespace: root, or `--cap-add NET_ADMIN`"
+    )]
+    Denied {
+        /// What was tried.
+        attempt: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The kernel has no nf_tables, or not all of what the rules need.
+    #[error(
+        "this kernel cannot {attempt}\n\
+         hint: nf_tables with nft_ct (notrack) and nft_reject_ipv4 is needed: modprobe -a nf_tables nft_ct nft_reject_ipv4"
+    )]
+    NoNftables {
+        /// What was tried.
+        attempt: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The kernel has nf_tables, but no owned tables.
+    #[error(
+        "this kernel cannot make table ip {table} belong to one process\nhint: Linux 5.12 or newer is needed for attach `host`"
+    )]
+    NoOwnedTables {
+        /// The table.
+        table: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Anything else that the kernel refused.
+    #[error("cannot {attempt}")]
+    Failed {
+        /// What was tried.
+        attempt: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// More than one.
+    #[error("{} failures:{}", .0.len(), listed(.0))]
+    Several(Vec<HostError>),
+}
+
+impl HostError {
+    /// `None` for an empty list; one error stays itself.
+    fn all(mut errors: Vec<HostError>) -> Option<Self> {
+        match errors.len() {
+            0 | 1 => errors.pop(),
+            _ => Some(Self::Several(errors)),
+        }
+    }
+}
+
+/// A chain of sources has room for one failure only, so this is where the causes of several are told.
+fn listed(errors: &[HostError]) -> String {
+    let line = |error: &HostError| match std::error::Error::source(error) {
+        Some(cause) => format!("\n- {error}: {cause}"),
+        None => format!("\n- {error}"),
+    };
+    errors.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests;

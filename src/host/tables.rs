@@ -1,0 +1,322 @@
+//! Tables of port rules, as the kernel has them: the netfilter half of [`Kernel`].
+
+use std::ffi::CStr;
+use std::io;
+
+use netlink_bindings::nftables::{
+    self, Chained, CmpOps, MetaKeys, Nfgenmsg, PayloadBase, PushExprListAttrs, Registers,
+    RejectTypes, Request, TableFlags, VerdictCode,
+};
+use netlink_bindings::utils::Pusher;
+use rustix::io::Errno;
+
+use super::kernel::{AF_INET, Kernel, is};
+use super::{Action, Chain, End, HostError, Observed, Part, Plan, Rule, Step, Table, TableSeen};
+
+/// The subsystem that a batch is for (linux/netfilter/nfnetlink.h).
+const NFNL_SUBSYS_NFTABLES: u16 = 10;
+/// Every expression of ours works on this one.
+const REGISTER: u32 = Registers::Reg1 as u32;
+/// NFT_PAYLOAD_CSUM_INET (linux/netfilter/nf_tables.h): the kernel mends the checksum of what it writes.
+const CHECKSUM_INET: u32 = 1;
+/// Where struct tcphdr (linux/tcp.h) has its checksum, in bytes.
+const TCP_CHECKSUM_OFFSET: u32 = 16;
+/// linux/in.h
+const IPPROTO_TCP: u8 = 6;
+/// In bytes (linux/if.h). A link's name is compared with all of it.
+const IFNAMSIZ: usize = 16;
+/// More than any table of ours has messages.
+const BATCH: u32 = 64;
+/// Kind of the one entry in a rule's user data: not among those of libnftnl (`libnftnl/udata.h`), so that nft does not
+/// show it.
+const USER_DATA_TEXT: u8 = 200;
+
+impl Kernel {
+    /// Makes the owned table of `plan`, still empty, or finds that somebody else has it. This is the lock of the host.
+    pub(super) fn hold(&mut self, plan: &Plan, observed: &Observed) -> Result<(), HostError> {
+        self.refuse_others(&observed.tables)?;
+        let Some(table) = plan.tables().find(|table| table.owned) else {
+            return Ok(());
+        };
+        let seen = observed.tables.iter().find(|seen| seen.name == table.name);
+        if seen.is_some_and(|seen| seen.owner.is_some()) {
+            return Ok(()); // by us
+        }
+        let made = self.batch(|batch| {
+            if seen.is_some() {
+                delete(batch, table);
+            }
+            let request = batch.request().set_create().set_excl();
+            let request = request.op_newtable_do(&inet()).into_encoder();
+            request
+                .push_name_bytes(table.name.as_bytes())
+                .push_flags(TableFlags::Owner as u32);
+        });
+        let now = self.table(table)?;
+        let Err(source) = made else {
+            self.holder = now.and_then(|seen| seen.owner);
+            return Ok(());
+        };
+        // EPERM and EEXIST also mean that somebody was faster.
+        self.refuse_others(now.as_slice())?;
+        // Before 5.12 the flag is invalid, not unsupported.
+        if is(&source, &[Errno::OPNOTSUPP, Errno::INVAL]) {
+            return Err(HostError::NoOwnedTables {
+                table: table.name,
+                source,
+            });
+        }
+        Err(HostError::nft(
+            &Step::Add(Part::Table(table.clone())),
+            source,
+        ))
+    }
+
+    /// `Busy` if one of the tables belongs to another live socket.
+    pub(super) fn refuse_others(&self, tables: &[TableSeen]) -> Result<(), HostError> {
+        for seen in tables {
+            match seen.owner {
+                Some(holder) if Some(holder) != self.holder => {
+                    return Err(HostError::Busy {
+                        table: seen.name,
+                        holder,
+                    });
+                }
+                _ => (),
+            }
+        }
+        Ok(())
+    }
+
+    /// The whole table at once. One that is not owned is replaced: no packet meets half of it.
+    pub(super) fn put_table(&mut self, table: &Table) -> io::Result<()> {
+        let name = table.name.as_bytes();
+        self.batch(|batch| {
+            if !table.owned {
+                // What does not exist cannot be deleted, so it is made first.
+                create(batch, table);
+                delete(batch, table);
+                create(batch, table);
+            }
+            for chain in &table.chains {
+                let request = batch
+                    .request()
+                    .set_create()
+                    .op_newchain_do(&inet())
+                    .into_encoder();
+                let hook = request
+                    .push_table_bytes(name)
+                    .push_name_bytes(chain.name.as_bytes())
+                    .nested_hook()
+                    .push_num(chain.hook as u32)
+                    .push_priority(chain.priority);
+                hook.end_nested()
+                    .push_type(c"filter")
+                    .push_policy(VerdictCode::Accept as u32);
+                for rule in &chain.rules {
+                    let request = batch.request().set_create().set_append();
+                    let request = request.op_newrule_do(&inet()).into_encoder();
+                    let list = request
+                        .push_table_bytes(name)
+                        .push_chain_bytes(chain.name.as_bytes())
+                        .push_userdata(&user_data(rule))
+                        .nested_expressions();
+                    push_rule(list, rule);
+                }
+            }
+        })
+    }
+
+    pub(super) fn remove_table(&mut self, table: &Table) -> io::Result<()> {
+        self.batch(|batch| delete(batch, table))
+    }
+
+    /// `None` if it does not exist.
+    pub(super) fn table(&mut self, table: &Table) -> Result<Option<TableSeen>, HostError> {
+        match self.read_table(table) {
+            Ok(seen) => Ok(Some(seen)),
+            Err(e) if is(&e, &[Errno::NOENT]) => Ok(None),
+            Err(e) => Err(HostError::nft(
+                &format_args!("read table ip {}", table.name),
+                e,
+            )),
+        }
+    }
+
+    fn read_table(&mut self, table: &Table) -> io::Result<TableSeen> {
+        let of_table = |name: &CStr| name.to_bytes() == table.name.as_bytes();
+        let (mut owner, mut intact) = (None, true);
+        let mut request = Request::new().op_gettable_do(&inet());
+        request.encode().push_name_bytes(table.name.as_bytes());
+        self.ask(&request, |(_, seen)| {
+            owner = seen.get_owner().ok();
+            intact = seen
+                .get_flags()
+                .is_ok_and(|flags| flags & TableFlags::Dormant as u32 == 0);
+        })?;
+
+        let mut chains = 0;
+        self.ask(&Request::new().op_getchain_dump(&inet()), |(_, seen)| {
+            if seen.get_table().is_ok_and(of_table) {
+                chains += 1;
+                intact &= table.chains.iter().any(|chain| same_chain(chain, &seen));
+            }
+        })?;
+
+        // The kernel cannot change a rule, only replace it, and what replaces ours does not carry its text.
+        let mut rules = Vec::new();
+        let mut request = Request::new().op_getrule_dump(&inet());
+        request.encode().push_table_bytes(table.name.as_bytes());
+        self.ask(&request, |(_, seen)| {
+            if seen.get_table().is_ok_and(of_table) {
+                let chain = seen.get_chain().unwrap_or_default().to_bytes().to_vec();
+                rules.push((chain, seen.get_userdata().unwrap_or_default().to_vec()));
+            }
+        })?;
+        let planned = table.chains.iter().flat_map(|chain| {
+            chain
+                .rules
+                .iter()
+                .map(|rule| (chain.name.as_bytes().to_vec(), user_data(rule)))
+        });
+        intact &= chains == table.chains.len() && rules.into_iter().eq(planned);
+        Ok(TableSeen {
+            name: table.name,
+            owner,
+            intact,
+        })
+    }
+
+    /// One transaction: all of it or nothing.
+    fn batch(&mut self, fill: impl FnOnce(&mut Chained<'static>)) -> io::Result<()> {
+        let mut batch = Chained::new(self.socket.reserve_seq(BATCH));
+        let mut bracket = Nfgenmsg::new();
+        bracket.set_res_id(NFNL_SUBSYS_NFTABLES);
+        batch.request().op_batch_begin_do(&bracket);
+        fill(&mut batch);
+        batch.request().op_batch_end_do(&bracket);
+        Ok(self.socket.request_chained(&batch.finalize())?.recv_all()?)
+    }
+}
+
+pub(super) fn inet() -> Nfgenmsg {
+    Nfgenmsg {
+        nfgen_family: AF_INET,
+        ..Nfgenmsg::new()
+    }
+}
+
+fn create(batch: &mut Chained<'static>, table: &Table) {
+    let mut request = batch.request().set_create().op_newtable_do(&inet());
+    request.encode().push_name_bytes(table.name.as_bytes());
+}
+
+fn delete(batch: &mut Chained<'static>, table: &Table) {
+    let mut request = batch.request().op_deltable_do(&inet());
+    request.encode().push_name_bytes(table.name.as_bytes());
+}
+
+fn same_chain(chain: &Chain, seen: &nftables::IterableChainAttrs<'_>) -> bool {
+    let same_hook = |hook: nftables::IterableNftHookAttrs<'_>| {
+        hook.get_num().ok() == Some(chain.hook as u32)
+            && hook.get_priority().ok() == Some(chain.priority)
+    };
+    seen.get_name()
+        .is_ok_and(|name| name.to_bytes() == chain.name.as_bytes())
+        && seen.get_policy().ok() == Some(VerdictCode::Accept as u32)
+        && seen.get_hook().is_ok_and(same_hook)
+}
+
+/// What tells our rule from another one in its place: its own text.
+fn user_data(rule: &Rule) -> Vec<u8> {
+    let text = rule.to_string();
+    let length = u8::try_from(text.len()).expect("the longest rule has 90 characters");
+    [&[USER_DATA_TEXT, length], text.as_bytes()].concat()
+}
+
+fn push_rule<P: Pusher>(mut list: PushExprListAttrs<P>, rule: &Rule) {
+    // In bytes: struct iphdr (linux/ip.h), struct tcphdr (linux/tcp.h).
+    let (address, port) = match rule.end {
+        End::Source => (12, 0),
+        End::Destination => (16, 2),
+    };
+    if let Some(link) = rule.input {
+        let mut name = [0; IFNAMSIZ];
+        name[..link.len()].copy_from_slice(link.as_bytes());
+        list = equals(meta(list, MetaKeys::Iifname), &name);
+    }
+    list = equals(
+        load(list, PayloadBase::NetworkHeader, address, 4),
+        &rule.address.octets(),
+    );
+    if let Some(number) = rule.port {
+        list = equals(meta(list, MetaKeys::L4Proto), &[IPPROTO_TCP]);
+        list = equals(
+            load(list, PayloadBase::TransportHeader, port, 2),
+            &number.to_be_bytes(),
+        );
+    }
+    match rule.action {
+        Action::Untrack => {
+            list.nested_elem().push_name(c"notrack");
+        }
+        Action::Reset => {
+            list.nested_elem()
+                .nested_data_reject()
+                .push_type(RejectTypes::TcpRst as u32)
+                .push_icmp_code(0);
+        }
+        Action::Port(new) => {
+            let list = list.nested_elem().push_name(c"notrack").end_nested();
+            let value = list
+                .nested_elem()
+                .nested_data_immediate()
+                .push_dreg(REGISTER)
+                .nested_data();
+            let list = value
+                .push_value(&new.to_be_bytes())
+                .end_nested()
+                .end_nested()
+                .end_nested();
+            let store = list.nested_elem().nested_data_payload().push_sreg(REGISTER);
+            store
+                .push_base(PayloadBase::TransportHeader as u32)
+                .push_offset(port)
+                .push_len(2)
+                .push_csum_type(CHECKSUM_INET)
+                .push_csum_offset(TCP_CHECKSUM_OFFSET);
+        }
+    }
+}
+
+fn meta<P: Pusher>(list: PushExprListAttrs<P>, key: MetaKeys) -> PushExprListAttrs<P> {
+    let meta = list.nested_elem().nested_data_meta().push_key(key as u32);
+    meta.push_dreg(REGISTER).end_nested().end_nested()
+}
+
+fn load<P: Pusher>(
+    list: PushExprListAttrs<P>,
+    base: PayloadBase,
+    offset: u32,
+    len: u32,
+) -> PushExprListAttrs<P> {
+    let load = list.nested_elem().nested_data_payload().push_dreg(REGISTER);
+    load.push_base(base as u32)
+        .push_offset(offset)
+        .push_len(len)
+        .end_nested()
+        .end_nested()
+}
+
+fn equals<P: Pusher>(list: PushExprListAttrs<P>, value: &[u8]) -> PushExprListAttrs<P> {
+    let cmp = list
+        .nested_elem()
+        .nested_data_cmp()
+        .push_sreg(REGISTER)
+        .push_op(CmpOps::Eq as u32);
+    cmp.nested_data()
+        .push_value(value)
+        .end_nested()
+        .end_nested()
+        .end_nested()
+}

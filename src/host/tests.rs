@@ -1,0 +1,236 @@
+use super::*;
+
+const ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+const LISTENER: SocketAddrV4 = SocketAddrV4::new(ADDRESS, 51254);
+
+fn told(steps: &[Step]) -> Vec<String> {
+    steps.iter().map(Step::to_string).collect()
+}
+
+/// What the kernel shows while everything of [`Plan::host`] is up.
+fn complete() -> Observed {
+    let table = |name, owner| TableSeen {
+        name,
+        owner,
+        intact: true,
+    };
+    Observed {
+        tables: vec![table(GUARD_TABLE, None), table(RULES_TABLE, Some(4711))],
+        own_route: true,
+        foreign_closed_route: false,
+        link: Some(LinkSeen {
+            ours: true,
+            up: true,
+        }),
+        addresses: vec![AddressSeen {
+            link: LINK.into(),
+            ours: true,
+        }],
+    }
+}
+
+fn host_diff(change: impl FnOnce(&mut Observed)) -> Vec<String> {
+    let mut observed = complete();
+    change(&mut observed);
+    told(&diff(&Plan::host(LISTENER), &observed))
+}
+
+fn host_teardown(change: impl FnOnce(&mut Observed)) -> Vec<String> {
+    let mut observed = complete();
+    change(&mut observed);
+    told(&teardown(&Plan::host(LISTENER), &observed))
+}
+
+#[test]
+fn rules_come_before_the_address_and_the_guard_before_both() {
+    assert_eq!(
+        told(&diff(&Plan::host(LISTENER), &Observed::default())),
+        [
+            "add table ip imds_router_guard",
+            "add unreachable route 169.254.169.254/32",
+            "add table ip imds_router",
+            "add link imds0 (dummy)",
+            "add address 169.254.169.254/32 on imds0",
+        ]
+    );
+}
+
+#[test]
+fn teardown_is_the_reverse() {
+    assert_eq!(
+        host_teardown(|_| ()),
+        [
+            "remove address 169.254.169.254/32 on imds0",
+            "remove link imds0 (dummy)",
+            "remove table ip imds_router",
+            "remove unreachable route 169.254.169.254/32",
+            "remove table ip imds_router_guard",
+        ]
+    );
+    assert!(teardown(&Plan::host(LISTENER), &Observed::default()).is_empty());
+}
+
+#[test]
+fn nothing_to_do_when_everything_is_there() {
+    assert_eq!(host_diff(|_| ()), [""; 0]);
+}
+
+#[test]
+fn a_missing_part_is_added_alone() {
+    assert_eq!(
+        host_diff(|o| o.own_route = false),
+        ["add unreachable route 169.254.169.254/32"]
+    );
+    assert_eq!(
+        host_diff(|o| o.addresses.clear()),
+        ["add address 169.254.169.254/32 on imds0"]
+    );
+    assert_eq!(
+        host_diff(|o| o.tables.retain(|t| t.name != GUARD_TABLE)),
+        ["add table ip imds_router_guard"]
+    );
+}
+
+#[test]
+fn a_link_that_is_down_is_repaired() {
+    let down = |o: &mut Observed| {
+        o.link = Some(LinkSeen {
+            ours: true,
+            up: false,
+        })
+    };
+    assert_eq!(host_diff(down), ["repair link imds0 (dummy)"]);
+}
+
+#[test]
+fn a_changed_table_is_replaced() {
+    assert_eq!(
+        host_diff(|o| o.tables[0].intact = false),
+        ["repair table ip imds_router_guard"]
+    );
+}
+
+#[test]
+fn rules_that_nobody_owns_would_outlive_the_daemon() {
+    assert_eq!(
+        host_diff(|o| o.tables[1].owner = None),
+        ["repair table ip imds_router"]
+    );
+}
+
+#[test]
+fn lo_is_good_enough_where_there_is_no_dummy() {
+    let on_lo = |o: &mut Observed| {
+        o.link = None;
+        o.addresses[0].link = LOOPBACK.into();
+    };
+    assert_eq!(host_diff(on_lo), [""; 0]);
+    assert_eq!(
+        host_teardown(on_lo)[0],
+        "remove address 169.254.169.254/32 on lo"
+    );
+    assert_eq!(host_teardown(on_lo).len(), 4, "the link is not there");
+}
+
+#[test]
+fn what_others_made_is_used_and_stays() {
+    let foreign = |o: &mut Observed| {
+        o.own_route = false;
+        o.foreign_closed_route = true;
+        o.link = Some(LinkSeen {
+            ours: false,
+            up: true,
+        });
+        o.addresses = vec![AddressSeen {
+            link: "eth0".into(),
+            ours: false,
+        }];
+    };
+    assert_eq!(host_diff(foreign), [""; 0]);
+    assert_eq!(
+        host_teardown(foreign),
+        [
+            "remove table ip imds_router",
+            "remove table ip imds_router_guard"
+        ]
+    );
+}
+
+#[test]
+fn without_a_daemon_only_the_owned_table_is_left_out() {
+    let steps = diff(&Plan::host(LISTENER).persistent(), &Observed::default());
+    assert_eq!(steps.len(), 4);
+    assert!(!told(&steps).contains(&"add table ip imds_router".to_owned()));
+}
+
+#[test]
+fn a_namespace_needs_the_rules_and_the_address() {
+    assert_eq!(
+        told(&diff(&Plan::namespace(LISTENER), &Observed::default())),
+        [
+            "add table ip imds_router",
+            "add address 169.254.169.254/32 on lo"
+        ]
+    );
+}
+
+#[test]
+fn tables_read_as_nft_writes_them() {
+    let text: Vec<String> = Plan::host(LISTENER)
+        .tables()
+        .map(Table::to_string)
+        .collect();
+    let guard = "table ip imds_router_guard {
+\tchain pre {
+\t\ttype filter hook prerouting priority -305; policy accept;
+\t\tip daddr 169.254.169.254 tcp dport 80 reject with tcp reset
+\t}
+
+\tchain out {
+\t\ttype filter hook output priority -305; policy accept;
+\t\tip daddr 169.254.169.254 tcp dport 80 reject with tcp reset
+\t}
+}";
+    let rules = "table ip imds_router {
+\tflags owner
+
+\tchain pre {
+\t\ttype filter hook prerouting priority -310; policy accept;
+\t\tip daddr 169.254.169.254 tcp dport 80 notrack tcp dport set 51254
+\t}
+
+\tchain out {
+\t\ttype filter hook output priority -310; policy accept;
+\t\tip daddr 169.254.169.254 tcp dport 80 notrack tcp dport set 51254
+\t\tip saddr 169.254.169.254 tcp sport 51254 notrack tcp sport set 80
+\t}
+}";
+    assert_eq!(text, [guard, rules]);
+    let text: Vec<String> = Plan::namespace(LISTENER)
+        .tables()
+        .map(Table::to_string)
+        .collect();
+    assert!(
+        text[0].contains("\t\tiifname \"lo\" ip daddr 169.254.169.254 notrack\n"),
+        "{}",
+        text[0]
+    );
+}
+
+#[test]
+fn several_failures_are_all_told() {
+    let failed = |attempt: &str| HostError::Failed {
+        attempt: attempt.into(),
+        source: io::Error::from(io::ErrorKind::TimedOut),
+    };
+    assert!(HostError::all(Vec::new()).is_none());
+    assert_eq!(
+        HostError::all(vec![failed("a")]).map(|e| e.to_string()),
+        Some("cannot a".into())
+    );
+    let both = HostError::all(vec![failed("a"), failed("b")]).map(|e| e.to_string());
+    assert_eq!(
+        both,
+        Some("2 failures:\n- cannot a: timed out\n- cannot b: timed out".into())
+    );
+}

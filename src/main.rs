@@ -1,0 +1,54 @@
+//! `imds-router`: argv → verb. Errors are printed once, with their causes; the exit code says whose they are.
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use imds_router::cli::Cli;
+use imds_router::verbs::{self, Failure};
+
+/// Wrong usage or configuration.
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    keep_the_aws_sdk_off_imds();
+    let cli = Cli::parse();
+    match verbs::run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Usage(error)) => report(error.as_ref(), USAGE),
+        Err(Failure::Failed(error)) => report(error.as_ref(), 1),
+    }
+}
+
+/// The AWS SDK's chain ends at the instance metadata service: this daemon. It must never be its own customer.
+fn keep_the_aws_sdk_off_imds() {
+    // SAFETY: no other thread exists yet: this is the first line of `main`.
+    #[allow(unsafe_code, reason = "the SDK reads nothing but this variable")]
+    unsafe {
+        std::env::set_var("AWS_EC2_METADATA_DISABLED", "true");
+    }
+}
+
+fn report(error: &dyn Error, code: u8) -> ExitCode {
+    let text = error.to_string();
+    // A hint goes last, after the causes.
+    let (what, hint) = match text.split_once("\nhint: ") {
+        Some((what, hint)) => (what, Some(hint)),
+        None => (text.as_str(), None),
+    };
+    eprint!("imds-router: {what}");
+    let mut cause = error.source();
+    let mut hints: Vec<String> = hint.map(str::to_owned).into_iter().collect();
+    while let Some(error) = cause {
+        let text = error.to_string();
+        let (what, hint) = text.split_once("\nhint: ").unwrap_or((&text, ""));
+        eprint!(": {what}");
+        hints.extend((!hint.is_empty()).then(|| hint.to_owned()));
+        cause = error.source();
+    }
+    eprintln!();
+    for hint in hints {
+        eprintln!("hint: {hint}");
+    }
+    ExitCode::from(code)
+}

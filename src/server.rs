@@ -1,0 +1,379 @@
+//! HTTP over any connection: who asks is proven once a connection, then every request is a straight line from head to
+//! reply.
+//!
+//! A client that leaves ends its own request and nothing else: what it waited for belongs to the broker and the watcher.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::http::request::Parts;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+use tracing::{debug, info, trace, warn};
+
+use crate::caller::{Caller, Connection, Refusal, identify};
+use crate::clock::Clock;
+use crate::containers::Life;
+use crate::containers::index::Index;
+use crate::credentials::broker::{Broker, NoCredentials, Published};
+use crate::instance::{Instance, Role};
+use crate::metadata::Node;
+use crate::metadata::catalogue::ROLE_LIST;
+use crate::telemetry::printable;
+use crate::wire::imds::{Call, Place, parse, version_list};
+use crate::wire::token::TokenAuthority;
+use crate::wire::{Refused, Reply};
+
+/// Largest head of a request.
+const HEAD_BYTES: usize = 16 * 1024;
+/// Connections of one container at once.
+const CONNECTIONS_PER_CONTAINER: u32 = 64;
+/// Connections that are not proven yet, at once.
+const CONNECTIONS_BEFORE_PROOF: usize = 256;
+/// How long a connection is kept without a request; also how long a head may take.
+const IDLE: Duration = Duration::from_secs(15);
+/// The port that clients ask.
+pub const IMDS_PORT: u16 = 80;
+
+/// What every connection needs.
+pub struct Service {
+    /// Who runs here.
+    pub index: Arc<Index>,
+    /// Their credentials.
+    pub broker: Arc<Broker>,
+    /// Their tokens.
+    pub tokens: TokenAuthority,
+    /// Time.
+    pub clock: Clock,
+    /// The longest that a request waits in all.
+    pub hold: Duration,
+    /// More names that are accepted in `Host`.
+    pub hosts: Vec<String>,
+    before_proof: Semaphore,
+    versions: Bytes,
+    refusals: Refusals,
+}
+
+impl Service {
+    /// Puts the parts together.
+    pub fn new(
+        index: Arc<Index>,
+        broker: Arc<Broker>,
+        tokens: TokenAuthority,
+        clock: Clock,
+        hold: Duration,
+        hosts: Vec<String>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            index,
+            broker,
+            tokens,
+            refusals: Refusals::new(&clock),
+            clock,
+            hold,
+            hosts,
+            before_proof: Semaphore::new(CONNECTIONS_BEFORE_PROOF),
+            versions: version_list().into(),
+        })
+    }
+}
+
+/// Accepts until the task is dropped.
+pub async fn accept(listener: TcpListener, service: Arc<Service>) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, client)) => {
+                let Ok(local) = stream.local_addr() else { continue };
+                // Small answers, each of them awaited: nothing is gained by waiting for more to send.
+                let _ = stream.set_nodelay(true);
+                let connection = Connection {
+                    client: SocketAddr::new(client.ip().to_canonical(), client.port()),
+                    // The rules swap the port: the client knows nothing of ours.
+                    server: SocketAddr::new(local.ip().to_canonical(), IMDS_PORT),
+                };
+                tokio::spawn(serve(stream, connection, service.clone()));
+            }
+            Err(error) => {
+                // Out of descriptors, mostly: they come back when connections end.
+                warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
+/// Serves one connection: proof, then requests until one of the two leaves, or the container's life ends.
+pub async fn serve<S>(stream: S, connection: Connection, service: Arc<Service>)
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let deadline = service.clock.now() + service.hold;
+    // Those who are not proven cannot crowd out those who are. The wait is part of the deadline.
+    let Ok(Ok(permit)) = tokio::time::timeout_at(deadline, service.before_proof.acquire()).await else { return };
+    match identify(&service.index, connection, deadline).await {
+        Ok(caller) => {
+            drop(permit);
+            let Some(counted) = Counted::take(caller.life().clone()) else {
+                info!(container = %caller.life().container, "more connections at once than a container has; closed");
+                return;
+            };
+            let session = Arc::new(Session {
+                service: service.clone(),
+                caller,
+                first: Mutex::new(Some(deadline)),
+                verified: Mutex::default(),
+            });
+            let requests = http(stream, move |request| {
+                let session = session.clone();
+                async move { session.answer(request).await }
+            });
+            tokio::select! {
+                () = requests => {}
+                // Whatever was being said is cut: the address may be somebody else's by now.
+                () = counted.0.witness.ended() => trace!(container = %counted.0.container, "ended with its container"),
+            }
+        }
+        Err(refusal) => {
+            service.refusals.note(&refusal, connection.client);
+            let why = match refusal {
+                Refusal::NotSynchronised => Refused::NotReady,
+                _ => Refused::Unproven,
+            };
+            // The permit is held on: whoever is refused has no more of us than the unproven have together.
+            let refuse = http(stream, move |_| async move { Ok(Reply::refused(why)) });
+            let _ = tokio::time::timeout(service.hold, refuse).await;
+            drop(permit);
+        }
+    }
+}
+
+/// The life of a connection has ended: nothing is said any more.
+#[derive(Debug, thiserror::Error)]
+#[error("the container has ended")]
+struct Ended;
+
+/// HTTP/1.1 on one connection.
+async fn http<S, A, F>(stream: S, answer: A)
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    A: Fn(Parts) -> F,
+    F: Future<Output = Result<Reply, Ended>>,
+{
+    let service = service_fn(|request: Request<Incoming>| {
+        // No request of IMDS has a body; hyper passes over one that comes.
+        let reply = answer(request.into_parts().0);
+        async move { reply.await.map(Reply::into_response) }
+    });
+    let ended = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(IDLE)
+        .max_buf_size(HEAD_BYTES)
+        .title_case_headers(true)
+        .serve_connection(TokioIo::new(stream), service)
+        .await;
+    if let Err(error) = ended {
+        // Clients that leave in the middle, heads that are none: theirs, not ours.
+        trace!(%error, "connection broken");
+    }
+}
+
+/// A connection that counts for its container.
+struct Counted(Arc<Life>);
+
+impl Counted {
+    fn take(life: Arc<Life>) -> Option<Self> {
+        let counted = Self(life);
+        let others = counted.0.connections.fetch_add(1, Ordering::Relaxed);
+        (others < CONNECTIONS_PER_CONTAINER).then_some(counted)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A proven connection.
+struct Session {
+    service: Arc<Service>,
+    caller: Caller,
+    /// The deadline of the first request, which counts from the connection.
+    first: Mutex<Option<Instant>>,
+    /// The token that was good last, and the boot time in seconds until which it is: most clients send it again.
+    verified: Mutex<Option<(Vec<u8>, u64)>>,
+}
+
+impl Session {
+    /// One request, as a straight line.
+    async fn answer(&self, request: Parts) -> Result<Reply, Ended> {
+        let (life, clock) = (self.caller.life(), &self.service.clock);
+        let asked = clock.now();
+        let first = self.first.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        let deadline = first.unwrap_or(asked + self.service.hold);
+        if !life.alive() {
+            return Err(Ended);
+        }
+        let reply = self.reply(&request, deadline).await;
+        // What took a while may be an answer to nobody, or to a life that has ended meanwhile.
+        if !life.alive() {
+            return Err(Ended);
+        }
+        let status = reply.status().as_u16();
+        life.last.note(clock.wall_seconds(), status);
+        debug!(
+            container = %life.container, method = %request.method, path = printable(request.uri.path(), 200), status,
+            micros = u64::try_from((clock.now() - asked).as_micros()).unwrap_or(u64::MAX), "answered"
+        );
+        Ok(reply)
+    }
+
+    async fn reply(&self, request: &Parts, deadline: Instant) -> Reply {
+        let life = self.caller.life();
+        let instance = life.instance.load_full();
+        if !instance.endpoint {
+            return Reply::refused(Refused::Disabled)
+                .with_hint("this container has no imds label, or its endpoint is disabled; ask: imds-router status");
+        }
+        match parse(request, &self.service.hosts) {
+            Err(why) => Reply::refused(why),
+            Ok(Call::TokenOptions) => Reply::token_options(),
+            Ok(Call::IssueToken(ttl)) => {
+                Reply::token(self.service.tokens.issue(&life.container, life.cgroup, ttl), ttl)
+            }
+            Ok(Call::Get { place, token }) => {
+                let ttl = match token {
+                    Some(token) => match self.verify(&token) {
+                        Some(left) => Some(left),
+                        None => return Reply::refused(Refused::Token),
+                    },
+                    None if instance.tokens_required => return Reply::refused(Refused::Token),
+                    None => None,
+                };
+                self.value(&place, instance, deadline).await.with_ttl(ttl)
+            }
+        }
+    }
+
+    /// Seconds that a token is good for. The same token as last time is not verified again.
+    fn verify(&self, token: &[u8]) -> Option<u32> {
+        let now = self.service.clock.boot().as_secs();
+        let mut verified = self.verified.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some((last, until)) = &*verified
+            && last == token
+            && *until > now
+        {
+            return u32::try_from(until - now).ok();
+        }
+        let life = self.caller.life();
+        let left = self.service.tokens.verify(&life.container, life.cgroup, token)?;
+        // Rounded down: the full check has the last word in the last second.
+        *verified = Some((token.to_vec(), now + u64::from(left) - 1));
+        Some(left)
+    }
+
+    async fn value(&self, place: &Place, mut instance: Arc<Instance>, deadline: Instant) -> Reply {
+        let path = match place {
+            Place::Versions => return Reply::value(self.service.versions.clone(), instance.last_modified.clone()),
+            Place::Below(path) => path,
+            Place::Nowhere => return Reply::refused(Refused::NotFound),
+        };
+        if path.starts_with(IAM) {
+            instance = self.decided(instance, deadline).await;
+        }
+        let modified = instance.last_modified.clone();
+        match instance.view.get(path) {
+            Some(Node::Dir(text) | Node::Text(text)) => Reply::value(text.clone(), modified),
+            Some(Node::RoleList(role)) => match self.credentials(&instance, deadline).await {
+                Ok(_) => Reply::value(role.clone(), modified),
+                Err(why) => no_role(&why),
+            },
+            Some(Node::Credentials) => match self.credentials(&instance, deadline).await {
+                Ok(published) => Reply::value(published.body.0.clone(), modified),
+                Err(why) => no_role(&why),
+            },
+            None => match &instance.role {
+                Role::Refused(why) | Role::Pending(why) if path.starts_with(IAM) => no_role(why),
+                Role::None if path.starts_with(ROLE_LIST) => no_role("no role"),
+                _ => Reply::refused(Refused::NotFound),
+            },
+        }
+    }
+
+    /// The instance once its role is decided, at most until the deadline.
+    async fn decided(&self, mut instance: Arc<Instance>, deadline: Instant) -> Arc<Instance> {
+        let mut changes = self.service.index.changes();
+        while matches!(instance.role, Role::Pending(_)) {
+            if !matches!(tokio::time::timeout_at(deadline, changes.changed()).await, Ok(Ok(()))) {
+                break;
+            }
+            instance = self.caller.life().instance.load_full();
+        }
+        instance
+    }
+
+    async fn credentials(&self, instance: &Instance, deadline: Instant) -> Result<Arc<Published>, String> {
+        let session = instance.role.session().ok_or("no role")?;
+        self.service.broker.get(session, deadline).await.map_err(|error| match error {
+            NoCredentials::Failed(error) => error.summary().to_owned(),
+            error => error.to_string(),
+        })
+    }
+}
+
+/// Where everything that a role decides stands.
+const IAM: &str = "meta-data/iam";
+
+/// No role, or no credentials of it. 404 is what every SDK takes as "none here"; anything else stops some of them.
+fn no_role(why: &str) -> Reply {
+    let hint = printable(&format!("{why}; ask: imds-router status"), 160);
+    Reply::refused(Refused::NotFound).with_hint(&hint)
+}
+
+/// Counts refusals, and says some of them in the log: the evidence, at most once a second and reason.
+struct Refusals {
+    clock: Clock,
+    seen: dashmap::DashMap<&'static str, (u64, u64)>,
+}
+
+impl Refusals {
+    fn new(clock: &Clock) -> Self {
+        Self { clock: clock.clone(), seen: dashmap::DashMap::new() }
+    }
+
+    fn note(&self, refusal: &Refusal, client: SocketAddr) {
+        let now = self.clock.boot().as_secs();
+        let mut seen = self.seen.entry(refusal.reason()).or_default();
+        seen.0 += 1;
+        if seen.1 != now {
+            seen.1 = now;
+            let so_far = seen.0;
+            drop(seen);
+            info!(reason = refusal.reason(), %client, so_far, "refused: {refusal}");
+        }
+    }
+
+    fn counts(&self) -> Vec<(&'static str, u64)> {
+        let mut counts: Vec<_> = self.seen.iter().map(|entry| (*entry.key(), entry.value().0)).collect();
+        counts.sort_unstable();
+        counts
+    }
+}
+
+impl Service {
+    /// Refused connections so far, by reason.
+    pub fn refusals(&self) -> Vec<(&'static str, u64)> {
+        self.refusals.counts()
+    }
+}

@@ -1,0 +1,102 @@
+//! What the daemon says of itself: the log, and how foreign text gets into it.
+
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+
+/// Environment variable of the log level: `error`, `warn`, `info` (default), `debug`, `trace`.
+pub const LOG_VARIABLE: &str = "IMDS_ROUTER_LOG";
+
+/// Crates whose finer levels may print requests and answers of AWS: they stay at `info` whatever is asked, because no
+/// level may bring a secret into the log.
+const CAPPED: &[&str] = &[
+    "aws_config",
+    "aws_credential_types",
+    "aws_runtime",
+    "aws_sdk_sts",
+    "aws_sdk_sso",
+    "aws_sdk_ssooidc",
+    "aws_sigv4",
+    "aws_smithy_http_client",
+    "aws_smithy_runtime",
+    "aws_smithy_runtime_api",
+    "bollard",
+    "h2",
+    "hyper",
+    "hyper_util",
+    "rustls",
+];
+
+/// How log lines look.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// The filter for a level as typed; `None` when it is not one.
+fn filter(level: &str) -> Option<EnvFilter> {
+    let mut filter = EnvFilter::builder().parse(level).ok()?;
+    for name in CAPPED {
+        filter = filter.add_directive(format!("{name}=info").parse().ok()?);
+    }
+    Some(filter)
+}
+
+/// Starts the log on stderr.
+///
+/// # Errors
+/// When the level is none; the text says what was expected.
+pub fn start(format: LogFormat, level: Option<&str>) -> Result<(), String> {
+    let level = level.unwrap_or("info");
+    let filter = filter(level)
+        .ok_or_else(|| format!("variable {LOG_VARIABLE}: {level:?}: expected error, warn, info, debug or trace"))?;
+    let registry = tracing_subscriber::registry().with(filter);
+    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    // A second start, in tests, keeps the first: nothing to be said about it.
+    let _ = match format {
+        LogFormat::Text => registry.with(layer.with_ansi(false)).try_init(),
+        LogFormat::Json => registry.with(layer.json()).try_init(),
+    };
+    Ok(())
+}
+
+/// Text from outside, fit for a terminal and a log: control characters, line ends and bidirectional overrides escaped,
+/// cut after `most` characters.
+pub fn printable(text: &str, most: usize) -> String {
+    let mut shown = String::new();
+    for (count, c) in text.chars().enumerate() {
+        if count == most {
+            shown.push('…');
+            break;
+        }
+        let bidi = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        if c.is_control() || bidi {
+            shown.extend(c.escape_unicode());
+        } else {
+            shown.push(c);
+        }
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn foreign_text_cannot_move_the_cursor_or_fake_a_line() {
+        assert_eq!(printable("a\u{1b}[2Jb\nc\u{202e}d", 99), "a\\u{1b}[2Jb\\u{a}c\\u{202e}d");
+        assert_eq!(printable("abcdef", 3), "abc…");
+        assert_eq!(printable("abc", 3), "abc");
+    }
+
+    #[test]
+    fn only_levels_are_levels() {
+        assert!(filter("trace").is_some());
+        assert!(filter("imds_router=debug").is_some());
+        assert!(filter("imds_router=loud").is_none());
+    }
+}

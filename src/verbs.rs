@@ -1,0 +1,179 @@
+//! What each verb of the command line does.
+
+use std::error::Error;
+use std::io::{self, Write as _};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use crate::admin;
+use crate::cli::{Cli, Verb};
+#[cfg(target_os = "linux")]
+use crate::cli::{Common, Intercept, Serve};
+use crate::config;
+use crate::telemetry;
+
+/// Why a verb failed, and whose fault it is.
+#[derive(Debug)]
+pub enum Failure {
+    /// What was typed or configured: exit code 2.
+    Usage(Box<dyn Error>),
+    /// Everything else: exit code 1.
+    Failed(Box<dyn Error>),
+}
+
+impl<E: Error + 'static> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Failed(Box::new(error))
+    }
+}
+
+/// An error that is a sentence.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Said(String);
+
+/// Does what was asked.
+///
+/// # Errors
+/// Why not.
+pub fn run(cli: Cli) -> Result<(), Failure> {
+    match cli.verb {
+        #[cfg(target_os = "linux")]
+        Verb::Serve(flags) => serve(&flags),
+        #[cfg(target_os = "linux")]
+        Verb::Check { common } => block_on(check(&common))?,
+        #[cfg(target_os = "linux")]
+        Verb::Intercept { what } => intercept(what),
+        #[cfg(not(target_os = "linux"))]
+        Verb::Serve(_) | Verb::Check { .. } | Verb::Intercept { .. } => Err(Failure::Failed(Box::new(Said(
+            "containers run in a Linux VM on this system: run the image imds-router there \
+             (docker run --net=host --pid=host --privileged -v /var/run/docker.sock:/var/run/docker.sock imds-router serve)"
+                .to_owned(),
+        )))),
+        Verb::Status { json, admin } => block_on(async move {
+            let status = admin::ask(&admin).await?;
+            let text = if json { serde_json::to_string_pretty(&status)? + "\n" } else { admin::render(&status) };
+            Ok(io::stdout().write_all(text.as_bytes())?)
+        })?,
+        Verb::Get { path } => block_on(get(&path))?,
+    }
+}
+
+fn block_on<T>(work: impl Future<Output = T>) -> io::Result<T> {
+    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(work))
+}
+
+fn usage(error: impl Error + 'static) -> Failure {
+    Failure::Usage(Box::new(error))
+}
+
+#[cfg(target_os = "linux")]
+fn serve(flags: &Serve) -> Result<(), Failure> {
+    let settings = config::load(&flags.sources()).map_err(usage)?;
+    let level = std::env::var(telemetry::LOG_VARIABLE).ok();
+    telemetry::start(flags.log_format, level.as_deref()).map_err(|error| usage(Said(error)))?;
+    block_on(async {
+        use tokio::signal::unix::{SignalKind, signal};
+        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let shutdown = async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        Ok(crate::app::run(settings, shutdown).await?)
+    })?
+}
+
+/// Configuration and labels of this host's containers, without serving.
+#[cfg(target_os = "linux")]
+async fn check(flags: &Common) -> Result<(), Failure> {
+    let settings = config::load(&flags.sources()).map_err(usage)?;
+    let checked = crate::app::check(settings).await?;
+    io::stdout().write_all(checked.text.as_bytes())?;
+    match checked.problems {
+        0 => Ok(()),
+        problems => Err(Failure::Failed(Box::new(Said(format!("{problems} of the containers above do not get what they ask for"))))),
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn intercept(what: Intercept) -> Result<(), Failure> {
+    use crate::host::{Plan, apply};
+    // The listener's port does not matter for what stays without a daemon.
+    let plan = Plan::host(std::net::SocketAddrV4::new(crate::app::IMDS_ADDRESS, crate::app::DEFAULT_PORT));
+    let (steps, nothing) = match what {
+        Intercept::Up => (apply::install(&plan)?, "everything is there already"),
+        Intercept::Down => (apply::clear(&plan)?, "nothing of ours is there"),
+        Intercept::Plan => (apply::pending(&plan)?, "everything is there already"),
+    };
+    let mut out = io::stdout();
+    if steps.is_empty() {
+        writeln!(out, "{nothing}")?;
+    }
+    for step in steps {
+        writeln!(out, "{step}")?;
+    }
+    Ok(())
+}
+
+/// The longest that `get` waits for one answer.
+const GET_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// An IMDSv2 client that needs nothing: a token, then the path; the value on stdout as it is.
+async fn get(path: &str) -> Result<(), Failure> {
+    let path = match path.trim_start_matches('/') {
+        path if path.starts_with("latest") || path.starts_with(|c: char| c.is_ascii_digit()) => format!("/{path}"),
+        path => format!("/latest/{path}"),
+    };
+    if !path.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(usage(Said(format!("{path:?} is not a path: expected visible characters without blanks"))));
+    }
+    let answer = async {
+        let token = ask("PUT /latest/api/token", "X-aws-ec2-metadata-token-ttl-seconds: 60").await?;
+        let token = match token.status {
+            200 => String::from_utf8_lossy(&token.body).into_owned(),
+            _ => return Ok(token),
+        };
+        ask(&format!("GET {path}"), &format!("X-aws-ec2-metadata-token: {token}")).await
+    };
+    let answer = tokio::time::timeout(GET_TIMEOUT, answer)
+        .await
+        .map_err(|_| Said(format!("no answer from 169.254.169.254 within {} s", GET_TIMEOUT.as_secs())))?
+        .map_err(|error| {
+            Said(format!("169.254.169.254 does not answer: {error}\nhint: does imds-router serve on this host? imds-router status"))
+        })?;
+    if answer.status != 200 {
+        let hint = answer.hint.map(|hint| format!("\nhint: {hint}")).unwrap_or_default();
+        return Err(Said(format!("{path}: status {}{hint}", answer.status)).into());
+    }
+    Ok(io::stdout().write_all(&answer.body)?)
+}
+
+struct Answer {
+    status: u16,
+    hint: Option<String>,
+    body: Vec<u8>,
+}
+
+/// One request on a connection of its own, so that the end of the answer is the end of the stream.
+async fn ask(what: &str, header: &str) -> io::Result<Answer> {
+    let mut stream = TcpStream::connect(("169.254.169.254", 80)).await?;
+    let request = format!(
+        "{what} HTTP/1.1\r\nHost: 169.254.169.254\r\n{header}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).await?;
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).await?;
+    let strange = || io::Error::new(io::ErrorKind::InvalidData, "not an HTTP answer");
+    let end = bytes.windows(4).position(|it| it == b"\r\n\r\n").ok_or_else(strange)?;
+    let head = String::from_utf8_lossy(&bytes[..end]).into_owned();
+    let status = head.split(' ').nth(1).and_then(|it| it.parse().ok()).ok_or_else(strange)?;
+    let hint = head.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("x-imds-router-hint").then(|| telemetry::printable(value.trim(), 200))
+    });
+    Ok(Answer { status, hint, body: bytes.split_off(end + 4) })
+}
