@@ -141,10 +141,4 @@ impl Index {
     fn changed(&self) {
         self.version.send_modify(|version| *version += 1);
     }
-
-    /// What every address leads to, for the property tests.
-    #[cfg(test)]
-    pub(super) fn addresses(&self) -> std::collections::BTreeMap<IpAddr, std::collections::BTreeSet<ContainerId>> {
-        self.by_address.iter().map(|entry| (*entry.key(), entry.value().iter().cloned().collect())).collect()
-    }
 }

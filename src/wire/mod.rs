@@ -156,6 +156,7 @@ impl Reply {
 
     /// As hyper sends it.
     pub fn into_response(self) -> Response<Full<Bytes>> {
+        let length = self.body.len();
         let mut response = Response::new(Full::new(self.body));
         *response.status_mut() = self.status;
         if self.status == StatusCode::METHOD_NOT_ALLOWED {
@@ -177,6 +178,8 @@ impl Reply {
         if let Some(hint) = self.hint {
             headers.insert(HINT_HEADER, hint);
         }
+        // Said here, because hyper leaves it out of the answer to a HEAD when there is no body.
+        headers.insert(header::CONTENT_LENGTH, length.into());
         headers.insert(header::SERVER, SERVER);
         if self.close {
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));

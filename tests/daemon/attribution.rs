@@ -1,0 +1,162 @@
+//! Who is answered, and above all who is not.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use imds_router::containers::watcher::Event;
+use imds_router::containers::{CgroupId, NetworkId, SocketEvidence};
+
+use crate::script::{Daemon, endpoint, id, settings};
+
+const APP: &[(&str, &str)] = &[("imds.role", "app")];
+const OTHER: &[(&str, &str)] = &[("imds.role", "other")];
+const LIST: &str = "/latest/meta-data/iam/security-credentials/";
+
+async fn refused(daemon: &Daemon, client: SocketAddr) {
+    let mut connection = daemon.dial(client);
+    let asked = daemon.clock.now();
+    let reply = connection.send("GET", "/", &[]).await.expect("a refusal");
+    assert_eq!((reply.status, reply.body.len()), (403, 0));
+    assert_eq!(reply.header("connection"), Some("close"));
+    assert_eq!(reply.header("x-imds-router-hint"), None, "an unproven caller learns nothing");
+    assert!(daemon.clock.now() - asked <= Duration::from_millis(401));
+    assert!(connection.closed().await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_address_alone_proves_nothing() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    let address = daemon.run(1, APP).await;
+    let cgroup = daemon.kernel.alive(&id(1)).unwrap();
+    // No socket at all, one in every other state, one that somebody else made in the container's namespace.
+    refused(&daemon, daemon.client(address)).await;
+    for state in 2..=12 {
+        let client = daemon.client(address);
+        daemon.kernel.socket(cgroup, client, SocketEvidence { state, cgroup });
+        refused(&daemon, client).await;
+    }
+    let client = daemon.client(address);
+    daemon.kernel.socket(cgroup, client, SocketEvidence { state: 1, cgroup: CgroupId(1) });
+    refused(&daemon, client).await;
+    let reasons: Vec<_> = daemon.service.refusals();
+    assert_eq!(reasons, [("foreign-cgroup", 1), ("no-socket", 1), ("not-established", 11)]);
+    // And the container itself is served all along.
+    assert_eq!(daemon.connect(1, address).get("/").await.unwrap().status, 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn unknown_addresses_and_the_host_are_refused() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    for client in ["10.9.9.9:1", "127.0.0.1:1", "169.254.169.254:1", "[::1]:1"] {
+        refused(&daemon, client.parse().unwrap()).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_candidates_at_one_address_are_told_apart_by_the_kernel() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    let address = daemon.run(1, APP).await;
+    let other = daemon.create(2, OTHER);
+    daemon.boot(2, SocketAddr::new(address.ip(), 0));
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_ne!(address, other);
+    assert_eq!(daemon.connect(1, address).get(LIST).await.unwrap().text(), "app");
+    assert_eq!(daemon.connect(2, address).get(LIST).await.unwrap().text(), "other");
+    refused(&daemon, daemon.client(address)).await;
+    // Both prove the same connection: impossible, so nobody is answered.
+    let client = daemon.client(address);
+    for number in [1, 2] {
+        let cgroup = daemon.kernel.alive(&id(number)).unwrap();
+        daemon.kernel.socket(cgroup, client, SocketEvidence { state: 1, cgroup });
+    }
+    refused(&daemon, client).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_address_that_moved_answers_for_its_new_holder_only() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    let address = daemon.run(1, APP).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let mut kept = daemon.connect(1, address);
+    assert_eq!(kept.get(LIST).await.unwrap().text(), "app");
+    // The container ends; the engine has told nothing yet, and the next one has its address.
+    daemon.kill(1);
+    assert!(kept.get(LIST).await.is_none(), "a kept connection ends with its life");
+    daemon.create(2, OTHER);
+    daemon.boot(2, address);
+    assert_eq!(daemon.connect(2, address).get(LIST).await.unwrap().text(), "other");
+    // Late events of the old one change nothing.
+    daemon.engine.send(Event::Disconnected(NetworkId::from("n")));
+    daemon.engine.send(Event::Died(id(1)));
+    daemon.settle().await;
+    assert_eq!(daemon.connect(2, address).get(LIST).await.unwrap().text(), "other");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_waits_while_its_container_ends_gets_no_answer() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    daemon.sts.say(&[(300, Ok(()))]);
+    let address = daemon.run(1, APP).await;
+    let mut client = daemon.connect(1, address);
+    let asking = tokio::spawn(async move { client.get(LIST).await });
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    daemon.kill(1);
+    assert!(asking.await.unwrap().is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_is_its_lifes_own() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    let address = daemon.run(1, APP).await;
+    let token = daemon.connect(1, address).token(600).await;
+    let headers = [("X-aws-ec2-metadata-token", token.as_str())];
+    let status = async |daemon: &Daemon| daemon.connect(1, address).send("GET", "/", &headers).await.unwrap().status;
+    assert_eq!(status(&daemon).await, 200);
+    // Another daemon, the same life.
+    let again = Daemon::start_with(settings(), daemon.engine.clone(), daemon.kernel.clone());
+    again.synchronised().await;
+    again.settle().await;
+    assert_eq!(status(&again).await, 200);
+    // The same container, another life.
+    daemon.kill(1);
+    daemon.boot(1, address);
+    daemon.settle().await;
+    assert_eq!(status(&daemon).await, 401);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_first_act_is_served_before_the_engine_says_start() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    let address = daemon.create(1, APP);
+    daemon.settle().await;
+    let network = NetworkId::from("n");
+    daemon.engine.world(|world| world.networks.entry(network.clone()).or_default().insert(id(1), endpoint(address)));
+    daemon.engine.send(Event::Connected(network, Some(id(1))));
+    daemon.settle().await;
+    daemon.kernel.start(&id(1));
+    let asked = daemon.clock.now();
+    assert_eq!(daemon.connect(1, address).get(LIST).await.unwrap().status, 200);
+    assert!(daemon.clock.now() - asked < Duration::from_millis(100));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_address_that_no_event_has_told_is_looked_up() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    let address = daemon.create(1, APP);
+    // Every event after `create` is lost.
+    daemon.engine.world(|world| {
+        world.networks.entry(NetworkId::from("n")).or_default().insert(id(1), endpoint(address));
+        world.containers.get_mut(&id(1)).unwrap().running = true;
+    });
+    daemon.kernel.start(&id(1));
+    daemon.settle().await;
+    assert_eq!(daemon.connect(1, address).get("/").await.unwrap().status, 200);
+}

@@ -1,0 +1,528 @@
+//! A daemon in process: engine, kernel and STS as told, connections in memory, time that is paused.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU16, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use futures_util::future::{BoxFuture, FutureExt as _};
+use futures_util::stream::{BoxStream, StreamExt as _};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
+use tokio::sync::{mpsc, watch};
+
+use imds_router::caller::Connection;
+use imds_router::clock::Clock;
+use imds_router::config::{CredentialSource, Settings};
+use imds_router::containers::index::{EngineState, Index};
+use imds_router::containers::watcher::{
+    Birth, ContainerEngine, EngineError, Event, Hold, Inspection, Instances, Kernel, Network, Ports, Row, Watcher,
+};
+use imds_router::containers::{
+    Attachments, CgroupId, ContainerId, Definition, Endpoint, NetworkId, NetworkMode, SocketEvidence, Witness,
+};
+use imds_router::credentials::broker::{Broker, CredentialProvider, Lease, Provided, ProviderError};
+use imds_router::credentials::{Credentials, RoleSession, Secret};
+use imds_router::instance::{Instance, Surroundings, resolve};
+use imds_router::server::{self, Service};
+use imds_router::wire::imds::credentials_document;
+use imds_router::wire::token::{TokenAuthority, TokenKey};
+
+use crate::conformance::Reply;
+
+pub const WALL: Duration = Duration::from_secs(1_767_607_872);
+
+/// An id made of a number.
+pub fn id(number: u32) -> ContainerId {
+    ContainerId::parse(&format!("{number:064x}")).unwrap()
+}
+
+// ---- the engine
+
+#[derive(Clone, Debug, Default)]
+pub struct Container {
+    pub labels: BTreeMap<String, String>,
+    pub image_labels: BTreeMap<String, String>,
+    pub running: bool,
+    pub network_mode: NetworkMode,
+}
+
+#[derive(Default)]
+pub struct World {
+    pub containers: BTreeMap<ContainerId, Container>,
+    pub networks: BTreeMap<NetworkId, BTreeMap<ContainerId, Endpoint>>,
+    pub away: bool,
+    events: Option<mpsc::UnboundedSender<Event>>,
+    /// Events that must be lost, doubled or delayed are sent by the test itself.
+    pub lookups: usize,
+}
+
+/// An engine as told. Every answer takes a millisecond, and is what was so when it was asked for: an event may overtake it.
+#[derive(Clone, Default)]
+pub struct ScriptedEngine(pub Arc<Mutex<World>>);
+
+impl ScriptedEngine {
+    pub fn world<T>(&self, change: impl FnOnce(&mut World) -> T) -> T {
+        change(&mut self.0.lock().unwrap())
+    }
+
+    pub fn send(&self, event: Event) {
+        self.world(|world| {
+            if let Some(events) = &world.events {
+                // Nobody subscribed: the event is lost, as on a real engine.
+                let _ = events.send(event);
+            }
+        });
+    }
+
+    /// The engine goes away; whoever listens sees the stream end.
+    pub fn go(&self) {
+        self.world(|world| (world.away, world.events) = (true, None));
+    }
+
+    pub fn come_back(&self) {
+        self.world(|world| world.away = false);
+    }
+
+    fn ask<T: Send + 'static>(
+        &self,
+        answer: impl FnOnce(&mut World) -> T + Send + 'static,
+    ) -> BoxFuture<'static, Result<T, EngineError>> {
+        let this = self.clone();
+        async move {
+            let answer = this.world(|world| {
+                world.lookups += 1;
+                if world.away { Err(EngineError("away".into())) } else { Ok(answer(world)) }
+            });
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            answer
+        }
+        .boxed()
+    }
+}
+
+fn row(id: &ContainerId, container: &Container) -> Row {
+    let mut labels = container.image_labels.clone();
+    labels.extend(container.labels.clone());
+    Row {
+        id: id.clone(),
+        name: format!("c{}", id.as_str().trim_start_matches('0')),
+        labels,
+        image: "box".into(),
+        image_id: format!("sha256:{}", id.as_str()),
+        network_mode: container.network_mode.clone(),
+        running: container.running,
+    }
+}
+
+impl ContainerEngine for ScriptedEngine {
+    fn subscribe(&self) -> BoxFuture<'static, Result<BoxStream<'static, Event>, EngineError>> {
+        self.ask(|world| {
+            let (sender, receiver) = mpsc::unbounded_channel();
+            world.events = Some(sender);
+            futures_util::stream::unfold(receiver, |mut receiver| async move {
+                receiver.recv().await.map(|event| (event, receiver))
+            })
+            .boxed()
+        })
+    }
+
+    fn containers(&self) -> BoxFuture<'static, Result<Vec<Row>, EngineError>> {
+        self.ask(|world| world.containers.iter().map(|(id, container)| row(id, container)).collect())
+    }
+
+    fn container(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Row>, EngineError>> {
+        let id = id.clone();
+        self.ask(move |world| world.containers.get(&id).map(|container| row(&id, container)))
+    }
+
+    fn inspect(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Inspection>, EngineError>> {
+        let id = id.clone();
+        self.ask(move |world| {
+            world.containers.contains_key(&id).then(|| Inspection { hostname: Some(id.short().to_owned()), pid: None })
+        })
+    }
+
+    fn image_labels(&self, id: &str) -> BoxFuture<'static, Result<Option<BTreeMap<String, String>>, EngineError>> {
+        let id = ContainerId::parse(id.trim_start_matches("sha256:")).unwrap();
+        self.ask(move |world| world.containers.get(&id).map(|container| container.image_labels.clone()))
+    }
+
+    fn networks(&self) -> BoxFuture<'static, Result<Vec<NetworkId>, EngineError>> {
+        self.ask(|world| world.networks.keys().cloned().collect())
+    }
+
+    fn network(&self, id: &NetworkId) -> BoxFuture<'static, Result<Option<Network>, EngineError>> {
+        let id = id.clone();
+        self.ask(move |world| {
+            let endpoints = world.networks.get(&id)?.clone();
+            Some(Network { subnets: vec![("10.0.0.0".parse().unwrap(), 8)], endpoints })
+        })
+    }
+}
+
+// ---- the kernel
+
+#[derive(Default)]
+struct Lives {
+    lives: HashMap<ContainerId, (CgroupId, watch::Sender<bool>)>,
+    /// Sockets, by the life in whose namespace they are.
+    sockets: HashMap<(CgroupId, SocketAddr), SocketEvidence>,
+    next: u64,
+}
+
+#[derive(Clone, Default)]
+pub struct ScriptedKernel(Arc<Mutex<Lives>>);
+
+impl ScriptedKernel {
+    /// A container's first process starts; a former one has ended.
+    pub fn start(&self, id: &ContainerId) -> CgroupId {
+        self.end(id);
+        let mut lives = self.0.lock().unwrap();
+        lives.next += 1;
+        let cgroup = CgroupId(1_000 + lives.next);
+        lives.lives.insert(id.clone(), (cgroup, watch::Sender::new(true)));
+        cgroup
+    }
+
+    pub fn end(&self, id: &ContainerId) {
+        if let Some((_, alive)) = self.0.lock().unwrap().lives.remove(id) {
+            alive.send_replace(false);
+        }
+    }
+
+    pub fn alive(&self, id: &ContainerId) -> Option<CgroupId> {
+        self.0.lock().unwrap().lives.get(id).map(|(cgroup, _)| *cgroup)
+    }
+
+    /// Puts a socket into the namespace of a life.
+    pub fn socket(&self, namespace: CgroupId, client: SocketAddr, evidence: SocketEvidence) {
+        self.0.lock().unwrap().sockets.insert((namespace, client), evidence);
+    }
+}
+
+struct ScriptedWitness {
+    lives: Arc<Mutex<Lives>>,
+    cgroup: CgroupId,
+    alive: watch::Receiver<bool>,
+}
+
+impl Kernel for ScriptedKernel {
+    fn birth(&self, id: &ContainerId, _pid: Option<u32>) -> Result<Birth, String> {
+        let lives = self.0.lock().unwrap();
+        let (cgroup, alive) = lives.lives.get(id).ok_or("not there yet")?;
+        let witness = ScriptedWitness { lives: self.0.clone(), cgroup: *cgroup, alive: alive.subscribe() };
+        Ok(Birth { cgroup: *cgroup, pid: 1, started: UNIX_EPOCH + WALL, witness: Box::new(witness) })
+    }
+}
+
+impl Witness for ScriptedWitness {
+    fn alive(&self) -> bool {
+        *self.alive.borrow()
+    }
+
+    fn ended(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        let mut alive = self.alive.clone();
+        Box::pin(async move {
+            let _ = alive.wait_for(|alive| !alive).await;
+        })
+    }
+
+    fn socket(&self, client: SocketAddr, _server: SocketAddr) -> std::io::Result<Option<SocketEvidence>> {
+        Ok(self.lives.lock().unwrap().sockets.get(&(self.cgroup, client)).copied())
+    }
+
+    fn holds(&self, cgroup: CgroupId) -> bool {
+        self.cgroup == cgroup
+    }
+}
+
+// ---- STS
+
+type Answers = VecDeque<(Duration, Result<(), ProviderError>)>;
+
+/// STS as told: how long each call takes and what it says; the last answer repeats.
+#[derive(Clone)]
+pub struct ScriptedSts {
+    clock: Clock,
+    pub calls: Arc<AtomicUsize>,
+    answers: Arc<Mutex<Answers>>,
+}
+
+impl ScriptedSts {
+    pub fn say(&self, answers: &[(u64, Result<(), ProviderError>)]) {
+        let answers = answers.iter().map(|(ms, answer)| (Duration::from_millis(*ms), answer.clone()));
+        *self.answers.lock().unwrap() = answers.collect();
+    }
+}
+
+/// What is secret in a scripted answer: the tests look for it where it must not be.
+pub const SECRET: &str = "wJalrXUtnFEMI/scripted-secret";
+pub const SESSION_TOKEN: &str = "IQoJb3JpZ2luX2VjE/scripted-token";
+
+impl CredentialProvider for ScriptedSts {
+    fn credentials(&self, session: &RoleSession) -> Provided {
+        let call = self.calls.fetch_add(1, Ordering::Relaxed);
+        let mut answers = self.answers.lock().unwrap();
+        let (pause, answer) = if answers.len() > 1 { answers.pop_front().unwrap() } else { answers[0].clone() };
+        let (clock, session) = (self.clock.clone(), session.clone());
+        Box::pin(async move {
+            tokio::time::sleep(pause).await;
+            answer.map(|()| Credentials {
+                access_key_id: format!("ASIA{:016}", call),
+                // Names the role, so that a test sees whose credentials an answer holds.
+                secret_access_key: Secret::new(format!("{SECRET}/{}", session.role.name())),
+                token: Secret::new(SESSION_TOKEN),
+                updated: clock.wall(),
+                expiration: clock.wall() + session.duration,
+                fake: false,
+            })
+        })
+    }
+}
+
+// ---- the daemon
+
+struct Resolver {
+    settings: Settings,
+    broker: Arc<Broker>,
+}
+
+struct Held(Lease);
+
+impl Hold for Held {
+    fn session(&self) -> &RoleSession {
+        self.0.session()
+    }
+
+    fn started(&mut self) {}
+}
+
+impl Instances for Resolver {
+    fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance {
+        let around = Surroundings { base_account: None, base_region: None, host: "h".into() };
+        resolve(container, attachments, started, &self.settings, &around)
+    }
+
+    fn hold(&self, session: &RoleSession) -> Box<dyn Hold> {
+        Box::new(Held(self.broker.lease(session)))
+    }
+
+    fn image_labels_count(&self) -> bool {
+        self.settings.image_labels
+    }
+
+    fn label_prefix(&self) -> String {
+        format!("{}.", self.settings.label_prefix)
+    }
+}
+
+pub struct Daemon {
+    pub engine: ScriptedEngine,
+    pub kernel: ScriptedKernel,
+    pub sts: ScriptedSts,
+    pub index: Arc<Index>,
+    pub service: Arc<Service>,
+    pub clock: Clock,
+    /// Wakes the watcher as changed settings do.
+    pub changed: watch::Sender<u64>,
+    next_port: AtomicU16,
+    next_address: AtomicU64,
+    _watcher: tokio::task::JoinHandle<()>,
+}
+
+pub fn settings() -> Settings {
+    Settings {
+        account_id: Some("111122223333".into()),
+        region: Some("eu-west-1".into()),
+        source: CredentialSource::Sts,
+        ..Settings::default()
+    }
+}
+
+impl Daemon {
+    /// A daemon whose engine is there. Must be called with time paused.
+    pub fn start(settings: Settings) -> Self {
+        Self::start_with(settings, ScriptedEngine::default(), ScriptedKernel::default())
+    }
+
+    /// Another daemon over the same engine and kernel: as after a restart.
+    pub fn start_with(settings: Settings, engine: ScriptedEngine, kernel: ScriptedKernel) -> Self {
+        let clock = Clock::scripted(UNIX_EPOCH + WALL);
+        let sts = ScriptedSts {
+            clock: clock.clone(),
+            calls: Arc::default(),
+            answers: Arc::new(Mutex::new([(Duration::from_millis(100), Ok(()))].into())),
+        };
+        let broker = Broker::new(Box::new(sts.clone()), credentials_document, clock.clone());
+        let (index, misses) = Index::new();
+        let tokens = TokenAuthority::new(&TokenKey([7; 32]), "boot", clock.clone());
+        let (hold, hosts) = (settings.hold, settings.hosts.clone());
+        let (changed, changes) = watch::channel(0);
+        let ports = Ports {
+            engine: Arc::new(engine.clone()),
+            kernel: Arc::new(kernel.clone()),
+            instances: Arc::new(Resolver { settings, broker: broker.clone() }),
+            changed: changes,
+        };
+        let watcher = Watcher::new(ports, index.clone(), misses, clock.clone());
+        Self {
+            engine,
+            kernel,
+            sts,
+            service: Service::new(index.clone(), broker, tokens, clock.clone(), hold, hosts),
+            index,
+            clock,
+            changed,
+            next_port: AtomicU16::new(40_000),
+            next_address: AtomicU64::new(0),
+            _watcher: tokio::spawn(watcher.run()),
+        }
+    }
+
+    /// Waits until everything that the engine knows is known.
+    pub async fn synchronised(&self) {
+        let mut changes = self.index.changes();
+        while *self.index.engine() != EngineState::Synchronised {
+            changes.changed().await.unwrap();
+        }
+    }
+
+    /// Waits until what is going on has come to rest.
+    pub async fn settle(&self) {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
+    /// Runs a container on network `n`, with the events in Docker's order; answers its address.
+    pub async fn run(&self, number: u32, labels: &[(&str, &str)]) -> SocketAddr {
+        let address = self.create(number, labels);
+        self.boot(number, address);
+        self.settle().await;
+        address
+    }
+
+    /// `create`: the container is known, with its labels. Answers the address that it will have.
+    pub fn create(&self, number: u32, labels: &[(&str, &str)]) -> SocketAddr {
+        let labels = labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let container = Container { labels, ..Container::default() };
+        self.engine.world(|world| world.containers.insert(id(number), container));
+        self.engine.send(Event::Defined(id(number)));
+        let last = u8::try_from(self.next_address.fetch_add(1, Ordering::Relaxed) % 250 + 1).unwrap();
+        SocketAddr::from(([10, 0, 0, last], 0))
+    }
+
+    /// `network connect`, first process, `start`.
+    pub fn boot(&self, number: u32, address: SocketAddr) {
+        let network = NetworkId::from("n");
+        self.engine.world(|world| {
+            world.networks.entry(network.clone()).or_default().insert(id(number), endpoint(address));
+            world.containers.get_mut(&id(number)).unwrap().running = true;
+        });
+        self.engine.send(Event::Connected(network, Some(id(number))));
+        self.kernel.start(&id(number));
+        self.engine.send(Event::Started(id(number)));
+    }
+
+    /// The container ends, as the kernel says; the engine tells later, or never.
+    pub fn kill(&self, number: u32) {
+        self.kernel.end(&id(number));
+        self.engine.world(|world| {
+            if let Some(container) = world.containers.get_mut(&id(number)) {
+                container.running = false;
+            }
+            world.networks.values_mut().for_each(|network| drop(network.remove(&id(number))));
+        });
+    }
+
+    /// A connection that container `number` really makes from `address`.
+    pub fn connect(&self, number: u32, address: SocketAddr) -> Client {
+        let cgroup = self.kernel.alive(&id(number)).expect("it runs");
+        let client = self.client(address);
+        self.kernel.socket(cgroup, client, SocketEvidence { state: 1, cgroup });
+        self.dial(client)
+    }
+
+    /// A source of its own for one connection.
+    pub fn client(&self, address: SocketAddr) -> SocketAddr {
+        SocketAddr::new(address.ip(), self.next_port.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// A connection that arrives from `client`, whoever made it.
+    pub fn dial(&self, client: SocketAddr) -> Client {
+        let (ours, theirs) = tokio::io::duplex(64 * 1024);
+        let connection = Connection { client, server: "169.254.169.254:80".parse().unwrap() };
+        tokio::spawn(server::serve(theirs, connection, self.service.clone()));
+        Client { stream: ours }
+    }
+}
+
+pub fn endpoint(address: SocketAddr) -> Endpoint {
+    let std::net::IpAddr::V4(v4) = address.ip() else { panic!("IPv4") };
+    Endpoint { network: "n".into(), mac: "02:42:0a:00:00:01".into(), ipv4: Some((v4, 8)), ipv6: None, internal: false }
+}
+
+/// One connection, spoken by hand.
+pub struct Client {
+    stream: DuplexStream,
+}
+
+impl Client {
+    /// Sends a request and reads its answer. `None`: the connection ended without one.
+    pub async fn send(&mut self, method: &str, path: &str, headers: &[(&str, &str)]) -> Option<Reply> {
+        let mut request = format!("{method} {path} HTTP/1.1\r\n");
+        if !headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("host")) {
+            request.push_str("Host: 169.254.169.254\r\n");
+        }
+        for (name, value) in headers {
+            request.push_str(&format!("{name}: {value}\r\n"));
+        }
+        request.push_str("\r\n");
+        self.stream.write_all(request.as_bytes()).await.ok()?;
+        let mut bytes = Vec::new();
+        let head = loop {
+            if let Some(end) = bytes.windows(4).position(|it| it == b"\r\n\r\n") {
+                break end;
+            }
+            if self.stream.read_buf(&mut bytes).await.ok()? == 0 {
+                return None;
+            }
+        };
+        let text = String::from_utf8(bytes[..head].to_vec()).unwrap();
+        let mut lines = text.lines();
+        let status = lines.next()?.split(' ').nth(1)?.parse().ok()?;
+        let headers: Vec<(String, String)> = lines
+            .filter_map(|line| line.split_once(": "))
+            .map(|(name, value)| (name.to_ascii_lowercase(), value.to_owned()))
+            .collect();
+        let length = headers.iter().find(|(name, _)| name == "content-length");
+        let length = if method == "HEAD" { 0 } else { length.map_or(0, |(_, value)| value.parse().unwrap()) };
+        let mut body = bytes.split_off(head + 4);
+        while body.len() < length {
+            if self.stream.read_buf(&mut body).await.ok()? == 0 {
+                return None;
+            }
+        }
+        Some(Reply { status, headers, body })
+    }
+
+    pub async fn get(&mut self, path: &str) -> Option<Reply> {
+        self.send("GET", path, &[]).await
+    }
+
+    pub async fn token(&mut self, ttl: u32) -> String {
+        let ttl = ttl.to_string();
+        let headers = [("x-aws-ec2-metadata-token-ttl-seconds", ttl.as_str())];
+        let reply = self.send("PUT", "/latest/api/token", &headers).await.expect("a token");
+        assert_eq!(reply.status, 200, "{reply:?}");
+        reply.text()
+    }
+
+    /// Whether the other side has closed.
+    pub async fn closed(&mut self) -> bool {
+        let mut byte = [0];
+        let read = tokio::time::timeout(Duration::from_millis(10), self.stream.read(&mut byte)).await;
+        matches!(read, Ok(Ok(0) | Err(_)))
+    }
+}

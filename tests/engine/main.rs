@@ -1,0 +1,53 @@
+//! The trials on a real engine, as root: `tests/run`, or `cargo test --test engine [-- FILTER]`. A plain `cargo test` leaves
+//! them out. How to write one is told in `rig.rs`; a new topic is a `mod` and a line in [`trials`].
+
+#[cfg(target_os = "linux")]
+mod rig;
+#[cfg(target_os = "linux")]
+mod rig_itself;
+
+#[cfg(target_os = "linux")]
+fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
+    let mut trials = Vec::new();
+    trials.extend(rig_itself::trials(rig));
+    trials
+}
+
+#[cfg(target_os = "linux")]
+fn main() -> std::process::ExitCode {
+    use std::process::ExitCode;
+
+    let mut arguments = libtest_mimic::Arguments::from_args();
+    // They share engines, and time is what many of them look at.
+    arguments.test_threads = Some(1);
+    let rig = rig::Rig::new();
+    let trials = trials(&rig);
+    if arguments.list {
+        return libtest_mimic::run(&arguments, trials).exit_code();
+    }
+    if let Err(why) = rig.prepare() {
+        eprintln!("{why}");
+        return ExitCode::FAILURE;
+    }
+    let views: Vec<_> = rig.views().iter().map(|view| view.name()).collect();
+    println!("cgroup views of this machine: {}", views.join(", "));
+
+    let conclusion = libtest_mimic::run(&arguments, trials);
+
+    let left = rig.end();
+    for what in &left {
+        eprintln!("left behind: {what}");
+    }
+    if conclusion.has_failed() || !left.is_empty() {
+        eprintln!("logs: {}", rig::run::directory().join("logs").display());
+        return ExitCode::FAILURE;
+    }
+    let _ = std::fs::remove_dir_all(rig::run::directory()); // the next run tries again
+    conclusion.exit_code()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn main() {
+    eprintln!("the trials on a real engine need Linux");
+    std::process::exit(1);
+}

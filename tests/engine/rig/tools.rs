@@ -1,0 +1,61 @@
+//! What `tests/setup` has installed, and what cargo has built.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use super::run;
+
+/// The daemon under test.
+pub const DAEMON: &str = env!("CARGO_BIN_EXE_imds-router");
+
+/// cargo's output directory, wherever it is.
+fn target() -> &'static Path {
+    let tmp = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    tmp.parent()
+        .expect("cargo puts tmp/ into its target directory")
+}
+
+/// The installed clients; the same path inside the containers, since a Python environment cannot be moved.
+pub fn directory() -> &'static Path {
+    static DIRECTORY: LazyLock<PathBuf> = LazyLock::new(|| {
+        let directory = target().join("test-tools");
+        fs::canonicalize(&directory).unwrap_or(directory)
+    });
+    &DIRECTORY
+}
+
+/// Where the examples are, outside.
+pub fn examples() -> PathBuf {
+    Path::new(DAEMON).with_file_name("examples")
+}
+
+/// The clients' scripts, outside.
+pub fn scripts() -> PathBuf {
+    run::directory().join("clients")
+}
+
+/// Puts the clients' scripts where they are run from; says what is missing.
+pub fn prepare() -> Result<(), String> {
+    for (path, remedy) in [
+        (directory().join("stamp"), "run tests/setup"),
+        (examples().join("whoami"), "run `cargo build --examples`"),
+    ] {
+        if !path.exists() {
+            return Err(format!("there is no {}: {remedy}", path.display()));
+        }
+    }
+    let write = || -> std::io::Result<()> {
+        fs::create_dir_all(scripts())?;
+        for (name, text) in [
+            ("whoami.py", include_str!("../../clients/whoami.py")),
+            ("whoami.mjs", include_str!("../../clients/whoami.mjs")),
+        ] {
+            fs::write(scripts().join(name), text)?;
+        }
+        // An ECMAScript module looks for packages beside itself, and nowhere else.
+        let packages = directory().join("node_modules");
+        std::os::unix::fs::symlink(packages, scripts().join("node_modules"))
+    };
+    write().map_err(|e| format!("cannot write {}: {e}", scripts().display()))
+}
