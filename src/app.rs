@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddrV4};
-use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{
+    DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -102,10 +104,19 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
     };
     let broker = match &sts {
         Some(sts) => Broker::new(Box::new(sts.clone()), credentials_document, clock.clone()),
-        None => Broker::new(Box::new(Offline::new(clock.clone())), credentials_document, clock.clone()),
+        None => Broker::new(
+            Box::new(Offline::new(clock.clone())),
+            credentials_document,
+            clock.clone(),
+        ),
     };
     let (changed, changes) = watch::channel(0);
-    let resolver = Arc::new(Resolver { settings, around: ArcSwap::from_pointee(around), broker: broker.clone(), changed });
+    let resolver = Arc::new(Resolver {
+        settings,
+        around: ArcSwap::from_pointee(around),
+        broker: broker.clone(),
+        changed,
+    });
     let settings = &resolver.settings;
 
     let (index, misses) = Index::new();
@@ -133,7 +144,7 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
     });
 
     // From here on the host is changed; what fails takes its own part down again.
-    let interception = Interception::up(Plan::host(listening))?;
+    let interception = intercept(&Plan::host(listening), &clock).await?;
     for part in interception.taken_over() {
         warn!(%part, "was there already: an earlier daemon did not end cleanly; taken over");
     }
@@ -158,6 +169,20 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
     tasks.shutdown().await;
     let _ = std::fs::remove_file(&settings.admin_socket);
     Ok(down?)
+}
+
+/// Puts interception up. The table of a daemon that was killed a moment ago may still be there: the kernel takes it away
+/// when the last copy of its socket is closed, and a child that was just being forked had one.
+async fn intercept(plan: &Plan, clock: &Clock) -> Result<Interception, HostError> {
+    let patience = clock.now() + Duration::from_secs(1);
+    loop {
+        match Interception::up(plan.clone()) {
+            Err(HostError::Busy { .. }) if clock.now() < patience => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            done => return done,
+        }
+    }
 }
 
 /// Puts interception back whenever somebody removes it, until `shutdown`.
@@ -221,12 +246,20 @@ pub async fn check(settings: Settings) -> Result<Checked, EngineError> {
     let engine = Engine::new(&host, Clock::system());
     // The subscription connects; the events themselves are not wanted.
     drop(engine.subscribe().await?);
-    let mut around = Surroundings { base_account: None, base_region: None, host: host_name() };
+    let mut around = Surroundings {
+        base_account: None,
+        base_region: None,
+        host: host_name(),
+    };
     let mut text = String::new();
     if settings.source == CredentialSource::Sts {
         let sts = Sts::load(settings.profile.as_deref(), settings.region.as_deref()).await;
         around.base_region = sts.region();
-        let region = settings.region.clone().or(sts.region()).unwrap_or_else(|| FALLBACK_REGION.to_owned());
+        let region = settings
+            .region
+            .clone()
+            .or(sts.region())
+            .unwrap_or_else(|| FALLBACK_REGION.to_owned());
         match sts.base_identity(&region).await {
             Ok(identity) => {
                 text.push_str(&format!("base credentials: {}\n", identity.arn));
@@ -239,7 +272,13 @@ pub async fn check(settings: Settings) -> Result<Checked, EngineError> {
     for row in engine.containers().await? {
         let image = engine.image_labels(&row.image_id).await?;
         let definition = row.define(image, settings.image_labels, &format!("{}.", settings.label_prefix));
-        let instance = resolve(&definition, &Attachments::default(), SystemTime::UNIX_EPOCH, &settings, &around);
+        let instance = resolve(
+            &definition,
+            &Attachments::default(),
+            SystemTime::UNIX_EPOCH,
+            &settings,
+            &around,
+        );
         let name = printable(&definition.name, 40);
         containers += 1;
         let said = match &instance.role {
@@ -253,7 +292,9 @@ pub async fn check(settings: Settings) -> Result<Checked, EngineError> {
         };
         text.push_str(&format!("{name}: {said}\n"));
         for label in &definition.image_labels {
-            text.push_str(&format!("{name}: label {label} comes from the image and does not count\n"));
+            text.push_str(&format!(
+                "{name}: label {label} comes from the image and does not count\n"
+            ));
         }
     }
     text.push_str(&format!("{containers} containers on {host}\n"));
@@ -263,7 +304,11 @@ pub async fn check(settings: Settings) -> Result<Checked, EngineError> {
 /// The engine that is meant.
 pub fn engine_host(settings: &Settings) -> String {
     let variable = || std::env::var("DOCKER_HOST").ok().filter(|host| !host.is_empty());
-    settings.docker_host.clone().or_else(variable).unwrap_or_else(|| DEFAULT_HOST.to_owned())
+    settings
+        .docker_host
+        .clone()
+        .or_else(variable)
+        .unwrap_or_else(|| DEFAULT_HOST.to_owned())
 }
 
 /// What this host calls itself.
@@ -275,7 +320,11 @@ pub fn host_name() -> String {
 fn imds_listener() -> io::Result<(TcpListener, u16)> {
     let mut taken = io::Error::other("no port was tried");
     for port in DEFAULT_PORT..DEFAULT_PORT + PORTS {
-        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, Some(socket2::Protocol::TCP))?;
+        let socket = socket2::Socket::new(
+            socket2::Domain::IPV4,
+            socket2::Type::STREAM,
+            Some(socket2::Protocol::TCP),
+        )?;
         socket.set_freebind_v4(true)?;
         // Connections of an earlier daemon in TIME_WAIT must not move the port.
         socket.set_reuse_address(true)?;
@@ -294,9 +343,16 @@ fn imds_listener() -> io::Result<(TcpListener, u16)> {
 const ADMIN_MODE: u32 = 0o660;
 
 fn admin_listener(path: &Path) -> Result<UnixListener, AppError> {
-    let failed = |source| AppError::Admin { path: path.to_owned(), source };
+    let failed = |source| AppError::Admin {
+        path: path.to_owned(),
+        source,
+    };
     if let Some(directory) = path.parent() {
-        std::fs::DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(failed)?;
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(directory)
+            .map_err(failed)?;
     }
     // What a crash left; one that still answers is another daemon's, and the table of rules will say so.
     if std::fs::symlink_metadata(path).is_ok_and(|it| it.file_type().is_socket())
@@ -311,9 +367,16 @@ fn admin_listener(path: &Path) -> Result<UnixListener, AppError> {
 
 fn token_authority(state_dir: &Path, clock: &Clock) -> Result<TokenAuthority, AppError> {
     let path = "/proc/sys/kernel/random/boot_id";
-    let boot_id = std::fs::read_to_string(path)
-        .map_err(|source| AppError::State { path: path.into(), what: "cannot be read", source })?;
-    Ok(TokenAuthority::new(&token_key(state_dir)?, boot_id.trim(), clock.clone()))
+    let boot_id = std::fs::read_to_string(path).map_err(|source| AppError::State {
+        path: path.into(),
+        what: "cannot be read",
+        source,
+    })?;
+    Ok(TokenAuthority::new(
+        &token_key(state_dir)?,
+        boot_id.trim(),
+        clock.clone(),
+    ))
 }
 
 /// The key of tokens: kept on disk, so that a restart of the daemon logs nobody out. Made on first use, 0600 in a 0700
@@ -332,13 +395,19 @@ fn token_key(state_dir: &Path) -> Result<TokenKey, AppError> {
     // Linux O_NOFOLLOW (open(2)).
     let no_follow = i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or(0);
     let mut bytes = [0; 32];
-    match std::fs::OpenOptions::new().read(true).custom_flags(no_follow).open(&path) {
+    match std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(no_follow)
+        .open(&path)
+    {
         Ok(mut file) => {
             let meta = file.metadata().map_err(state("cannot be looked at"))?;
             let own = meta.uid() == rustix::process::geteuid().as_raw();
             if !meta.is_file() || meta.mode() & 0o077 != 0 || !own || meta.len() != 32 {
                 let source = io::Error::other("expected a file of 32 bytes, mode 0600, owned by this user");
-                return Err(state("is not a key that only we know; remove it, and clients ask for new tokens")(source));
+                return Err(state(
+                    "is not a key that only we know; remove it, and clients ask for new tokens",
+                )(source));
             }
             file.read_exact(&mut bytes).map_err(state("cannot be read"))?;
         }
@@ -369,12 +438,20 @@ struct Resolver {
 impl Resolver {
     fn region(&self) -> String {
         let base = || self.around.load().base_region.clone();
-        self.settings.region.clone().or_else(base).unwrap_or_else(|| FALLBACK_REGION.to_owned())
+        self.settings
+            .region
+            .clone()
+            .or_else(base)
+            .unwrap_or_else(|| FALLBACK_REGION.to_owned())
     }
 
     fn account(&self) -> Option<String> {
         let offline = || (self.settings.source == CredentialSource::Offline).then(|| offline::ACCOUNT.to_owned());
-        self.settings.account_id.clone().or_else(|| self.around.load().base_account.clone()).or_else(offline)
+        self.settings
+            .account_id
+            .clone()
+            .or_else(|| self.around.load().base_account.clone())
+            .or_else(offline)
     }
 
     fn warnings(&self) -> Vec<String> {
@@ -389,7 +466,9 @@ impl Resolver {
             );
         }
         if self.settings.region.is_none() && self.around.load().base_region.is_none() {
-            warnings.push(format!("no region is configured; {FALLBACK_REGION} is a guess: --region, AWS_REGION or region = \"…\""));
+            warnings.push(format!(
+                "no region is configured; {FALLBACK_REGION} is a guess: --region, AWS_REGION or region = \"…\""
+            ));
         }
         warnings.push(
             "attach host proves who asks, but does not keep answers secret from a neighbour with NET_RAW on the same \
@@ -449,18 +528,31 @@ impl Observatory for Observer {
             CredentialSource::Sts => "sts",
             CredentialSource::Offline => "offline",
         };
-        let refused = self.service.refusals().into_iter().map(|(reason, count)| (reason.to_owned(), count));
+        let refused = self
+            .service
+            .refusals()
+            .into_iter()
+            .map(|(reason, count)| (reason.to_owned(), count));
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             attach: "host".to_owned(),
             proof: "full".to_owned(),
             source: source.to_owned(),
             listening: self.listening.to_string(),
-            engine: EngineStatus { state: state.to_owned(), reason },
+            engine: EngineStatus {
+                state: state.to_owned(),
+                reason,
+            },
             region: self.resolver.region(),
             account: self.resolver.account(),
             warnings: self.resolver.warnings(),
-            containers: self.service.index.all().iter().map(|record| self.container(record)).collect(),
+            containers: self
+                .service
+                .index
+                .all()
+                .iter()
+                .map(|record| self.container(record))
+                .collect(),
             refused_connections: refused.collect::<BTreeMap<_, _>>(),
         }
     }
@@ -484,17 +576,30 @@ impl Observer {
         ContainerStatus {
             id: record.definition.id.as_str().to_owned(),
             name: record.definition.name.clone(),
-            addresses: record.attachments.addresses().map(|address| address.to_string()).collect(),
+            addresses: record
+                .attachments
+                .addresses()
+                .map(|address| address.to_string())
+                .collect(),
             alive: record.life.as_ref().is_some_and(|life| life.alive()),
             endpoint: if instance.endpoint { "enabled" } else { "disabled" }.to_owned(),
-            tokens: if instance.tokens_required { "required" } else { "optional" }.to_owned(),
+            tokens: if instance.tokens_required {
+                "required"
+            } else {
+                "optional"
+            }
+            .to_owned(),
             role: session.map(|session| session.role.to_string()),
             session_name: session.map(|session| session.session_name.clone()),
             credentials: session.map(|session| self.credentials(session)),
-            last_request: record.life.as_ref().and_then(|life| life.last.get()).map(|(at, status)| RequestStatus {
-                at: rfc3339_seconds(SystemTime::UNIX_EPOCH + Duration::from_secs(at)),
-                status,
-            }),
+            last_request: record
+                .life
+                .as_ref()
+                .and_then(|life| life.last.get())
+                .map(|(at, status)| RequestStatus {
+                    at: rfc3339_seconds(SystemTime::UNIX_EPOCH + Duration::from_secs(at)),
+                    status,
+                }),
             problems,
         }
     }
@@ -533,7 +638,12 @@ mod tests {
         assert_eq!(std::fs::metadata(&file).unwrap().mode() & 0o777, 0o600);
 
         std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o640)).unwrap();
-        assert!(token_key(&state).unwrap_err().to_string().contains("not a key that only we know"));
+        assert!(
+            token_key(&state)
+                .unwrap_err()
+                .to_string()
+                .contains("not a key that only we know")
+        );
 
         let elsewhere = dir.path().join("elsewhere");
         std::fs::write(&elsewhere, [7; 32]).unwrap();

@@ -107,7 +107,11 @@ impl Common {
     pub fn sources(&self) -> Sources {
         let text = |value: &Option<String>| value.clone();
         let flags = [
-            ("--offline", "credentials.source", self.offline.then(|| "offline".to_owned())),
+            (
+                "--offline",
+                "credentials.source",
+                self.offline.then(|| "offline".to_owned()),
+            ),
             ("--profile", "credentials.profile", text(&self.profile)),
             ("--region", "region", text(&self.region)),
             ("--default-role", "credentials.default_role", text(&self.default_role)),
@@ -118,7 +122,10 @@ impl Common {
             variables: std::env::vars_os()
                 .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
                 .collect(),
-            flags: flags.into_iter().filter_map(|(flag, key, value)| Some((flag, key, value?))).collect(),
+            flags: flags
+                .into_iter()
+                .filter_map(|(flag, key, value)| Some((flag, key, value?)))
+                .collect(),
         }
     }
 }
@@ -127,8 +134,12 @@ impl Serve {
     /// What was typed, together with the environment.
     pub fn sources(&self) -> Sources {
         let mut sources = self.common.sources();
-        sources.flags.extend(self.attach.clone().map(|value| ("--attach", "serve.attach", value)));
-        sources.flags.extend(self.admin.clone().map(|value| ("--admin", "serve.admin_socket", value)));
+        sources
+            .flags
+            .extend(self.attach.clone().map(|value| ("--attach", "serve.attach", value)));
+        sources
+            .flags
+            .extend(self.admin.clone().map(|value| ("--admin", "serve.admin_socket", value)));
         sources
     }
 }
@@ -147,8 +158,21 @@ mod tests {
     #[test]
     fn every_flag_of_the_configuration_sets_a_key() {
         let cli = Cli::parse_from([
-            "imds-router", "serve", "--offline", "--profile", "p", "--region", "eu-west-1", "--default-role", "r",
-            "--attach", "host", "--admin", "/a", "--log-format", "json",
+            "imds-router",
+            "serve",
+            "--offline",
+            "--profile",
+            "p",
+            "--region",
+            "eu-west-1",
+            "--default-role",
+            "r",
+            "--attach",
+            "host",
+            "--admin",
+            "/a",
+            "--log-format",
+            "json",
         ]);
         let Verb::Serve(serve) = cli.verb else { panic!("serve") };
         let sources = serve.sources();

@@ -66,10 +66,7 @@ impl Clock {
 
     /// Wall time in whole seconds since 1970.
     pub fn wall_seconds(&self) -> u64 {
-        self.wall()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default()
-            .as_secs()
+        self.wall().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
     }
 
     /// Monotonic time, for deadlines within this process.

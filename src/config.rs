@@ -205,9 +205,16 @@ pub fn is_account_id(text: &str) -> bool {
 /// Whether `text` looks like an AWS region: `eu-west-1`, `us-gov-east-1`.
 pub fn is_region(text: &str) -> bool {
     let mut parts = text.split('-').rev();
-    let number = parts.next().is_some_and(|it| !it.is_empty() && it.bytes().all(|b| b.is_ascii_digit()));
+    let number = parts
+        .next()
+        .is_some_and(|it| !it.is_empty() && it.bytes().all(|b| b.is_ascii_digit()));
     let mut words = 0;
-    number && parts.all(|it| { words += 1; !it.is_empty() && it.bytes().all(|b| b.is_ascii_lowercase()) }) && words >= 2
+    number
+        && parts.all(|it| {
+            words += 1;
+            !it.is_empty() && it.bytes().all(|b| b.is_ascii_lowercase())
+        })
+        && words >= 2
 }
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -219,14 +226,22 @@ pub const KEYS: &[Key] = &[
         default: "AWS_REGION, the base profile's, else us-east-1",
         expected: "an AWS region such as \"eu-west-1\"",
         about: "Region of containers that name none, and of STS.",
-        read: |s, v| v.text().filter(|it| is_region(it)).map(|it| s.region = Some(it.to_owned())),
+        read: |s, v| {
+            v.text()
+                .filter(|it| is_region(it))
+                .map(|it| s.region = Some(it.to_owned()))
+        },
     },
     Key {
         path: "account_id",
         default: "the base identity's",
         expected: "12 digits in quotes",
         about: "Account of roles that are given by name.",
-        read: |s, v| v.text().filter(|it| is_account_id(it)).map(|it| s.account_id = Some(it.to_owned())),
+        read: |s, v| {
+            v.text()
+                .filter(|it| is_account_id(it))
+                .map(|it| s.account_id = Some(it.to_owned()))
+        },
     },
     Key {
         path: "docker.host",
@@ -234,7 +249,11 @@ pub const KEYS: &[Key] = &[
         expected: "unix:///path/to/docker.sock or tcp://host:port",
         about: "The engine.",
         read: |s, v| {
-            let known = |it: &&str| ["unix:///", "tcp://", "http://"].iter().any(|scheme| it.starts_with(scheme));
+            let known = |it: &&str| {
+                ["unix:///", "tcp://", "http://"]
+                    .iter()
+                    .any(|scheme| it.starts_with(scheme))
+            };
             v.text().filter(known).map(|it| s.docker_host = Some(it.to_owned()))
         },
     },
@@ -264,14 +283,20 @@ pub const KEYS: &[Key] = &[
         default: "error",
         expected: "\"error\" or \"warn\"",
         about: "What a label with our prefix that this version does not know is: a typo must not drop a restriction.",
-        read: |s, v| v.one_of(&[("error", true), ("warn", false)]).map(|it| s.unknown_labels_are_errors = it),
+        read: |s, v| {
+            v.one_of(&[("error", true), ("warn", false)])
+                .map(|it| s.unknown_labels_are_errors = it)
+        },
     },
     Key {
         path: "serve.attach",
         default: "auto",
         expected: "\"auto\" or \"host\" (\"namespace\" is not in this version yet)",
         about: "How containers are reached.",
-        read: |s, v| v.one_of(&[("auto", Attach::Auto), ("host", Attach::Host)]).map(|it| s.attach = it),
+        read: |s, v| {
+            v.one_of(&[("auto", Attach::Auto), ("host", Attach::Host)])
+                .map(|it| s.attach = it)
+        },
     },
     Key {
         path: "serve.proof",
@@ -286,7 +311,8 @@ pub const KEYS: &[Key] = &[
         expected: "a duration from 50ms to 900ms: the strictest SDK gives up at 500ms, most at 1s",
         about: "The longest that a request waits in all, for its container to be known and for its first credentials.",
         read: |s, v| {
-            v.duration(Duration::from_millis(50), Duration::from_millis(900)).map(|it| s.hold = it)
+            v.duration(Duration::from_millis(50), Duration::from_millis(900))
+                .map(|it| s.hold = it)
         },
     },
     Key {
@@ -340,7 +366,9 @@ pub const KEYS: &[Key] = &[
         expected: "host names",
         about: "More names to accept in the Host header.",
         read: |s, v| {
-            v.0.iter().all(|it| !it.is_empty()).then(|| s.hosts = v.0.iter().map(|it| it.to_ascii_lowercase()).collect())
+            v.0.iter()
+                .all(|it| !it.is_empty())
+                .then(|| s.hosts = v.0.iter().map(|it| it.to_ascii_lowercase()).collect())
         },
     },
     Key {
@@ -349,7 +377,8 @@ pub const KEYS: &[Key] = &[
         expected: "\"sts\" or \"offline\"",
         about: "Where credentials come from. `offline`: well-formed fakes, marked as fake everywhere.",
         read: |s, v| {
-            v.one_of(&[("sts", CredentialSource::Sts), ("offline", CredentialSource::Offline)]).map(|it| s.source = it)
+            v.one_of(&[("sts", CredentialSource::Sts), ("offline", CredentialSource::Offline)])
+                .map(|it| s.source = it)
         },
     },
     Key {
@@ -364,14 +393,22 @@ pub const KEYS: &[Key] = &[
         default: "none",
         expected: "a role: ARN, name, name@account or alias; {container}, {project} and {service} are filled in",
         about: "Role of containers that name none.",
-        read: |s, v| v.text().filter(|it| template_fits(it)).map(|it| s.default_role = Some(it.to_owned())),
+        read: |s, v| {
+            v.text()
+                .filter(|it| template_fits(it))
+                .map(|it| s.default_role = Some(it.to_owned()))
+        },
     },
     Key {
         path: "credentials.session_name",
         default: "{container}@{host}",
         expected: "text with {container}, {project}, {service}, {id} and {host}",
         about: "Role session name, as CloudTrail shows it; cleaned to what STS takes.",
-        read: |s, v| v.text().filter(|it| template_fits(it)).map(|it| s.session_name = it.to_owned()),
+        read: |s, v| {
+            v.text()
+                .filter(|it| template_fits(it))
+                .map(|it| s.session_name = it.to_owned())
+        },
     },
     Key {
         path: "credentials.duration",
@@ -390,7 +427,10 @@ pub const KEYS: &[Key] = &[
 ];
 
 /// The tables whose keys the operator names, and what a value must be.
-const TABLES: &[(&str, &str)] = &[("roles", "a role ARN"), ("accounts", "an account id: 12 digits in quotes")];
+const TABLES: &[(&str, &str)] = &[
+    ("roles", "a role ARN"),
+    ("accounts", "an account id: 12 digits in quotes"),
+];
 
 fn absolute(value: &Typed) -> Option<PathBuf> {
     value.text().map(PathBuf::from).filter(|path| path.is_absolute())
@@ -533,7 +573,12 @@ pub fn load(sources: &Sources) -> Result<Settings, ConfigError> {
     match std::fs::read_to_string(path) {
         Ok(text) => read_file(&mut settings, path, &text)?,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound && !required => {}
-        Err(source) => return Err(ConfigError::Unreadable { path: path.to_owned(), source }),
+        Err(source) => {
+            return Err(ConfigError::Unreadable {
+                path: path.to_owned(),
+                source,
+            });
+        }
     }
     for (name, value) in &sources.variables {
         if name.starts_with(ENV_PREFIX) && !OTHER_VARIABLES.contains(&name.as_str()) {
@@ -546,14 +591,23 @@ pub fn load(sources: &Sources) -> Result<Settings, ConfigError> {
                 }
             })?;
             let several = key.path == "imds.hosts";
-            let typed = if several { value.split(',').map(|it| it.trim().to_owned()).collect() } else { vec![value.clone()] };
+            let typed = if several {
+                value.split(',').map(|it| it.trim().to_owned()).collect()
+            } else {
+                vec![value.clone()]
+            };
             set(&mut settings, key, &Typed(typed), Origin::Variable(name.clone()))?;
         }
     }
     for (flag, path, value) in &sources.flags {
         // A flag that names no key is a mistake of this program, not of its user; the test of the table holds it.
         if let Some(key) = KEYS.iter().find(|key| key.path == *path) {
-            set(&mut settings, key, &Typed(vec![value.clone()]), Origin::Flag((*flag).to_owned()))?;
+            set(
+                &mut settings,
+                key,
+                &Typed(vec![value.clone()]),
+                Origin::Flag((*flag).to_owned()),
+            )?;
         }
     }
     Ok(settings)
@@ -604,8 +658,15 @@ fn read_file(settings: &mut Settings, path: &Path, text: &str) -> Result<(), Con
 
 fn read_key(settings: &mut Settings, path: &str, value: &DeValue<'_>, origin: Origin) -> Result<(), ConfigError> {
     let Some(key) = KEYS.iter().find(|key| key.path == path) else {
-        let sections = KEYS.iter().filter_map(|key| key.path.split_once('.')).map(|(section, _)| section);
-        let names = KEYS.iter().map(|key| key.path).chain(TABLES.iter().map(|(name, _)| *name)).chain(sections);
+        let sections = KEYS
+            .iter()
+            .filter_map(|key| key.path.split_once('.'))
+            .map(|(section, _)| section);
+        let names = KEYS
+            .iter()
+            .map(|key| key.path)
+            .chain(TABLES.iter().map(|(name, _)| *name))
+            .chain(sections);
         return Err(ConfigError::UnknownKey {
             origin,
             key: path.to_owned(),
@@ -638,7 +699,9 @@ fn read_entry(
 ) -> Result<(), ConfigError> {
     let value = typed(value);
     let read = match (table, value.text()) {
-        ("roles", Some(text)) => RoleArn::parse(text).map(|arn| settings.roles.insert(name.to_owned(), arn)).is_some(),
+        ("roles", Some(text)) => RoleArn::parse(text)
+            .map(|arn| settings.roles.insert(name.to_owned(), arn))
+            .is_some(),
         ("accounts", Some(text)) if is_account_id(text) => {
             settings.accounts.insert(name.to_owned(), text.to_owned());
             true
@@ -716,25 +779,46 @@ prod = "444455556666"
     #[test]
     fn bad_files_say_where_what_and_what_was_expected() {
         for (text, message) in [
-            ("regoin = \"x\"", "c.toml, line 1: unknown key regoin; did you mean region?"),
-            ("\n[serve]\nholt = \"1s\"", "c.toml, line 3: unknown key serve.holt; did you mean serve.hold?"),
-            ("[server]\nhold = \"1s\"", "c.toml, line 1: unknown key server; did you mean serve?"),
+            (
+                "regoin = \"x\"",
+                "c.toml, line 1: unknown key regoin; did you mean region?",
+            ),
+            (
+                "\n[serve]\nholt = \"1s\"",
+                "c.toml, line 3: unknown key serve.holt; did you mean serve.hold?",
+            ),
+            (
+                "[server]\nhold = \"1s\"",
+                "c.toml, line 1: unknown key server; did you mean serve?",
+            ),
             (
                 "[credentials]\n\nduration = \"90\"",
                 "c.toml, line 3: credentials.duration = \"90\": expected a duration from 15m to 12h (STS's own bounds)",
             ),
-            ("region = 7", "c.toml, line 1: region = \"7\": expected an AWS region such as \"eu-west-1\""),
-            ("account_id = \"12\"", "c.toml, line 1: account_id = \"12\": expected 12 digits in quotes"),
+            (
+                "region = 7",
+                "c.toml, line 1: region = \"7\": expected an AWS region such as \"eu-west-1\"",
+            ),
+            (
+                "account_id = \"12\"",
+                "c.toml, line 1: account_id = \"12\": expected 12 digits in quotes",
+            ),
             (
                 "[roles]\na = \"arn:aws:iam::12:role/x\"",
                 "c.toml, line 2: roles.a = \"arn:aws:iam::12:role/x\": expected a role ARN",
             ),
-            ("[accounts]\np = 12", "c.toml, line 2: accounts.p = \"12\": expected an account id: 12 digits in quotes"),
+            (
+                "[accounts]\np = 12",
+                "c.toml, line 2: accounts.p = \"12\": expected an account id: 12 digits in quotes",
+            ),
             (
                 "[serve]\nattach = \"namespace\"",
                 "c.toml, line 2: serve.attach = \"namespace\": expected \"auto\" or \"host\" (\"namespace\" is not in this version yet)",
             ),
-            ("[imds]\nhttp_tokens = true", "c.toml, line 2: imds.http_tokens = \"true\": expected \"optional\" or \"required\""),
+            (
+                "[imds]\nhttp_tokens = true",
+                "c.toml, line 2: imds.http_tokens = \"true\": expected \"optional\" or \"required\"",
+            ),
             (
                 "[credentials]\nsession_name = \"{containr}\"",
                 "c.toml, line 2: credentials.session_name = \"{containr}\": expected text with {container}, {project}, {service}, {id} and {host}",
@@ -750,9 +834,15 @@ prod = "444455556666"
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("c.toml");
         std::fs::write(&file, "region = \"eu-west-1\"\naccount_id = \"111122223333\"\n").unwrap();
-        let mut sources = Sources { file: Some(file), ..Sources::default() };
+        let mut sources = Sources {
+            file: Some(file),
+            ..Sources::default()
+        };
         assert_eq!(load(&sources).unwrap().region.as_deref(), Some("eu-west-1"));
-        sources.variables = vec![("IMDS_ROUTER_REGION".into(), "eu-west-2".into()), ("PATH".into(), "/".into())];
+        sources.variables = vec![
+            ("IMDS_ROUTER_REGION".into(), "eu-west-2".into()),
+            ("PATH".into(), "/".into()),
+        ];
         assert_eq!(load(&sources).unwrap().region.as_deref(), Some("eu-west-2"));
         sources.flags = vec![("--region", "region", "eu-west-3".into())];
         let settings = load(&sources).unwrap();
@@ -767,14 +857,25 @@ prod = "444455556666"
             ..Sources::default()
         };
         assert_eq!(
-            load(&variables("IMDS_ROUTER_SERVE_HOLDS", "1s")).unwrap_err().to_string(),
+            load(&variables("IMDS_ROUTER_SERVE_HOLDS", "1s"))
+                .unwrap_err()
+                .to_string(),
             "variable IMDS_ROUTER_SERVE_HOLDS: unknown key IMDS_ROUTER_SERVE_HOLDS; did you mean IMDS_ROUTER_SERVE_HOLD?"
         );
-        assert!(load(&variables("IMDS_ROUTER_IMDS_HTTP_TOKENS", "no")).unwrap_err().to_string().starts_with(
-            "variable IMDS_ROUTER_IMDS_HTTP_TOKENS: imds.http_tokens = \"no\": expected"
-        ));
-        assert_eq!(load(&variables("IMDS_ROUTER_IMDS_HOSTS", "a, b")).unwrap().hosts, ["a", "b"]);
-        let missing = Sources { file: Some("/nonexistent/c.toml".into()), ..Sources::default() };
+        assert!(
+            load(&variables("IMDS_ROUTER_IMDS_HTTP_TOKENS", "no"))
+                .unwrap_err()
+                .to_string()
+                .starts_with("variable IMDS_ROUTER_IMDS_HTTP_TOKENS: imds.http_tokens = \"no\": expected")
+        );
+        assert_eq!(
+            load(&variables("IMDS_ROUTER_IMDS_HOSTS", "a, b")).unwrap().hosts,
+            ["a", "b"]
+        );
+        let missing = Sources {
+            file: Some("/nonexistent/c.toml".into()),
+            ..Sources::default()
+        };
         assert!(load(&missing).unwrap_err().to_string().contains("/nonexistent/c.toml"));
     }
 

@@ -81,10 +81,17 @@ pub fn resolve(
 ) -> Instance {
     let (spec, errors) = labels::read(&container.labels, settings);
     let mut problems: Vec<String> = errors.iter().map(ToString::to_string).collect();
-    let region = spec.region.clone().or_else(|| settings.region.clone()).or_else(|| around.base_region.clone());
+    let region = spec
+        .region
+        .clone()
+        .or_else(|| settings.region.clone())
+        .or_else(|| around.base_region.clone());
     let region = region.unwrap_or_else(|| FALLBACK_REGION.to_owned());
     let partition = partition_of(&region);
-    let zone = spec.availability_zone.clone().unwrap_or_else(|| format!("{region}{ZONE_LETTER}"));
+    let zone = spec
+        .availability_zone
+        .clone()
+        .unwrap_or_else(|| format!("{region}{ZONE_LETTER}"));
     if !zone.starts_with(&region) {
         problems.push(format!("availability zone {zone} is not in region {region}"));
     }
@@ -100,7 +107,10 @@ pub fn resolve(
     let account = account(session_role.as_ref(), settings, around);
     let primary = attachments.primary();
     let facts = Facts {
-        instance_id: spec.instance_id.clone().unwrap_or_else(|| derived_id("i-", container.id.as_str())),
+        instance_id: spec
+            .instance_id
+            .clone()
+            .unwrap_or_else(|| derived_id("i-", container.id.as_str())),
         ami_id: spec.ami_id.clone().unwrap_or_else(|| {
             let digest = container.image_id.rsplit(':').next().unwrap_or_default();
             derived_id("ami-", digest)
@@ -108,7 +118,9 @@ pub fn resolve(
         instance_type: spec.instance_type.clone().unwrap_or_else(|| INSTANCE_TYPE.to_owned()),
         hostname: container.hostname.clone(),
         local_ipv4: primary.and_then(|endpoint| endpoint.ipv4).map(|(address, _)| address),
-        mac: primary.map(|endpoint| endpoint.mac.clone()).filter(|mac| !mac.is_empty()),
+        mac: primary
+            .map(|endpoint| endpoint.mac.clone())
+            .filter(|mac| !mac.is_empty()),
         partition: session_role.as_ref().map_or(partition, RoleArn::partition).to_owned(),
         account,
         role: session_role,
@@ -163,8 +175,15 @@ fn role(
         "host" => Some(around.host.clone()),
         _ => None,
     };
-    let default = || settings.default_role.as_deref().and_then(|template| fill(template, part));
-    let Some(typed) = spec.role.clone().or_else(default) else { return Role::None };
+    let default = || {
+        settings
+            .default_role
+            .as_deref()
+            .and_then(|template| fill(template, part))
+    };
+    let Some(typed) = spec.role.clone().or_else(default) else {
+        return Role::None;
+    };
     let named = match read_role(&typed, settings, partition) {
         Ok(named) => named,
         Err(error) => return Role::Refused(error.to_string()),
@@ -237,11 +256,21 @@ mod tests {
     }
 
     fn around() -> Surroundings {
-        Surroundings { base_account: Some("111122223333".into()), base_region: None, host: "h1".into() }
+        Surroundings {
+            base_account: Some("111122223333".into()),
+            base_region: None,
+            host: "h1".into(),
+        }
     }
 
     fn instance(labels: &[(&str, &str)], settings: &Settings) -> Instance {
-        resolve(&container(labels), &attachments(), SystemTime::UNIX_EPOCH, settings, &around())
+        resolve(
+            &container(labels),
+            &attachments(),
+            SystemTime::UNIX_EPOCH,
+            settings,
+            &around(),
+        )
     }
 
     fn value(instance: &Instance, path: &str) -> String {
@@ -274,7 +303,11 @@ mod tests {
 
     #[test]
     fn who_finds_a_service() {
-        let with = |http_endpoint, labels_may_lower| Settings { http_endpoint, labels_may_lower, ..Settings::default() };
+        let with = |http_endpoint, labels_may_lower| Settings {
+            http_endpoint,
+            labels_may_lower,
+            ..Settings::default()
+        };
         let on: &[(&str, &str)] = &[("imds.http-endpoint", "enabled")];
         let off: &[(&str, &str)] = &[("imds.http-endpoint", "disabled")];
         let other: &[(&str, &str)] = &[("imds.region", "eu-west-1")];
@@ -288,22 +321,42 @@ mod tests {
             (with(HttpEndpoint::Disabled, false), on, false),
             (with(HttpEndpoint::Disabled, true), on, true),
         ] {
-            assert_eq!(instance(labels, &settings).endpoint, endpoint, "{:?} {labels:?}", settings.http_endpoint);
+            assert_eq!(
+                instance(labels, &settings).endpoint,
+                endpoint,
+                "{:?} {labels:?}",
+                settings.http_endpoint
+            );
         }
-        let settings = Settings { default_role: Some("app".into()), ..Settings::default() };
+        let settings = Settings {
+            default_role: Some("app".into()),
+            ..Settings::default()
+        };
         assert!(instance(&[], &settings).endpoint);
     }
 
     #[test]
     fn labels_make_options_stricter_only() {
-        let required = Settings { http_tokens: HttpTokens::Required, ..Settings::default() };
+        let required = Settings {
+            http_tokens: HttpTokens::Required,
+            ..Settings::default()
+        };
         let lax: &[(&str, &str)] = &[("imds.http-tokens", "optional"), ("imds.role", "app")];
         let strict: &[(&str, &str)] = &[("imds.http-tokens", "required"), ("imds.role", "app")];
         assert!(instance(strict, &Settings::default()).tokens_required);
         assert!(!instance(lax, &Settings::default()).tokens_required);
         let refused = instance(lax, &required);
         assert!(refused.tokens_required && matches!(refused.role, Role::Refused(_)));
-        assert!(!instance(lax, &Settings { labels_may_lower: true, ..required }).tokens_required);
+        assert!(
+            !instance(
+                lax,
+                &Settings {
+                    labels_may_lower: true,
+                    ..required
+                }
+            )
+            .tokens_required
+        );
     }
 
     #[test]
@@ -313,7 +366,11 @@ mod tests {
             (&[("imds.role", "app"), ("imds.rol", "x")], "did you mean imds.role?"),
             (&[("imds.role", "app@nowhere")], "is not an account"),
             (
-                &[("imds.role", "app"), ("imds.region", "eu-west-1"), ("imds.availability-zone", "eu-west-2a")],
+                &[
+                    ("imds.role", "app"),
+                    ("imds.region", "eu-west-1"),
+                    ("imds.availability-zone", "eu-west-2a"),
+                ],
                 "availability zone eu-west-2a is not in region eu-west-1",
             ),
         ] {
@@ -328,22 +385,41 @@ mod tests {
 
     #[test]
     fn a_role_by_name_waits_for_the_account() {
-        let unknown = Surroundings { base_account: None, ..around() };
+        let unknown = Surroundings {
+            base_account: None,
+            ..around()
+        };
         let container = container(&[("imds.role", "app")]);
-        let pending =
-            resolve(&container, &attachments(), SystemTime::UNIX_EPOCH, &Settings::default(), &unknown);
+        let pending = resolve(
+            &container,
+            &attachments(),
+            SystemTime::UNIX_EPOCH,
+            &Settings::default(),
+            &unknown,
+        );
         assert!(matches!(pending.role, Role::Pending(_)));
-        let offline = Settings { source: CredentialSource::Offline, ..Settings::default() };
+        let offline = Settings {
+            source: CredentialSource::Offline,
+            ..Settings::default()
+        };
         let fake = resolve(&container, &attachments(), SystemTime::UNIX_EPOCH, &offline, &unknown);
         assert_eq!(fake.role.session().unwrap().role.account(), "000000000000");
     }
 
     #[test]
     fn a_default_role_is_filled_in_or_there_is_none() {
-        let settings = Settings { default_role: Some("{project}-{service}".into()), ..Settings::default() };
-        let compose: &[(&str, &str)] =
-            &[("com.docker.compose.project", "shop"), ("com.docker.compose.service", "web")];
-        assert_eq!(instance(compose, &settings).role.session().unwrap().role.name(), "shop-web");
+        let settings = Settings {
+            default_role: Some("{project}-{service}".into()),
+            ..Settings::default()
+        };
+        let compose: &[(&str, &str)] = &[
+            ("com.docker.compose.project", "shop"),
+            ("com.docker.compose.service", "web"),
+        ];
+        assert_eq!(
+            instance(compose, &settings).role.session().unwrap().role.name(),
+            "shop-web"
+        );
         assert_eq!(instance(&compose[..1], &settings).role, Role::None);
     }
 }

@@ -120,7 +120,9 @@ where
 {
     let deadline = service.clock.now() + service.hold;
     // Those who are not proven cannot crowd out those who are. The wait is part of the deadline.
-    let Ok(Ok(permit)) = tokio::time::timeout_at(deadline, service.before_proof.acquire()).await else { return };
+    let Ok(Ok(permit)) = tokio::time::timeout_at(deadline, service.before_proof.acquire()).await else {
+        return;
+    };
     match identify(&service.index, connection, deadline).await {
         Ok(caller) => {
             drop(permit);
@@ -220,7 +222,11 @@ impl Session {
     async fn answer(&self, request: Parts) -> Result<Reply, Ended> {
         let (life, clock) = (self.caller.life(), &self.service.clock);
         let asked = clock.now();
-        let first = self.first.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        let first = self
+            .first
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .take();
         let deadline = first.unwrap_or(asked + self.service.hold);
         if !life.alive() {
             return Err(Ended);
@@ -325,10 +331,14 @@ impl Session {
 
     async fn credentials(&self, instance: &Instance, deadline: Instant) -> Result<Arc<Published>, String> {
         let session = instance.role.session().ok_or("no role")?;
-        self.service.broker.get(session, deadline).await.map_err(|error| match error {
-            NoCredentials::Failed(error) => error.summary().to_owned(),
-            error => error.to_string(),
-        })
+        self.service
+            .broker
+            .get(session, deadline)
+            .await
+            .map_err(|error| match error {
+                NoCredentials::Failed(error) => error.summary().to_owned(),
+                error => error.to_string(),
+            })
     }
 }
 
@@ -349,7 +359,10 @@ struct Refusals {
 
 impl Refusals {
     fn new(clock: &Clock) -> Self {
-        Self { clock: clock.clone(), seen: dashmap::DashMap::new() }
+        Self {
+            clock: clock.clone(),
+            seen: dashmap::DashMap::new(),
+        }
     }
 
     fn note(&self, refusal: &Refusal, client: SocketAddr) {

@@ -88,7 +88,10 @@ mod tests {
 
     #[test]
     fn foreign_text_cannot_move_the_cursor_or_fake_a_line() {
-        assert_eq!(printable("a\u{1b}[2Jb\nc\u{202e}d", 99), "a\\u{1b}[2Jb\\u{a}c\\u{202e}d");
+        assert_eq!(
+            printable("a\u{1b}[2Jb\nc\u{202e}d", 99),
+            "a\\u{1b}[2Jb\\u{a}c\\u{202e}d"
+        );
         assert_eq!(printable("abcdef", 3), "abc…");
         assert_eq!(printable("abc", 3), "abc");
     }

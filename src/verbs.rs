@@ -62,7 +62,10 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
 }
 
 fn block_on<T>(work: impl Future<Output = T>) -> io::Result<T> {
-    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(work))
+    Ok(tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?
+        .block_on(work))
 }
 
 fn usage(error: impl Error + 'static) -> Failure {
@@ -95,7 +98,9 @@ async fn check(flags: &Common) -> Result<(), Failure> {
     io::stdout().write_all(checked.text.as_bytes())?;
     match checked.problems {
         0 => Ok(()),
-        problems => Err(Failure::Failed(Box::new(Said(format!("{problems} of the containers above do not get what they ask for"))))),
+        problems => Err(Failure::Failed(Box::new(Said(format!(
+            "{problems} of the containers above do not get what they ask for"
+        ))))),
     }
 }
 
@@ -103,7 +108,10 @@ async fn check(flags: &Common) -> Result<(), Failure> {
 fn intercept(what: Intercept) -> Result<(), Failure> {
     use crate::host::{Plan, apply};
     // The listener's port does not matter for what stays without a daemon.
-    let plan = Plan::host(std::net::SocketAddrV4::new(crate::app::IMDS_ADDRESS, crate::app::DEFAULT_PORT));
+    let plan = Plan::host(std::net::SocketAddrV4::new(
+        crate::app::IMDS_ADDRESS,
+        crate::app::DEFAULT_PORT,
+    ));
     let (steps, nothing) = match what {
         Intercept::Up => (apply::install(&plan)?, "everything is there already"),
         Intercept::Down => (apply::clear(&plan)?, "nothing of ours is there"),
@@ -129,7 +137,9 @@ async fn get(path: &str) -> Result<(), Failure> {
         path => format!("/latest/{path}"),
     };
     if !path.bytes().all(|b| b.is_ascii_graphic()) {
-        return Err(usage(Said(format!("{path:?} is not a path: expected visible characters without blanks"))));
+        return Err(usage(Said(format!(
+            "{path:?} is not a path: expected visible characters without blanks"
+        ))));
     }
     let answer = async {
         let token = ask("PUT /latest/api/token", "X-aws-ec2-metadata-token-ttl-seconds: 60").await?;
@@ -170,10 +180,19 @@ async fn ask(what: &str, header: &str) -> io::Result<Answer> {
     let strange = || io::Error::new(io::ErrorKind::InvalidData, "not an HTTP answer");
     let end = bytes.windows(4).position(|it| it == b"\r\n\r\n").ok_or_else(strange)?;
     let head = String::from_utf8_lossy(&bytes[..end]).into_owned();
-    let status = head.split(' ').nth(1).and_then(|it| it.parse().ok()).ok_or_else(strange)?;
+    let status = head
+        .split(' ')
+        .nth(1)
+        .and_then(|it| it.parse().ok())
+        .ok_or_else(strange)?;
     let hint = head.lines().find_map(|line| {
         let (name, value) = line.split_once(':')?;
-        name.eq_ignore_ascii_case("x-imds-router-hint").then(|| telemetry::printable(value.trim(), 200))
+        name.eq_ignore_ascii_case("x-imds-router-hint")
+            .then(|| telemetry::printable(value.trim(), 200))
     });
-    Ok(Answer { status, hint, body: bytes.split_off(end + 4) })
+    Ok(Answer {
+        status,
+        hint,
+        body: bytes.split_off(end + 4),
+    })
 }

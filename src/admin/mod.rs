@@ -184,8 +184,14 @@ pub async fn ask(path: &Path) -> Result<Status, AskError> {
     let shown = path.display().to_string();
     let stream = UnixStream::connect(path)
         .await
-        .map_err(|source| AskError::Unreachable { path: shown.clone(), source })?;
-    let strange = |what: String| AskError::Strange { path: shown.clone(), what };
+        .map_err(|source| AskError::Unreachable {
+            path: shown.clone(),
+            source,
+        })?;
+    let strange = |what: String| AskError::Strange {
+        path: shown.clone(),
+        what,
+    };
     let (mut client, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await
         .map_err(|error| strange(error.to_string()))?;
@@ -194,9 +200,17 @@ pub async fn ask(path: &Path) -> Result<Status, AskError> {
         .header(hyper::header::HOST, "imds-router")
         .body(Full::<Bytes>::default())
         .map_err(|error| strange(error.to_string()))?;
-    let reply = client.send_request(request).await.map_err(|error| strange(error.to_string()))?;
+    let reply = client
+        .send_request(request)
+        .await
+        .map_err(|error| strange(error.to_string()))?;
     let status = reply.status();
-    let body = reply.into_body().collect().await.map_err(|error| strange(error.to_string()))?.to_bytes();
+    let body = reply
+        .into_body()
+        .collect()
+        .await
+        .map_err(|error| strange(error.to_string()))?
+        .to_bytes();
     connection.abort();
     if status != StatusCode::OK {
         return Err(strange(format!("status {status}")));
@@ -214,18 +228,31 @@ pub fn render(status: &Status) -> String {
         status.version,
         status.attach,
         status.proof,
-        if status.source == "offline" { "offline (fake)" } else { &status.source },
+        if status.source == "offline" {
+            "offline (fake)"
+        } else {
+            &status.source
+        },
         status.region,
         status.account.as_deref().unwrap_or("not known yet"),
         status.listening,
         status.engine.state,
-        status.engine.reason.as_ref().map(|why| format!(": {}", printable(why, 200))).unwrap_or_default(),
+        status
+            .engine
+            .reason
+            .as_ref()
+            .map(|why| format!(": {}", printable(why, 200)))
+            .unwrap_or_default(),
     );
     for warning in &status.warnings {
         let _ = writeln!(text, "warning: {warning}");
     }
     if !status.refused_connections.is_empty() {
-        let counts: Vec<_> = status.refused_connections.iter().map(|(why, count)| format!("{why} {count}")).collect();
+        let counts: Vec<_> = status
+            .refused_connections
+            .iter()
+            .map(|(why, count)| format!("{why} {count}"))
+            .collect();
         let _ = writeln!(text, "refused connections: {}", counts.join(", "));
     }
     let mut rows = vec![["CONTAINER", "ADDRESSES", "ROLE", "CREDENTIALS", "LAST REQUEST"].map(str::to_owned)];
@@ -233,22 +260,42 @@ pub fn render(status: &Status) -> String {
     for container in &status.containers {
         rows.push([
             printable(&container.name, 40),
-            if container.alive { or_dash(container.addresses.join(" ")) } else { "not running".to_owned() },
+            if container.alive {
+                or_dash(container.addresses.join(" "))
+            } else {
+                "not running".to_owned()
+            },
             match &container.role {
                 Some(role) => role.clone(),
                 None if container.endpoint == "disabled" => "not served (403)".to_owned(),
                 None => "-".to_owned(),
             },
-            container.credentials.as_ref().map_or_else(|| "-".to_owned(), shown_credentials),
-            container.last_request.as_ref().map_or_else(|| "-".to_owned(), |it| format!("{} {}", it.at, it.status)),
+            container
+                .credentials
+                .as_ref()
+                .map_or_else(|| "-".to_owned(), shown_credentials),
+            container
+                .last_request
+                .as_ref()
+                .map_or_else(|| "-".to_owned(), |it| format!("{} {}", it.at, it.status)),
         ]);
-        problems.extend(container.problems.iter().map(|why| format!("{}: {}", printable(&container.name, 40), printable(why, 400))));
+        problems.extend(
+            container
+                .problems
+                .iter()
+                .map(|why| format!("{}: {}", printable(&container.name, 40), printable(why, 400))),
+        );
     }
-    let widths: Vec<usize> =
-        (0..5).map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0)).collect();
+    let widths: Vec<usize> = (0..5)
+        .map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0))
+        .collect();
     text.push('\n');
     for row in &rows {
-        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        let cells: Vec<String> = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:width$}"))
+            .collect();
         let _ = writeln!(text, "{}", cells.join("  ").trim_end());
     }
     if !problems.is_empty() {
@@ -265,7 +312,11 @@ fn shown_credentials(credentials: &CredentialStatus) -> String {
     let fake = if credentials.fake { " (fake)" } else { "" };
     match (&credentials.until, &credentials.error) {
         (Some(until), None) => format!("{} until {until}{fake}", credentials.state),
-        (Some(until), Some(error)) => format!("{} until {until}{fake}, but: {}", credentials.state, printable(error, 200)),
+        (Some(until), Some(error)) => format!(
+            "{} until {until}{fake}, but: {}",
+            credentials.state,
+            printable(error, 200)
+        ),
         (None, Some(error)) => format!("{}: {}", credentials.state, printable(error, 200)),
         (None, None) => credentials.state.clone(),
     }
@@ -283,7 +334,10 @@ mod tests {
             proof: "full".into(),
             source: "offline".into(),
             listening: "169.254.169.254:51254".into(),
-            engine: EngineStatus { state: "away".into(), reason: Some("no\nsocket".into()) },
+            engine: EngineStatus {
+                state: "away".into(),
+                reason: Some("no\nsocket".into()),
+            },
             region: "eu-west-1".into(),
             account: None,
             warnings: vec!["w".into()],
@@ -303,7 +357,10 @@ mod tests {
                     until: Some("2026-01-05T10:11:12Z".into()),
                     error: None,
                 }),
-                last_request: Some(RequestStatus { at: "2026-01-05T09:11:12Z".into(), status: 200 }),
+                last_request: Some(RequestStatus {
+                    at: "2026-01-05T09:11:12Z".into(),
+                    status: 200,
+                }),
                 problems: vec!["p".into()],
             }],
             refused_connections: BTreeMap::from([("no-socket".into(), 3)]),

@@ -67,15 +67,23 @@ impl Cgroups {
     /// When it is nowhere.
     pub fn find() -> Result<Self, CgroupError> {
         let path = "/proc/self/mountinfo";
-        let table =
-            fs::read_to_string(path).map_err(|source| CgroupError::Unreadable { path: path.to_owned(), source })?;
+        let table = fs::read_to_string(path).map_err(|source| CgroupError::Unreadable {
+            path: path.to_owned(),
+            source,
+        })?;
         let root = mount_point(&table).ok_or(CgroupError::NoVersion2)?;
-        Ok(Self { root, proc: "/proc".into() })
+        Ok(Self {
+            root,
+            proc: "/proc".into(),
+        })
     }
 
     /// With other roots, for tests.
     pub fn at(root: impl Into<PathBuf>, proc: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), proc: proc.into() }
+        Self {
+            root: root.into(),
+            proc: proc.into(),
+        }
     }
 
     /// Finds a container's first process: where Docker's default parents put its cgroup, or by the number that the
@@ -84,9 +92,16 @@ impl Cgroups {
     /// # Errors
     /// Why it is not there, or not yet.
     pub fn first_process(&self, id: &ContainerId, pid: Option<u32>) -> Result<FirstProcess, String> {
-        let usual = [format!("docker/{}", id.as_str()), format!("system.slice/docker-{}.scope", id.as_str())];
+        let usual = [
+            format!("docker/{}", id.as_str()),
+            format!("system.slice/docker-{}.scope", id.as_str()),
+        ];
         let mut why = "its cgroup is not there".to_owned();
-        for directory in usual.map(|path| self.root.join(path)).into_iter().filter(|path| path.is_dir()) {
+        for directory in usual
+            .map(|path| self.root.join(path))
+            .into_iter()
+            .filter(|path| path.is_dir())
+        {
             match self.first_in(&directory) {
                 Ok(pid) => match self.verify(&directory, pid, true) {
                     Ok(first) => return Ok(first),
@@ -96,7 +111,9 @@ impl Cgroups {
             }
         }
         let Some(pid) = pid else { return Err(why) };
-        let path = self.cgroup_of(pid).map_err(|error| format!("process {pid} that the engine names: {error}"))?;
+        let path = self
+            .cgroup_of(pid)
+            .map_err(|error| format!("process {pid} that the engine names: {error}"))?;
         let directory = self.container_directory(&path, id)?;
         self.verify(&directory, pid, false)
     }
@@ -108,7 +125,9 @@ impl Cgroups {
             let processes = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
             for pid in processes.lines().filter_map(|line| line.parse().ok()) {
                 // A process that ends meanwhile is not the first: the first ends last.
-                let Ok(numbers) = self.namespace_pids(pid) else { continue };
+                let Ok(numbers) = self.namespace_pids(pid) else {
+                    continue;
+                };
                 if numbers.last() == Some(&1) && first.is_none_or(|(depth, _)| numbers.len() < depth) {
                     first = Some((numbers.len(), pid));
                 }
@@ -123,14 +142,25 @@ impl Cgroups {
     }
 
     fn verify(&self, directory: &Path, pid: u32, own_pid_namespace: bool) -> Result<FirstProcess, String> {
-        let id = |directory: &Path| fs::metadata(directory).map(|it| it.ino()).map_err(|error| error.to_string());
+        let id = |directory: &Path| {
+            fs::metadata(directory)
+                .map(|it| it.ino())
+                .map_err(|error| error.to_string())
+        };
         let cgroup = id(directory)?;
-        let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or("not a process number")?;
+        let number = i32::try_from(pid)
+            .ok()
+            .and_then(Pid::from_raw)
+            .ok_or("not a process number")?;
         let pidfd = pidfd_open(number, PidfdFlags::empty()).map_err(|error| format!("process {pid}: {error}"))?;
         // From here on the handle holds the process; everything read before may have been somebody else's.
         let path = self.cgroup_of(pid)?;
         if !path.starts_with(directory) {
-            return Err(format!("process {pid} is in cgroup {}, not in {}", path.display(), directory.display()));
+            return Err(format!(
+                "process {pid} is in cgroup {}, not in {}",
+                path.display(),
+                directory.display()
+            ));
         }
         if id(directory)? != cgroup {
             return Err("its cgroup was made anew meanwhile".to_owned());
@@ -145,14 +175,23 @@ impl Cgroups {
         if !alive(&pidfd) {
             return Err("its first process has ended".to_owned());
         }
-        Ok(FirstProcess { directory: directory.to_owned(), cgroup: CgroupId(cgroup), pid, pidfd, started })
+        Ok(FirstProcess {
+            directory: directory.to_owned(),
+            cgroup: CgroupId(cgroup),
+            pid,
+            pidfd,
+            started,
+        })
     }
 
     /// The directory of a process's cgroup on the v2 hierarchy.
     fn cgroup_of(&self, pid: u32) -> Result<PathBuf, String> {
         let table = self.read(&format!("{pid}/cgroup"))?;
         // `0::/path` (cgroups(7)).
-        let path = table.lines().find_map(|line| line.strip_prefix("0::/")).ok_or("no cgroup v2 of its own")?;
+        let path = table
+            .lines()
+            .find_map(|line| line.strip_prefix("0::/"))
+            .ok_or("no cgroup v2 of its own")?;
         if path.is_empty() || path.split('/').any(|part| part == "..") {
             return Err("its cgroup is outside of what this process sees (a private cgroup namespace?)".to_owned());
         }
@@ -162,7 +201,9 @@ impl Cgroups {
     /// The part of a first process's path that is the container's own: up to the part that carries its id, if one does
     /// (below it the container made its own), else all of it.
     fn container_directory(&self, path: &Path, id: &ContainerId) -> Result<PathBuf, String> {
-        let below = path.strip_prefix(&self.root).map_err(|_| "its cgroup is not below the root".to_owned())?;
+        let below = path
+            .strip_prefix(&self.root)
+            .map_err(|_| "its cgroup is not below the root".to_owned())?;
         let mut directory = self.root.clone();
         for part in below.components() {
             directory.push(part);
@@ -170,18 +211,26 @@ impl Cgroups {
                 return Ok(directory);
             }
         }
-        Err(format!("its first process is in cgroup {}, which does not carry its id", path.display()))
+        Err(format!(
+            "its first process is in cgroup {}, which does not carry its id",
+            path.display()
+        ))
     }
 
     fn namespace_pids(&self, pid: u32) -> Result<Vec<u32>, String> {
         let status = self.read(&format!("{pid}/status"))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("NSpid:")).ok_or("the kernel shows no NSpid")?;
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("NSpid:"))
+            .ok_or("the kernel shows no NSpid")?;
         Ok(line.split_whitespace().filter_map(|it| it.parse().ok()).collect())
     }
 
     fn network_namespace(&self, process: &str) -> Result<u64, String> {
         let path = self.proc.join(process).join("ns/net");
-        fs::metadata(&path).map(|it| it.ino()).map_err(|error| format!("cannot read {}: {error}", path.display()))
+        fs::metadata(&path)
+            .map(|it| it.ino())
+            .map_err(|error| format!("cannot read {}: {error}", path.display()))
     }
 
     /// When a process started: field 22 of `stat`, in clock ticks after boot (proc_pid_stat(5)).
@@ -189,7 +238,11 @@ impl Cgroups {
         let stat = self.read(&format!("{pid}/stat"))?;
         // The name in field 2 may hold anything, closing brackets included.
         let after_name = stat.rsplit(')').next().unwrap_or_default();
-        let ticks: u64 = after_name.split_whitespace().nth(19).and_then(|it| it.parse().ok()).ok_or("unreadable stat")?;
+        let ticks: u64 = after_name
+            .split_whitespace()
+            .nth(19)
+            .and_then(|it| it.parse().ok())
+            .ok_or("unreadable stat")?;
         let boot = self.read("stat")?;
         let boot: u64 = boot
             .lines()
@@ -220,7 +273,9 @@ pub fn holds(directory: &Path, own: CgroupId, cgroup: CgroupId) -> bool {
     if own == cgroup {
         return true;
     }
-    below(directory).skip(1).any(|directory| fs::metadata(directory).is_ok_and(|it| it.ino() == cgroup.0))
+    below(directory)
+        .skip(1)
+        .any(|directory| fs::metadata(directory).is_ok_and(|it| it.ino() == cgroup.0))
 }
 
 /// A directory and those below it, outermost first.
@@ -229,7 +284,11 @@ fn below(directory: &Path) -> impl Iterator<Item = PathBuf> {
     std::iter::from_fn(move || {
         let next = left.pop_front()?;
         let entries = fs::read_dir(&next).into_iter().flatten().flatten();
-        left.extend(entries.filter(|it| it.file_type().is_ok_and(|it| it.is_dir())).map(|it| it.path()));
+        left.extend(
+            entries
+                .filter(|it| it.file_type().is_ok_and(|it| it.is_dir()))
+                .map(|it| it.path()),
+        );
         left.truncate(DIRECTORIES);
         Some(next)
     })
@@ -256,8 +315,14 @@ mod tests {
         let hybrid = "24 18 0:21 / /sys/fs/cgroup ro - tmpfs tmpfs ro\n\
                       25 24 0:22 / /sys/fs/cgroup/unified rw,nosuid shared:9 - cgroup2 cgroup2 rw\n";
         assert_eq!(mount_point(hybrid), Some("/sys/fs/cgroup/unified".into()));
-        assert_eq!(mount_point("30 24 0:26 / /sys/fs/cgroup rw - cgroup2 none rw\n"), Some("/sys/fs/cgroup".into()));
-        assert_eq!(mount_point("30 24 0:26 /docker/x /sys/fs/cgroup rw - cgroup2 none rw\n"), None);
+        assert_eq!(
+            mount_point("30 24 0:26 / /sys/fs/cgroup rw - cgroup2 none rw\n"),
+            Some("/sys/fs/cgroup".into())
+        );
+        assert_eq!(
+            mount_point("30 24 0:26 /docker/x /sys/fs/cgroup rw - cgroup2 none rw\n"),
+            None
+        );
         assert_eq!(mount_point("24 18 0:21 / /sys/fs/cgroup ro - cgroup cpu ro\n"), None);
     }
 
@@ -268,7 +333,9 @@ mod tests {
 
     impl Host {
         fn new() -> Self {
-            let host = Self { dir: tempfile::tempdir().unwrap() };
+            let host = Self {
+                dir: tempfile::tempdir().unwrap(),
+            };
             host.write("p/stat", "cpu 1\nbtime 1700000000\n");
             host.process("self", "/", "1", "net-host");
             host
@@ -281,7 +348,10 @@ mod tests {
         }
 
         fn process(&self, pid: &str, cgroup: &str, nspid: &str, net: &str) {
-            self.write(&format!("p/{pid}/cgroup"), &format!("1:name=x:/elsewhere\n0::{cgroup}\n"));
+            self.write(
+                &format!("p/{pid}/cgroup"),
+                &format!("1:name=x:/elsewhere\n0::{cgroup}\n"),
+            );
             self.write(&format!("p/{pid}/status"), &format!("Name:\tx\nNSpid:\t{nspid}\n"));
             let tail = ["0"; 18].join(" ");
             self.write(&format!("p/{pid}/stat"), &format!("{pid} (a) b) S {tail} 500 0"));
@@ -308,13 +378,19 @@ mod tests {
 
     #[test]
     fn the_first_process_is_found_where_docker_puts_it() {
-        for path in [format!("docker/{}", id().as_str()), format!("system.slice/docker-{}.scope", id().as_str())] {
+        for path in [
+            format!("docker/{}", id().as_str()),
+            format!("system.slice/docker-{}.scope", id().as_str()),
+        ] {
             let host = Host::new();
             host.write(&format!("c/{path}/cgroup.procs"), &format!("{}\n", me()));
             host.process(&me(), &format!("/{path}"), "77 1", "net-1");
             let first = host.cgroups().first_process(&id(), None).unwrap();
             assert_eq!(first.pid.to_string(), me());
-            assert_eq!(first.cgroup.0, fs::metadata(host.dir.path().join("c").join(path)).unwrap().ino());
+            assert_eq!(
+                first.cgroup.0,
+                fs::metadata(host.dir.path().join("c").join(path)).unwrap().ino()
+            );
             assert_eq!(first.started, UNIX_EPOCH + Duration::from_secs(1_700_000_005));
         }
     }
@@ -362,6 +438,11 @@ mod tests {
         let first = host.cgroups().first_process(&id(), Some(std::process::id())).unwrap();
         assert!(first.directory.ends_with(id().as_str()));
         host.process(&me(), "/tenants/a/other", "77", "net-1");
-        assert!(host.cgroups().first_process(&id(), Some(std::process::id())).unwrap_err().contains("carry its id"));
+        assert!(
+            host.cgroups()
+                .first_process(&id(), Some(std::process::id()))
+                .unwrap_err()
+                .contains("carry its id")
+        );
     }
 }

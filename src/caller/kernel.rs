@@ -30,20 +30,42 @@ impl HostKernel {
     /// # Errors
     /// When this host has no cgroup v2: then no connection can be proven.
     pub fn new() -> Result<Self, CgroupError> {
-        Ok(Self { cgroups: Cgroups::find()?, runtime: Handle::current() })
+        Ok(Self {
+            cgroups: Cgroups::find()?,
+            runtime: Handle::current(),
+        })
     }
 }
 
 impl Kernel for HostKernel {
     fn birth(&self, id: &ContainerId, pid: Option<u32>) -> Result<Birth, String> {
-        let FirstProcess { directory, cgroup, pid, pidfd, started } = self.cgroups.first_process(id, pid)?;
+        let FirstProcess {
+            directory,
+            cgroup,
+            pid,
+            pidfd,
+            started,
+        } = self.cgroups.first_process(id, pid)?;
         let diag = open_in(pidfd.as_fd(), DiagSocket::open)
             .map_err(|error| format!("its network namespace cannot be entered: {error}"))?;
         let _runtime = self.runtime.enter();
-        #[expect(deprecated, reason = "an OwnedFd is and stays one descriptor, which is what the unsafe successor asks for")]
+        #[expect(
+            deprecated,
+            reason = "an OwnedFd is and stays one descriptor, which is what the unsafe successor asks for"
+        )]
         let pidfd = AsyncFd::with_interest(pidfd, Interest::READABLE)
             .map_err(|error| format!("its first process cannot be watched: {error}"))?;
-        Ok(Birth { cgroup, pid, started, witness: Box::new(KernelWitness { directory, cgroup, pidfd, diag }) })
+        Ok(Birth {
+            cgroup,
+            pid,
+            started,
+            witness: Box::new(KernelWitness {
+                directory,
+                cgroup,
+                pidfd,
+                diag,
+            }),
+        })
     }
 }
 

@@ -189,28 +189,49 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
     for record in index.at(address) {
         let container = record.definition.id.clone();
         let Some(life) = record.life.clone().filter(|life| life.alive()) else {
-            let why = record.no_life.clone().unwrap_or_else(|| "no process of it is known".to_owned());
+            let why = record
+                .no_life
+                .clone()
+                .unwrap_or_else(|| "no process of it is known".to_owned());
             // Of several reasons the one that says most of the caller is kept: that of a container which lives.
             if matches!(refusal, Refusal::UnknownAddress(_)) {
-                refusal = Refusal::NoLife { container, address, why };
+                refusal = Refusal::NoLife {
+                    container,
+                    address,
+                    why,
+                };
             }
             continue;
         };
         match life.witness.socket(connection.client, connection.server) {
             Ok(None) => refusal = Refusal::NoSocket { container, address },
             Ok(Some(socket)) if socket.state != ESTABLISHED => {
-                refusal = Refusal::NotEstablished { container, state: socket.state };
+                refusal = Refusal::NotEstablished {
+                    container,
+                    state: socket.state,
+                };
             }
             Ok(Some(socket)) if !life.witness.holds(socket.cgroup) => {
-                refusal = Refusal::ForeignCgroup { container, cgroup: socket.cgroup };
+                refusal = Refusal::ForeignCgroup {
+                    container,
+                    cgroup: socket.cgroup,
+                };
             }
             Ok(Some(socket)) => {
                 if proven.is_some() {
                     return Err(Refusal::Ambiguous);
                 }
-                proven = Some(Caller { life, proof: Proof { socket: socket.cgroup } });
+                proven = Some(Caller {
+                    life,
+                    proof: Proof { socket: socket.cgroup },
+                });
             }
-            Err(error) => refusal = Refusal::Unasked { container, error: error.to_string() },
+            Err(error) => {
+                refusal = Refusal::Unasked {
+                    container,
+                    error: error.to_string(),
+                }
+            }
         }
     }
     // A life that ended while the kernel was asked proves nothing.

@@ -15,10 +15,14 @@ use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 /// When there are no rights to enter (`CAP_SYS_ADMIN` and `CAP_SYS_PTRACE` are needed), or as `open` says.
 pub fn open_in<T: Send>(pidfd: BorrowedFd<'_>, open: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     thread::scope(|scope| {
-        let inside = thread::Builder::new().name("namespace".to_owned()).spawn_scoped(scope, move || {
-            move_into_thread_name_spaces(pidfd, ThreadNameSpaceType::NETWORK)?;
-            open()
-        })?;
-        inside.join().unwrap_or_else(|_| Err(io::Error::other("the thread in the namespace has panicked")))
+        let inside = thread::Builder::new()
+            .name("namespace".to_owned())
+            .spawn_scoped(scope, move || {
+                move_into_thread_name_spaces(pidfd, ThreadNameSpaceType::NETWORK)?;
+                open()
+            })?;
+        inside
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread in the namespace has panicked")))
     })
 }

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use netlink_packet_core::{Nla as _, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla as _};
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP};
 use netlink_packet_sock_diag::inet::nlas::Nla;
@@ -44,7 +44,10 @@ impl DiagSocket {
         )?;
         rustix::net::sockopt::set_socket_timeout(&socket, rustix::net::sockopt::Timeout::Recv, Some(ANSWER))?;
         let interfaces = interfaces(&socket)?;
-        Ok(Self { socket: Mutex::new((socket, 0)), interfaces })
+        Ok(Self {
+            socket: Mutex::new((socket, 0)),
+            interfaces,
+        })
     }
 
     /// The socket whose connection is exactly `client` → `server`, addresses as the client sees them.
@@ -65,7 +68,11 @@ impl DiagSocket {
         let mut guard = self.socket.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let (socket, sequence) = &mut *guard;
         *sequence = sequence.wrapping_add(1);
-        rustix::net::send(&*socket, &request(client, server, interface, *sequence), SendFlags::empty())?;
+        rustix::net::send(
+            &*socket,
+            &request(client, server, interface, *sequence),
+            SendFlags::empty(),
+        )?;
         let mut buffer = [0; 4096];
         loop {
             let (length, _) = rustix::net::recv(&*socket, &mut buffer[..], RecvFlags::empty())?;
@@ -126,7 +133,10 @@ fn answer(
                 _ => None,
             });
             match cgroup {
-                Some(cgroup) if exact => Ok(Some(SocketEvidence { state: response.header.state, cgroup })),
+                Some(cgroup) if exact => Ok(Some(SocketEvidence {
+                    state: response.header.state,
+                    cgroup,
+                })),
                 _ => Ok(None),
             }
         }

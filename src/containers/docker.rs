@@ -12,7 +12,9 @@ use std::time::Duration;
 use arc_swap::ArcSwapOption;
 use bollard::Docker;
 use bollard::errors::Error;
-use bollard::models::{ContainerSummary, ContainerSummaryStateEnum, EventMessage, EventMessageTypeEnum, NetworkInspect};
+use bollard::models::{
+    ContainerSummary, ContainerSummaryStateEnum, EventMessage, EventMessageTypeEnum, NetworkInspect,
+};
 use bollard::query_parameters::{EventsOptions, InspectContainerOptions, InspectNetworkOptions, ListContainersOptions};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{BoxStream, StreamExt as _};
@@ -27,11 +29,29 @@ use crate::clock::Clock;
 pub const DEFAULT_HOST: &str = "unix:///var/run/docker.sock";
 
 /// Events that say where to look. Others (exec, health, pause …) would only wake us.
-const ACTIONS: &[&str] =
-    &["create", "start", "die", "destroy", "remove", "rename", "update", "connect", "disconnect", "init"];
+const ACTIONS: &[&str] = &[
+    "create",
+    "start",
+    "die",
+    "destroy",
+    "remove",
+    "rename",
+    "update",
+    "connect",
+    "disconnect",
+    "init",
+];
 
 /// States of containers in the engine's list (Docker API 1.41 to 1.53), for asking state by state.
-const STATES: &[&str] = &["created", "running", "paused", "restarting", "removing", "exited", "dead"];
+const STATES: &[&str] = &[
+    "created",
+    "running",
+    "paused",
+    "restarting",
+    "removing",
+    "exited",
+    "dead",
+];
 
 /// How far back events are asked for at subscription: whatever happens while the request is on its way is repeated.
 const OVERLAP: Duration = Duration::from_secs(2);
@@ -47,7 +67,11 @@ pub struct Engine {
 impl Engine {
     /// The engine at `host` (`unix:///…`, `tcp://…`). Connects when it is asked for the first time.
     pub fn new(host: &str, clock: Clock) -> Self {
-        Self { host: host.to_owned(), clock, client: Arc::default() }
+        Self {
+            host: host.to_owned(),
+            clock,
+            client: Arc::default(),
+        }
     }
 
     /// Asks for something of the connected engine.
@@ -84,7 +108,12 @@ fn absent<T>(answer: Result<T, Error>) -> Result<Option<T>, EngineError> {
 
 fn filters(pairs: &[(&str, &[&str])]) -> Option<HashMap<String, Vec<String>>> {
     let owned = |values: &[&str]| values.iter().map(|it| (*it).to_owned()).collect();
-    Some(pairs.iter().map(|(key, values)| ((*key).to_owned(), owned(values))).collect())
+    Some(
+        pairs
+            .iter()
+            .map(|(key, values)| ((*key).to_owned(), owned(values)))
+            .collect(),
+    )
 }
 
 impl ContainerEngine for Engine {
@@ -95,7 +124,11 @@ impl ContainerEngine for Engine {
                 let EngineError(why) = failed(error);
                 EngineError(format!("{}: {why}", this.host))
             };
-            let client = Docker::connect_with_host(&this.host).map_err(at)?.negotiate_version().await.map_err(at)?;
+            let client = Docker::connect_with_host(&this.host)
+                .map_err(at)?
+                .negotiate_version()
+                .await
+                .map_err(at)?;
             this.client.store(Some(Arc::new(client.clone())));
             let since = this.clock.wall_seconds().saturating_sub(OVERLAP.as_secs());
             let options = EventsOptions {
@@ -106,13 +139,18 @@ impl ContainerEngine for Engine {
             let events = client.events(Some(options)).map(|event| match event {
                 Ok(event) => Some(event),
                 Err(error) => {
-                    warn!(error = failed(error).0, "the stream of events has broken; subscribing again");
+                    warn!(
+                        error = failed(error).0,
+                        "the stream of events has broken; subscribing again"
+                    );
                     None
                 }
             });
             // The stream ends with the first error.
             let events = events.take_while(|event| future::ready(event.is_some()));
-            Ok(events.filter_map(|event| future::ready(event.and_then(read_event))).boxed())
+            Ok(events
+                .filter_map(|event| future::ready(event.and_then(read_event)))
+                .boxed())
         }
         .boxed()
     }
@@ -121,20 +159,29 @@ impl ContainerEngine for Engine {
         self.ask(|docker| async move {
             let list = |states: Option<&'static str>| {
                 let filters = states.and_then(|state| filters(&[("status", &[state])]));
-                let options = ListContainersOptions { all: true, filters, ..ListContainersOptions::default() };
+                let options = ListContainersOptions {
+                    all: true,
+                    filters,
+                    ..ListContainersOptions::default()
+                };
                 let docker = docker.clone();
                 async move { docker.list_containers(Some(options)).await }
             };
             let rows = match list(None).await {
                 Ok(rows) => rows,
                 Err(error) => {
-                    debug!(error = failed(error).0, "the list of containers is unreadable; asking state by state");
+                    debug!(
+                        error = failed(error).0,
+                        "the list of containers is unreadable; asking state by state"
+                    );
                     let mut rows = Vec::new();
                     for state in STATES {
                         match list(Some(state)).await {
                             Ok(more) => rows.extend(more),
                             // A state that this engine does not know, or rows of it that cannot be read: theirs alone.
-                            Err(Error::JsonDataError { .. } | Error::DockerResponseServerError { status_code: 400, .. }) => {
+                            Err(
+                                Error::JsonDataError { .. } | Error::DockerResponseServerError { status_code: 400, .. },
+                            ) => {
                                 warn!(state, "containers of this state are unreadable; they are not served");
                             }
                             Err(error) => return Err(failed(error)),
@@ -151,7 +198,11 @@ impl ContainerEngine for Engine {
         let id = id.clone();
         self.ask(|docker| async move {
             let filters = filters(&[("id", &[id.as_str()])]);
-            let options = ListContainersOptions { all: true, filters, ..ListContainersOptions::default() };
+            let options = ListContainersOptions {
+                all: true,
+                filters,
+                ..ListContainersOptions::default()
+            };
             let rows = docker.list_containers(Some(options)).await.map_err(failed)?;
             Ok(rows.into_iter().filter_map(read_row).find(|row| row.id == id))
         })
@@ -160,9 +211,14 @@ impl ContainerEngine for Engine {
     fn inspect(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Inspection>, EngineError>> {
         let id = id.clone();
         self.ask(|docker| async move {
-            let answer = docker.inspect_container(id.as_str(), None::<InspectContainerOptions>).await;
+            let answer = docker
+                .inspect_container(id.as_str(), None::<InspectContainerOptions>)
+                .await;
             Ok(absent(answer)?.map(|answer| Inspection {
-                hostname: answer.config.and_then(|config| config.hostname).filter(|it| !it.is_empty()),
+                hostname: answer
+                    .config
+                    .and_then(|config| config.hostname)
+                    .filter(|it| !it.is_empty()),
                 pid: answer
                     .state
                     .filter(|state| state.running == Some(true))
@@ -218,7 +274,10 @@ fn read_event(event: EventMessage) -> Option<Event> {
         (EventMessageTypeEnum::NETWORK, action) => {
             let network = NetworkId::from(subject.as_str());
             match action {
-                "connect" => Some(Event::Connected(network, attribute("container").and_then(|id| ContainerId::parse(id)))),
+                "connect" => Some(Event::Connected(
+                    network,
+                    attribute("container").and_then(|id| ContainerId::parse(id)),
+                )),
                 "disconnect" | "destroy" | "remove" => Some(Event::Disconnected(network)),
                 "create" => Some(Event::Connected(network, None)),
                 _ => None,
@@ -230,7 +289,12 @@ fn read_event(event: EventMessage) -> Option<Event> {
 
 fn read_row(row: ContainerSummary) -> Option<Row> {
     let id = ContainerId::parse(row.id.as_deref()?)?;
-    let name = row.names.and_then(|names| names.into_iter().map(|name| name.trim_start_matches('/').to_owned()).min_by_key(String::len));
+    let name = row.names.and_then(|names| {
+        names
+            .into_iter()
+            .map(|name| name.trim_start_matches('/').to_owned())
+            .min_by_key(String::len)
+    });
     let mode = row.host_config.and_then(|config| config.network_mode);
     Some(Row {
         name: name.unwrap_or_else(|| id.short().to_owned()),
@@ -250,27 +314,37 @@ fn read_network(network: NetworkInspect) -> Network {
     let name = network.name.unwrap_or_default();
     let internal = network.internal.unwrap_or(false);
     let subnets = network.ipam.and_then(|ipam| ipam.config).unwrap_or_default();
-    let subnets = subnets.into_iter().filter_map(|config| read_cidr(config.subnet.as_deref()?)).collect();
-    let endpoints = network.containers.unwrap_or_default().into_iter().filter_map(|(id, endpoint)| {
-        // Not everything on a network is a container: `ingress-sbox` of swarm is not.
-        let id = ContainerId::parse(&id)?;
-        let cidr = |text: Option<String>| text.as_deref().and_then(read_cidr);
-        let endpoint = Endpoint {
-            network: name.clone(),
-            mac: endpoint.mac_address.unwrap_or_default(),
-            ipv4: cidr(endpoint.ipv4_address).and_then(|(address, prefix)| match address {
-                IpAddr::V4(address) => Some((address, prefix)),
-                IpAddr::V6(_) => None,
-            }),
-            ipv6: cidr(endpoint.ipv6_address).and_then(|(address, prefix)| match address {
-                IpAddr::V6(address) => Some((address, prefix)),
-                IpAddr::V4(_) => None,
-            }),
-            internal,
-        };
-        Some((id, endpoint))
-    });
-    Network { subnets, endpoints: endpoints.collect() }
+    let subnets = subnets
+        .into_iter()
+        .filter_map(|config| read_cidr(config.subnet.as_deref()?))
+        .collect();
+    let endpoints = network
+        .containers
+        .unwrap_or_default()
+        .into_iter()
+        .filter_map(|(id, endpoint)| {
+            // Not everything on a network is a container: `ingress-sbox` of swarm is not.
+            let id = ContainerId::parse(&id)?;
+            let cidr = |text: Option<String>| text.as_deref().and_then(read_cidr);
+            let endpoint = Endpoint {
+                network: name.clone(),
+                mac: endpoint.mac_address.unwrap_or_default(),
+                ipv4: cidr(endpoint.ipv4_address).and_then(|(address, prefix)| match address {
+                    IpAddr::V4(address) => Some((address, prefix)),
+                    IpAddr::V6(_) => None,
+                }),
+                ipv6: cidr(endpoint.ipv6_address).and_then(|(address, prefix)| match address {
+                    IpAddr::V6(address) => Some((address, prefix)),
+                    IpAddr::V4(_) => None,
+                }),
+                internal,
+            };
+            Some((id, endpoint))
+        });
+    Network {
+        subnets,
+        endpoints: endpoints.collect(),
+    }
 }
 
 fn read_cidr(text: &str) -> Option<(IpAddr, u8)> {
@@ -291,7 +365,9 @@ mod tests {
         let id = "ab".repeat(32);
         let container = ContainerId::parse(&id).unwrap();
         let of = |action: &str| {
-            event(&format!(r#"{{"Type":"container","Action":"{action}","Actor":{{"ID":"{id}","Attributes":{{"exitCode":"x"}}}}}}"#))
+            event(&format!(
+                r#"{{"Type":"container","Action":"{action}","Actor":{{"ID":"{id}","Attributes":{{"exitCode":"x"}}}}}}"#
+            ))
         };
         assert_eq!(of("create"), Some(Event::Defined(container.clone())));
         assert_eq!(of("start"), Some(Event::Started(container.clone())));
@@ -301,7 +377,10 @@ mod tests {
             r#"{{"Type":"network","Action":"connect","Actor":{{"ID":"n1","Attributes":{{"container":"{id}","name":"bridge"}}}}}}"#
         );
         assert_eq!(event(&connect), Some(Event::Connected("n1".into(), Some(container))));
-        assert_eq!(event(r#"{"Type":"container","Action":"start","Actor":{"ID":"short"}}"#), None);
+        assert_eq!(
+            event(r#"{"Type":"container","Action":"start","Actor":{"ID":"short"}}"#),
+            None
+        );
         assert_eq!(event(r#"{"Type":"image","Action":"pull","Actor":{"ID":"x"}}"#), None);
     }
 

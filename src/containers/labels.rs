@@ -78,7 +78,13 @@ const LABELS: &[Label] = &[
     Label {
         name: "http-endpoint",
         expected: "enabled or disabled",
-        read: |spec, value| choose(value, &[("enabled", true), ("disabled", false)], &mut spec.http_endpoint),
+        read: |spec, value| {
+            choose(
+                value,
+                &[("enabled", true), ("disabled", false)],
+                &mut spec.http_endpoint,
+            )
+        },
     },
     Label {
         name: "http-tokens",
@@ -103,9 +109,14 @@ const LABELS: &[Label] = &[
         expected: "an instance type such as t3.micro",
         read: |spec, value| {
             let fits = |part: &str| {
-                !part.is_empty() && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+                !part.is_empty()
+                    && part
+                        .bytes()
+                        .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
             };
-            let fits = value.split_once('.').is_some_and(|(family, size)| fits(family) && fits(size));
+            let fits = value
+                .split_once('.')
+                .is_some_and(|(family, size)| fits(family) && fits(size));
             fits.then(|| spec.instance_type = Some(value.to_owned()))
         },
     },
@@ -147,7 +158,9 @@ pub fn read(labels: &BTreeMap<String, String>, settings: &Settings) -> (Containe
     let mut errors = Vec::new();
     let prefix = format!("{}.", settings.label_prefix);
     for (label, value) in labels {
-        let Some(name) = label.strip_prefix(&prefix) else { continue };
+        let Some(name) = label.strip_prefix(&prefix) else {
+            continue;
+        };
         spec.labelled = true;
         match LABELS.iter().find(|known| known.name == name) {
             Some(known) => {
@@ -162,7 +175,10 @@ pub fn read(labels: &BTreeMap<String, String>, settings: &Settings) -> (Containe
             None if settings.unknown_labels_are_errors => {
                 let mut nearest = Nearest::among(name, LABELS.iter().map(|known| known.name));
                 nearest.0 = nearest.0.map(|name| format!("{prefix}{name}"));
-                errors.push(LabelError::Unknown { label: label.clone(), nearest });
+                errors.push(LabelError::Unknown {
+                    label: label.clone(),
+                    nearest,
+                });
             }
             None => {}
         }
@@ -179,8 +195,14 @@ pub fn read(labels: &BTreeMap<String, String>, settings: &Settings) -> (Containe
             settings.http_endpoint == HttpEndpoint::Disabled && spec.http_endpoint == Some(true),
         ),
     ];
-    for (name, value, _) in lowers.into_iter().filter(|(.., lowers)| *lowers && !settings.labels_may_lower) {
-        errors.push(LabelError::Lowers { label: format!("{prefix}{name}"), value: value.to_owned() });
+    for (name, value, _) in lowers
+        .into_iter()
+        .filter(|(.., lowers)| *lowers && !settings.labels_may_lower)
+    {
+        errors.push(LabelError::Lowers {
+            label: format!("{prefix}{name}"),
+            value: value.to_owned(),
+        });
     }
     (spec, errors)
 }
@@ -218,9 +240,17 @@ mod tests {
 
     #[test]
     fn every_mistake_has_its_message() {
-        let required = Settings { http_tokens: HttpTokens::Required, ..Settings::default() };
+        let required = Settings {
+            http_tokens: HttpTokens::Required,
+            ..Settings::default()
+        };
         for (settings, label, value, message) in [
-            (Settings::default(), "imds.rol", "x", "unknown label imds.rol; did you mean imds.role?"),
+            (
+                Settings::default(),
+                "imds.rol",
+                "x",
+                "unknown label imds.rol; did you mean imds.role?",
+            ),
             (Settings::default(), "imds.zzz", "x", "unknown label imds.zzz"),
             (
                 Settings::default(),
@@ -267,7 +297,10 @@ mod tests {
 
     #[test]
     fn unknown_labels_can_be_let_pass() {
-        let settings = Settings { unknown_labels_are_errors: false, ..Settings::default() };
+        let settings = Settings {
+            unknown_labels_are_errors: false,
+            ..Settings::default()
+        };
         assert_eq!(read(&labels(&[("imds.future", "x")]), &settings).1, []);
     }
 }

@@ -287,7 +287,14 @@ mod tests {
     #[test]
     fn an_id_is_64_lower_case_hex_digits() {
         assert!(ContainerId::parse(&"0123456789abcdef".repeat(4)).is_some());
-        for bad in ["", "abc", &"A".repeat(64), &"g".repeat(64), &"a".repeat(63), &"a".repeat(65)] {
+        for bad in [
+            "",
+            "abc",
+            &"A".repeat(64),
+            &"g".repeat(64),
+            &"a".repeat(63),
+            &"a".repeat(65),
+        ] {
             assert!(ContainerId::parse(bad).is_none(), "{bad}");
         }
     }

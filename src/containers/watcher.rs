@@ -21,7 +21,8 @@ use tracing::{debug, info, warn};
 
 use super::index::{EngineState, Index, Miss};
 use super::{
-    Attachments, CgroupId, ContainerId, Definition, Endpoint, LastRequest, Life, NetworkId, NetworkMode, Record, Witness,
+    Attachments, CgroupId, ContainerId, Definition, Endpoint, LastRequest, Life, NetworkId, NetworkMode, Record,
+    Witness,
 };
 use crate::clock::Clock;
 use crate::credentials::RoleSession;
@@ -92,7 +93,10 @@ impl Row {
     pub fn define(self, image: Option<BTreeMap<String, String>>, image_counts: bool, prefix: &str) -> Definition {
         let (labels, brought) = match image {
             _ if image_counts => (self.labels, BTreeMap::new()),
-            Some(image) => self.labels.into_iter().partition(|(key, value)| image.get(key) != Some(value)),
+            Some(image) => self
+                .labels
+                .into_iter()
+                .partition(|(key, value)| image.get(key) != Some(value)),
             None => (BTreeMap::new(), self.labels),
         };
         Definition {
@@ -320,7 +324,8 @@ impl Watcher {
     /// Watches until the task is dropped.
     pub async fn run(mut self) {
         let mut events: BoxStream<'static, Event> = futures_util::stream::pending().boxed();
-        let mut connecting: BoxFuture<'static, Result<BoxStream<'static, Event>, EngineError>> = self.engine.subscribe();
+        let mut connecting: BoxFuture<'static, Result<BoxStream<'static, Event>, EngineError>> =
+            self.engine.subscribe();
         let mut connected = false;
         let mut back_off = Duration::from_millis(10);
         let mut tick = tokio::time::interval(BIRTH_TICK);
@@ -454,15 +459,17 @@ impl Watcher {
         let all = self.instances.image_labels_count();
         async move {
             let found = match &subject {
-                Subject::Rows => async {
-                    let rows = engine.containers().await?;
-                    let mut read = Vec::with_capacity(rows.len());
-                    for row in rows {
-                        read.push(with_image(&engine, &images, all, row).await?);
+                Subject::Rows => {
+                    async {
+                        let rows = engine.containers().await?;
+                        let mut read = Vec::with_capacity(rows.len());
+                        for row in rows {
+                            read.push(with_image(&engine, &images, all, row).await?);
+                        }
+                        Ok(Found::Rows(read))
                     }
-                    Ok(Found::Rows(read))
+                    .await
                 }
-                .await,
                 Subject::Networks => engine.networks().await.map(Found::Networks),
                 Subject::Container(id) => match engine.container(id).await {
                     Ok(Some(row)) => {
@@ -512,7 +519,11 @@ impl Watcher {
             if left.is_empty() {
                 self.synchronising = None;
                 self.index.set_engine(EngineState::Synchronised);
-                info!(containers = self.known.len(), networks = self.networks.len(), "synchronised with the container engine");
+                info!(
+                    containers = self.known.len(),
+                    networks = self.networks.len(),
+                    "synchronised with the container engine"
+                );
             }
         }
         for mut waiter in std::mem::take(&mut self.waiters) {
@@ -530,7 +541,12 @@ impl Watcher {
                 rows.into_iter().for_each(|read| self.define(read));
             }
             (Subject::Networks, Found::Networks(networks)) => {
-                let gone: Vec<_> = self.networks.keys().filter(|id| !networks.contains(id)).cloned().collect();
+                let gone: Vec<_> = self
+                    .networks
+                    .keys()
+                    .filter(|id| !networks.contains(id))
+                    .cloned()
+                    .collect();
                 gone.iter().for_each(|id| self.attach(id, None));
                 for id in networks {
                     if let Some(left) = &mut self.synchronising {
@@ -558,8 +574,11 @@ impl Watcher {
 
     fn define(&mut self, (row, image_labels): ReadRow) {
         let (id, network_mode, running) = (row.id.clone(), row.network_mode.clone(), row.running);
-        let definition =
-            row.define(image_labels, self.instances.image_labels_count(), &self.instances.label_prefix());
+        let definition = row.define(
+            image_labels,
+            self.instances.image_labels_count(),
+            &self.instances.label_prefix(),
+        );
         let known = self.known(&id);
         known.running = running;
         known.definition = Some(definition);
@@ -597,7 +616,10 @@ impl Watcher {
     fn attach(&mut self, id: &NetworkId, network: Option<Network>) {
         let Network { subnets, endpoints } = match network {
             Some(network) => network,
-            None => Network { subnets: Vec::new(), endpoints: BTreeMap::new() },
+            None => Network {
+                subnets: Vec::new(),
+                endpoints: BTreeMap::new(),
+            },
         };
         let members = endpoints.keys().cloned().collect();
         let before = match endpoints.is_empty() && subnets.is_empty() {
@@ -646,7 +668,11 @@ impl Watcher {
             }
         }
         let now = self.clock.now();
-        let awaited = self.awaited.entry(id).or_insert(Awaited { since: now, next: now, asked: false });
+        let awaited = self.awaited.entry(id).or_insert(Awaited {
+            since: now,
+            next: now,
+            asked: false,
+        });
         (awaited.since, awaited.next) = (now, now);
         self.tick();
     }
@@ -673,11 +699,21 @@ impl Watcher {
                 (id, birth)
             });
             // A look that panicked or was cancelled never comes back: the runtime is going down then.
-            self.births.push(async move { if let Ok(born) = ask.await { born } else { future::pending().await } }.boxed());
+            self.births.push(
+                async move {
+                    if let Ok(born) = ask.await {
+                        born
+                    } else {
+                        future::pending().await
+                    }
+                }
+                .boxed(),
+            );
         }
         let (due, later) = self.retries.drain(..).partition(|(at, _)| *at <= now);
         self.retries = later;
-        due.into_iter().for_each(|(_, subject): (Instant, Subject)| self.touch(subject));
+        due.into_iter()
+            .for_each(|(_, subject): (Instant, Subject)| self.touch(subject));
     }
 
     fn born(&mut self, id: ContainerId, birth: Result<Birth, String>) {
@@ -693,10 +729,17 @@ impl Watcher {
                 }
             }
             Err(why) => {
-                let Some(awaited) = self.awaited.get_mut(&id) else { return };
+                let Some(awaited) = self.awaited.get_mut(&id) else {
+                    return;
+                };
                 awaited.asked = false;
                 let waited = now - awaited.since;
-                awaited.next = now + if waited < BIRTH_QUICK { BIRTH_TICK } else { BIRTH_SLOW_TICK };
+                awaited.next = now
+                    + if waited < BIRTH_QUICK {
+                        BIRTH_TICK
+                    } else {
+                        BIRTH_SLOW_TICK
+                    };
                 // Before that it is only not there yet.
                 if waited >= BIRTH_QUICK
                     && let Some(known) = self.known.get_mut(&id)
@@ -725,7 +768,9 @@ impl Watcher {
     /// Makes what is known of a container visible, once its definition is.
     fn publish(&mut self, id: &ContainerId) {
         let Some(known) = self.known.get_mut(id) else { return };
-        let Some(definition) = &mut known.definition else { return };
+        let Some(definition) = &mut known.definition else {
+            return;
+        };
         if let Some(hostname) = &known.hostname {
             definition.hostname.clone_from(hostname);
         }
@@ -781,7 +826,10 @@ impl Watcher {
     fn missed(&mut self, miss: Miss, connected: bool) {
         let mut pending = HashSet::new();
         if connected {
-            let on = self.networks.iter().filter(|(_, network)| network.may_hold(miss.address));
+            let on = self
+                .networks
+                .iter()
+                .filter(|(_, network)| network.may_hold(miss.address));
             pending.extend(on.map(|(id, _)| Subject::Network(id.clone())));
             if pending.is_empty() {
                 pending.insert(Subject::Networks);
@@ -808,14 +856,19 @@ impl Watcher {
         let at = |known: &Known| known.attachments.addresses().any(|it| it == address);
         // The list of networks has become look-ups of each; a network has become definitions of its containers.
         let more = self.flights.keys().chain(&self.queued).filter(|subject| match subject {
-            Subject::Network(id) => self.networks.get(id).is_none_or(|network| network.may_hold(waiter.miss.address)),
+            Subject::Network(id) => self
+                .networks
+                .get(id)
+                .is_none_or(|network| network.may_hold(waiter.miss.address)),
             Subject::Container(id) => self.known.get(id).is_some_and(at),
             _ => false,
         });
         waiter.pending.extend(more.cloned());
         let open = |subject: &Subject| self.flights.contains_key(subject) || self.queued.contains(subject);
         // The rows stand for an engine that is away: they come with it.
-        waiter.pending.retain(|subject| open(subject) || *subject == Subject::Rows);
+        waiter
+            .pending
+            .retain(|subject| open(subject) || *subject == Subject::Rows);
         let born_soon = self.awaited.keys().any(|id| self.known.get(id).is_some_and(at));
         if waiter.pending.is_empty() && !born_soon {
             // A closed channel: whoever waited has left.

@@ -169,14 +169,19 @@ impl Drop for Lease {
 
 impl std::fmt::Debug for Lease {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Lease").field("session", &self.session).finish_non_exhaustive()
+        f.debug_struct("Lease")
+            .field("session", &self.session)
+            .finish_non_exhaustive()
     }
 }
 
 impl Broker {
     /// A broker without sessions. `render` makes the reply body of credentials.
     pub fn new(provider: Box<dyn CredentialProvider>, render: fn(&Credentials) -> Bytes, clock: Clock) -> Arc<Self> {
-        let seed = clock.wall().duration_since(SystemTime::UNIX_EPOCH).map_or(1, |it| it.subsec_nanos());
+        let seed = clock
+            .wall()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .map_or(1, |it| it.subsec_nanos());
         Arc::new(Self {
             slots: DashMap::new(),
             provider,
@@ -205,7 +210,12 @@ impl Broker {
                 slot
             }
         };
-        Lease { broker: self.clone(), session: session.clone(), slot, linger: LINGER }
+        Lease {
+            broker: self.clone(),
+            session: session.clone(),
+            slot,
+            linger: LINGER,
+        }
     }
 
     /// The credentials of `session`: at once if they are there, else as soon as they come, at most until `deadline`.
@@ -253,7 +263,10 @@ impl Broker {
     /// When to fetch again: at 40 to 47 % of the life that is left now, so that containers that started together do not
     /// refresh together and half an hour of an hour's session is always left.
     fn refresh_after(&self, credentials: &Credentials) -> Duration {
-        let left = credentials.expiration.duration_since(self.clock.wall()).unwrap_or_default();
+        let left = credentials
+            .expiration
+            .duration_since(self.clock.wall())
+            .unwrap_or_default();
         // Credentials that are born expired (a clock that lies) must not make a busy loop.
         (left * (400 + self.permille() * 70 / 1000) / 1000).max(Duration::from_secs(1))
     }
@@ -323,7 +336,11 @@ async fn leased_until(broker: &Broker, session: &RoleSession, slot: &Arc<Slot>, 
         }
         if end <= wake {
             // Under the map's lock: a lease that is being taken now either comes first, and the slot stays, or finds none.
-            if broker.slots.remove_if(session, |_, slot| *slot.leases.borrow() == 0).is_some() {
+            if broker
+                .slots
+                .remove_if(session, |_, slot| *slot.leases.borrow() == 0)
+                .is_some()
+            {
                 return false;
             }
         } else {
@@ -351,7 +368,11 @@ mod tests {
         fn credentials(&self, session: &RoleSession) -> Provided {
             self.calls.lock().unwrap().push(Instant::now());
             let mut answers = self.answers.lock().unwrap();
-            let (pause, answer) = if answers.len() > 1 { answers.pop_front().unwrap() } else { answers[0].clone() };
+            let (pause, answer) = if answers.len() > 1 {
+                answers.pop_front().unwrap()
+            } else {
+                answers[0].clone()
+            };
             let (clock, duration) = (self.clock.clone(), session.duration);
             Box::pin(async move {
                 tokio::time::sleep(pause).await;
@@ -372,9 +393,20 @@ mod tests {
     fn broker(answers: &[(u64, Result<(), ProviderError>)]) -> (Arc<Broker>, Calls, Clock) {
         let clock = Clock::scripted(UNIX_EPOCH + Duration::from_secs(1_767_607_872));
         let calls = Calls::default();
-        let answers = answers.iter().map(|(ms, answer)| (Duration::from_millis(*ms), answer.clone())).collect();
-        let script = Script { clock: clock.clone(), calls: calls.clone(), answers: Mutex::new(answers) };
-        (Broker::new(Box::new(script), |_| Bytes::from_static(b"{}"), clock.clone()), calls, clock)
+        let answers = answers
+            .iter()
+            .map(|(ms, answer)| (Duration::from_millis(*ms), answer.clone()))
+            .collect();
+        let script = Script {
+            clock: clock.clone(),
+            calls: calls.clone(),
+            answers: Mutex::new(answers),
+        };
+        (
+            Broker::new(Box::new(script), |_| Bytes::from_static(b"{}"), clock.clone()),
+            calls,
+            clock,
+        )
     }
 
     fn session() -> RoleSession {
@@ -414,7 +446,10 @@ mod tests {
     async fn a_caller_that_leaves_cancels_nothing() {
         let (broker, calls, clock) = broker(&[(2000, Ok(()))]);
         let _lease = broker.lease(&session());
-        assert_eq!(broker.get(&session(), clock.now() + HOLD).await.unwrap_err(), NoCredentials::NotYet);
+        assert_eq!(
+            broker.get(&session(), clock.now() + HOLD).await.unwrap_err(),
+            NoCredentials::NotYet
+        );
         tokio::time::sleep(Duration::from_secs(2)).await;
         assert!(broker.get(&session(), clock.now()).await.is_ok());
         assert_eq!(calls.lock().unwrap().len(), 1);
@@ -426,7 +461,12 @@ mod tests {
         let _lease = broker.lease(&session());
         for _ in 0..20 * 60 {
             tokio::time::sleep(Duration::from_secs(60)).await;
-            let left = broker.get(&session(), clock.now() + HOLD).await.unwrap().credentials.expiration;
+            let left = broker
+                .get(&session(), clock.now() + HOLD)
+                .await
+                .unwrap()
+                .credentials
+                .expiration;
             assert!(left.duration_since(clock.wall()).unwrap() >= Duration::from_secs(1800));
         }
         let calls = calls.lock().unwrap();
@@ -445,7 +485,12 @@ mod tests {
         let (broker, _, clock) = broker(&answers);
         let _lease = broker.lease(&session());
         tokio::time::sleep(Duration::from_secs(3)).await;
-        let expiration = broker.get(&session(), clock.now()).await.unwrap().credentials.expiration;
+        let expiration = broker
+            .get(&session(), clock.now())
+            .await
+            .unwrap()
+            .credentials
+            .expiration;
         while clock.wall() + Duration::from_secs(7) < expiration {
             assert!(broker.get(&session(), clock.now()).await.is_ok());
             tokio::time::sleep(Duration::from_secs(7)).await;
@@ -477,7 +522,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_denial_is_told_at_once_and_asked_again_slowly() {
-        let denied = Err(ProviderError::Denied { code: "AccessDenied".into(), message: "no".into() });
+        let denied = Err(ProviderError::Denied {
+            code: "AccessDenied".into(),
+            message: "no".into(),
+        });
         let (broker, calls, clock) = broker(&[(50, denied)]);
         let _lease = broker.lease(&session());
         let error = broker.get(&session(), clock.now() + HOLD).await.unwrap_err();
@@ -498,7 +546,10 @@ mod tests {
         drop(lease);
         tokio::time::sleep(LINGER + Duration::from_secs(1)).await;
         assert_eq!(broker.sessions(), 0);
-        assert_eq!(broker.get(&session(), clock.now()).await.unwrap_err(), NoCredentials::NotLeased);
+        assert_eq!(
+            broker.get(&session(), clock.now()).await.unwrap_err(),
+            NoCredentials::NotLeased
+        );
         let mut lease = broker.lease(&session());
         lease.set_linger(LINGER_NEVER_STARTED);
         drop(lease);
@@ -513,6 +564,9 @@ mod tests {
         let _lease = broker.lease(&session());
         tokio::time::sleep(Duration::from_secs(1)).await;
         clock.jump(36_000_000);
-        assert_eq!(broker.get(&session(), clock.now()).await.unwrap_err(), NoCredentials::Expired);
+        assert_eq!(
+            broker.get(&session(), clock.now()).await.unwrap_err(),
+            NoCredentials::Expired
+        );
     }
 }

@@ -62,13 +62,20 @@ impl RoleArn {
 
     /// The ARN of the instance profile of the same name.
     pub fn instance_profile(&self) -> String {
-        format!("arn:{}:iam::{}:instance-profile/{}", self.partition, self.account, self.path_and_name)
+        format!(
+            "arn:{}:iam::{}:instance-profile/{}",
+            self.partition, self.account, self.path_and_name
+        )
     }
 }
 
 impl fmt::Display for RoleArn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "arn:{}:iam::{}:role/{}", self.partition, self.account, self.path_and_name)
+        write!(
+            f,
+            "arn:{}:iam::{}:role/{}",
+            self.partition, self.account, self.path_and_name
+        )
     }
 }
 
@@ -80,7 +87,12 @@ impl fmt::Debug for RoleArn {
 
 /// Whether `text` is `[PATH/]NAME` of a role: the characters that IAM takes, no empty part.
 fn is_role_path(text: &str) -> bool {
-    let part = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"+=,.@_-".contains(&b));
+    let part = |part: &str| {
+        !part.is_empty()
+            && part
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"+=,.@_-".contains(&b))
+    };
     let name_length = text.rsplit('/').next().map_or(0, str::len);
     text.split('/').all(part) && name_length <= 64 && text.len() <= 512
 }
@@ -124,18 +136,22 @@ pub fn read_role(text: &str, settings: &Settings, partition: &str) -> Result<Nam
         return Ok(NamedRole::Arn(arn.clone()));
     }
     if text.starts_with("arn:") {
-        return RoleArn::parse(text).map(NamedRole::Arn).ok_or_else(|| RoleError::NotAnArn(text.to_owned()));
+        return RoleArn::parse(text)
+            .map(NamedRole::Arn)
+            .ok_or_else(|| RoleError::NotAnArn(text.to_owned()));
     }
     if !is_role_path(text) {
         return Err(RoleError::NotAName(text.to_owned()));
     }
     if let Some((name, account)) = text.rsplit_once('@') {
         let known = settings.accounts.get(account).map(String::as_str);
-        let account = known.or(is_account_id(account).then_some(account)).ok_or_else(|| RoleError::NotAnAccount {
-            role: text.to_owned(),
-            account: account.to_owned(),
-            nearest: crate::config::Nearest::among(account, settings.accounts.keys().map(String::as_str)),
-        })?;
+        let account = known
+            .or(is_account_id(account).then_some(account))
+            .ok_or_else(|| RoleError::NotAnAccount {
+                role: text.to_owned(),
+                account: account.to_owned(),
+                nearest: crate::config::Nearest::among(account, settings.accounts.keys().map(String::as_str)),
+            })?;
         if !is_role_path(name) {
             return Err(RoleError::NotAName(text.to_owned()));
         }
@@ -178,7 +194,13 @@ const SESSION_NAME: std::ops::RangeInclusive<usize> = 2..=64;
 pub fn clean_session_name(text: &str) -> String {
     let mut name: String = text
         .chars()
-        .map(|c| if c.is_ascii_alphanumeric() || "_+=,.@-".contains(c) { c } else { '-' })
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || "_+=,.@-".contains(c) {
+                c
+            } else {
+                '-'
+            }
+        })
         .take(*SESSION_NAME.end())
         .collect();
     while name.len() < *SESSION_NAME.start() {
@@ -232,9 +254,15 @@ mod tests {
     use proptest::prelude::*;
 
     fn settings() -> Settings {
-        let mut settings = Settings { account_id: Some("111122223333".into()), ..Settings::default() };
+        let mut settings = Settings {
+            account_id: Some("111122223333".into()),
+            ..Settings::default()
+        };
         settings.accounts.insert("prod".into(), "444455556666".into());
-        settings.roles.insert("orders".into(), RoleArn::parse("arn:aws:iam::777788889999:role/service/orders").unwrap());
+        settings.roles.insert(
+            "orders".into(),
+            RoleArn::parse("arn:aws:iam::777788889999:role/service/orders").unwrap(),
+        );
         settings
     }
 
@@ -242,7 +270,10 @@ mod tests {
     fn every_form_of_a_role() {
         for (typed, arn) in [
             ("arn:aws:iam::111122223333:role/x", "arn:aws:iam::111122223333:role/x"),
-            ("arn:aws-cn:iam::111122223333:role/a/b/x", "arn:aws-cn:iam::111122223333:role/a/b/x"),
+            (
+                "arn:aws-cn:iam::111122223333:role/a/b/x",
+                "arn:aws-cn:iam::111122223333:role/a/b/x",
+            ),
             ("web", "arn:aws:iam::111122223333:role/web"),
             ("service/web", "arn:aws:iam::111122223333:role/service/web"),
             ("web@444455556666", "arn:aws:iam::444455556666:role/web"),
@@ -264,8 +295,14 @@ mod tests {
                 "arn:aws:iam::12:role/x",
                 "\"arn:aws:iam::12:role/x\" is not a role ARN: expected arn:aws:iam::ACCOUNT:role/NAME with 12 digits of account",
             ),
-            ("we b", "\"we b\" is not a role: expected an ARN, a name, name@account or an alias of [roles]"),
-            ("a//b", "\"a//b\" is not a role: expected an ARN, a name, name@account or an alias of [roles]"),
+            (
+                "we b",
+                "\"we b\" is not a role: expected an ARN, a name, name@account or an alias of [roles]",
+            ),
+            (
+                "a//b",
+                "\"a//b\" is not a role: expected an ARN, a name, name@account or an alias of [roles]",
+            ),
             (
                 "web@prd",
                 "\"web@prd\": \"prd\" is not an account: expected 12 digits or an alias of [accounts]; did you mean prod?",

@@ -39,11 +39,18 @@ impl Offline {
         };
         // Access keys are 20 characters of base32.
         let letters = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
-        let tail: String = digest("key").iter().take(12).map(|b| char::from(letters[usize::from(b % 32)])).collect();
+        let tail: String = digest("key")
+            .iter()
+            .take(12)
+            .map(|b| char::from(letters[usize::from(b % 32)]))
+            .collect();
         let mut secret = STANDARD.encode(digest("secret"));
         // Secret keys are 40 characters.
         secret.truncate(35);
-        let token = format!("FAKE-offline-credentials-of-imds-router//{}", STANDARD.encode(digest("token")));
+        let token = format!(
+            "FAKE-offline-credentials-of-imds-router//{}",
+            STANDARD.encode(digest("token"))
+        );
         Credentials {
             access_key_id: format!("{KEY_PREFIX}{tail}"),
             secret_access_key: Secret::new(format!("FAKE/{secret}")),
@@ -56,7 +63,8 @@ impl Offline {
 }
 
 fn subsecond_nanos(time: std::time::SystemTime) -> u32 {
-    time.duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.subsec_nanos())
+    time.duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| since.subsec_nanos())
 }
 
 impl CredentialProvider for Offline {
@@ -93,6 +101,9 @@ mod tests {
         assert!(made.fake);
         assert_eq!(made.expiration, UNIX_EPOCH + Duration::from_secs(1_767_607_872 + 3600));
         assert_eq!(made, offline.credentials(&session("a")).await.unwrap());
-        assert_ne!(made.access_key_id, offline.credentials(&session("b")).await.unwrap().access_key_id);
+        assert_ne!(
+            made.access_key_id,
+            offline.credentials(&session("b")).await.unwrap().access_key_id
+        );
     }
 }

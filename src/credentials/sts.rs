@@ -52,7 +52,9 @@ impl Sts {
         if let Some(region) = region {
             loader = loader.region(Region::new(region.to_owned()));
         }
-        Self { base: loader.load().await }
+        Self {
+            base: loader.load().await,
+        }
     }
 
     /// The region that the AWS configuration names.
@@ -68,7 +70,9 @@ impl Sts {
         match self.client(region).get_caller_identity().send().await {
             Ok(identity) => match (identity.account, identity.arn) {
                 (Some(account), Some(arn)) => Ok(BaseIdentity { account, arn }),
-                _ => Err(ProviderError::Unavailable("GetCallerIdentity answered without account".into())),
+                _ => Err(ProviderError::Unavailable(
+                    "GetCallerIdentity answered without account".into(),
+                )),
             },
             Err(error) => Err(self.explain(error).await),
         }
@@ -119,7 +123,11 @@ impl Sts {
         }
         let message = printable(&chain(&error), MESSAGE_CHARACTERS);
         let base = match self.base.credentials_provider() {
-            Some(provider) => provider.provide_credentials().await.map(drop).map_err(|error| chain(&error)),
+            Some(provider) => provider
+                .provide_credentials()
+                .await
+                .map(drop)
+                .map_err(|error| chain(&error)),
             None => Err("the AWS configuration names no credentials".to_owned()),
         };
         match base {
@@ -132,14 +140,22 @@ impl Sts {
 /// What an error code of STS means for the next try (STS API reference, AssumeRole and common errors).
 fn classify(code: String, message: String) -> ProviderError {
     match code.as_str() {
-        "Throttling" | "ThrottlingException" | "RequestLimitExceeded" | "InternalFailure" | "InternalError"
-        | "ServiceUnavailable" | "IDPCommunicationError" | "RequestTimeout" | "Unknown" => {
-            ProviderError::Unavailable(format!("{code}: {message}"))
-        }
-        "ExpiredToken" | "ExpiredTokenException" | "InvalidClientTokenId" | "SignatureDoesNotMatch"
-        | "UnrecognizedClientException" | "RequestExpired" | "MissingAuthenticationToken" => {
-            ProviderError::NoBase(format!("{code}: {message}"))
-        }
+        "Throttling"
+        | "ThrottlingException"
+        | "RequestLimitExceeded"
+        | "InternalFailure"
+        | "InternalError"
+        | "ServiceUnavailable"
+        | "IDPCommunicationError"
+        | "RequestTimeout"
+        | "Unknown" => ProviderError::Unavailable(format!("{code}: {message}")),
+        "ExpiredToken"
+        | "ExpiredTokenException"
+        | "InvalidClientTokenId"
+        | "SignatureDoesNotMatch"
+        | "UnrecognizedClientException"
+        | "RequestExpired"
+        | "MissingAuthenticationToken" => ProviderError::NoBase(format!("{code}: {message}")),
         _ => ProviderError::Denied { code, message },
     }
 }

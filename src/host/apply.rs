@@ -42,8 +42,8 @@ impl Interception {
         let (mut kernel, bell) = Kernel::open()?;
         let before = kernel.observe(&plan)?;
         // The lock comes first: a second daemon finds out before it has touched anything.
-        kernel.hold(&plan, &before)?;
-        put_up(&mut kernel, diff(&plan, &before))?;
+        let held = kernel.hold(&plan, &before)?;
+        put_up(&mut kernel, held.into_iter().collect(), diff(&plan, &before))?;
         let taken_over = teardown(&plan, &before).into_iter().map(|step| match step {
             Step::Add(part) | Step::Repair(part) | Step::Remove(part) => part,
         });
@@ -89,7 +89,7 @@ impl Interception {
         tokio::time::sleep(SETTLE).await;
         // Before the caller looks, so that what happens while it looks rings again.
         drain(route.get_ref())?;
-        Ok(())
+        drain(netfilter.get_ref())
     }
 
     /// Takes everything of ours down, in the reverse order. What is gone already is fine.
@@ -119,7 +119,7 @@ pub fn install(plan: &Plan) -> Result<Vec<Step>, HostError> {
     let plan = plan.clone().persistent();
     let (mut kernel, _) = Kernel::open()?;
     let observed = kernel.observe(&plan)?;
-    put_up(&mut kernel, diff(&plan, &observed))
+    put_up(&mut kernel, Vec::new(), diff(&plan, &observed))
 }
 
 /// Takes down what nobody serves any more: the left-overs of a crash, or of [`install`].
@@ -133,9 +133,11 @@ pub fn clear(plan: &Plan) -> Result<Vec<Step>, HostError> {
     all(&mut kernel, teardown(plan, &observed))
 }
 
-/// All or nothing. A repair is not undone: what was there before was broken.
-fn put_up(kernel: &mut Kernel, steps: Vec<Step>) -> Result<Vec<Step>, HostError> {
-    let mut done = Vec::new();
+/// All or nothing, including what was `done` before. A repair is not undone: what was there before was broken.
+///
+/// The owned table is removed like the rest, not left to the end of its socket: a process that is just being started
+/// keeps a copy of every descriptor until it has become its program.
+fn put_up(kernel: &mut Kernel, mut done: Vec<Step>, steps: Vec<Step>) -> Result<Vec<Step>, HostError> {
     for step in steps {
         match kernel.execute(step) {
             Ok(step) => done.extend(step),
@@ -144,8 +146,7 @@ fn put_up(kernel: &mut Kernel, steps: Vec<Step>) -> Result<Vec<Step>, HostError>
                     Step::Add(part) => Some(Step::Remove(part)),
                     Step::Repair(_) | Step::Remove(_) => None,
                 });
-                let errors = std::iter::once(first)
-                    .chain(added.filter_map(|step| kernel.execute(step).err()));
+                let errors = std::iter::once(first).chain(added.filter_map(|step| kernel.execute(step).err()));
                 return Err(HostError::all(errors.collect()).expect("the first one is in the list"));
             }
         }

@@ -18,9 +18,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, Protocol, SocketFlags, SocketType, bind, netlink, socket_with};
 
 use super::tables::inet;
-use super::{
-    AddressSeen, HostError, LINK, LOOPBACK, LinkSeen, Observed, PROTOCOL, Part, Plan, Step,
-};
+use super::{AddressSeen, HostError, LINK, LOOPBACK, LinkSeen, Observed, PROTOCOL, Part, Plan, Step};
 
 /// linux/socket.h
 pub(super) const AF_INET: u8 = 2;
@@ -104,21 +102,14 @@ impl Kernel {
             ..Rtmsg::new()
         };
         let mut first = None;
-        self.ask(
-            &rt_route::Request::new().op_getroute_dump(&all),
-            |(head, route)| {
-                let exact =
-                    (head.rtm_table, head.rtm_dst_len, head.rtm_tos) == (RT_TABLE_MAIN, 32, 0);
-                if exact && route.get_dst().is_ok_and(|dst| dst == to) {
-                    observed.own_route |= head.rtm_protocol == PROTOCOL;
-                    // The kernel lists routes to one destination in the order in which it tries them.
-                    first.get_or_insert((
-                        head.rtm_protocol,
-                        RtmType::from_value(head.rtm_type.into()),
-                    ));
-                }
-            },
-        )?;
+        self.ask(&rt_route::Request::new().op_getroute_dump(&all), |(head, route)| {
+            let exact = (head.rtm_table, head.rtm_dst_len, head.rtm_tos) == (RT_TABLE_MAIN, 32, 0);
+            if exact && route.get_dst().is_ok_and(|dst| dst == to) {
+                observed.own_route |= head.rtm_protocol == PROTOCOL;
+                // The kernel lists routes to one destination in the order in which it tries them.
+                first.get_or_insert((head.rtm_protocol, RtmType::from_value(head.rtm_type.into())));
+            }
+        })?;
         observed.foreign_closed_route = first.is_some_and(|(protocol, kind)| {
             use RtmType::{Blackhole, Prohibit, Unreachable};
             protocol != PROTOCOL && matches!(kind, Some(Blackhole | Prohibit | Unreachable))
@@ -133,16 +124,13 @@ impl Kernel {
         };
         let own_link = observed.link.is_some_and(|link| link.ours);
         let mut seen = Vec::new();
-        self.ask(
-            &rt_addr::Request::new().op_getaddr_dump(&all),
-            |(_, found)| {
-                if found.get_local().is_ok_and(|address| address == local) {
-                    let label = found.get_label().unwrap_or_default().to_string_lossy();
-                    let link = label.split(':').next().unwrap_or_default().to_owned();
-                    seen.push((link, found.get_proto().ok() == Some(PROTOCOL)));
-                }
-            },
-        )?;
+        self.ask(&rt_addr::Request::new().op_getaddr_dump(&all), |(_, found)| {
+            if found.get_local().is_ok_and(|address| address == local) {
+                let label = found.get_label().unwrap_or_default().to_string_lossy();
+                let link = label.split(':').next().unwrap_or_default().to_owned();
+                seen.push((link, found.get_proto().ok() == Some(PROTOCOL)));
+            }
+        })?;
         let placed = self.placed.as_ref();
         let judged = seen.into_iter().map(|(link, marked)| {
             let ours = marked || (own_link && link == LINK) || placed == Some(&link);
@@ -174,9 +162,7 @@ impl Kernel {
                 self.without_dummy = true;
                 Ok(None)
             }
-            (Err(e), Step::Add(Part::Table(_)) | Step::Repair(Part::Table(_))) => {
-                Err(HostError::nft(&step, e))
-            }
+            (Err(e), Step::Add(Part::Table(_)) | Step::Repair(Part::Table(_))) => Err(HostError::nft(&step, e)),
             (Err(e), _) => Err(HostError::failed(&step, e)),
         }
     }
@@ -219,10 +205,7 @@ impl Kernel {
         match part {
             Part::Link(name) => {
                 let (index, _) = self.link_as_io(name)?.ok_or(Errno::NODEV)?;
-                self.ask(
-                    &rt_link::Request::new().op_newlink_do(&link_up(index)),
-                    |_| (),
-                )
+                self.ask(&rt_link::Request::new().op_newlink_do(&link_up(index)), |_| ())
             }
             Part::Table(_) | Part::Route(_) | Part::Address { .. } => self.add(part),
         }
@@ -310,12 +293,7 @@ impl HostError {
 
     /// The ways in which a kernel says that nf_tables, or an expression of it, is not there, are these.
     pub(super) fn nft(attempt: &dyn Display, source: io::Error) -> Self {
-        let absent = [
-            Errno::PROTONOSUPPORT,
-            Errno::OPNOTSUPP,
-            Errno::INVAL,
-            Errno::NOENT,
-        ];
+        let absent = [Errno::PROTONOSUPPORT, Errno::OPNOTSUPP, Errno::INVAL, Errno::NOENT];
         if is(&source, &absent) {
             return Self::NoNftables {
                 attempt: attempt.to_string(),

@@ -387,8 +387,7 @@ impl fmt::Display for Step {
 pub fn diff(plan: &Plan, observed: &Observed) -> Vec<Step> {
     let step = |part: &Part| {
         let (there, fine) = match part {
-            Part::Table(table) => match observed.tables.iter().find(|seen| seen.name == table.name)
-            {
+            Part::Table(table) => match observed.tables.iter().find(|seen| seen.name == table.name) {
                 // The rules of an owned table that lost its owner would outlive the daemon.
                 Some(seen) => (true, seen.intact && seen.owner.is_some() == table.owned),
                 None => (false, false),
@@ -433,12 +432,7 @@ pub fn teardown(plan: &Plan, observed: &Observed) -> Vec<Step> {
         };
         there.then(|| part.clone()).into_iter().collect()
     };
-    plan.parts
-        .iter()
-        .rev()
-        .flat_map(ours)
-        .map(Step::Remove)
-        .collect()
+    plan.parts.iter().rev().flat_map(ours).map(Step::Remove).collect()
 }
 
 /// Why the plan could not be put up, looked at or taken down.

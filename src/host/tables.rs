@@ -4,8 +4,8 @@ use std::ffi::CStr;
 use std::io;
 
 use netlink_bindings::nftables::{
-    self, Chained, CmpOps, MetaKeys, Nfgenmsg, PayloadBase, PushExprListAttrs, Registers,
-    RejectTypes, Request, TableFlags, VerdictCode,
+    self, Chained, CmpOps, MetaKeys, Nfgenmsg, PayloadBase, PushExprListAttrs, Registers, RejectTypes, Request,
+    TableFlags, VerdictCode,
 };
 use netlink_bindings::utils::Pusher;
 use rustix::io::Errno;
@@ -32,15 +32,16 @@ const BATCH: u32 = 64;
 const USER_DATA_TEXT: u8 = 200;
 
 impl Kernel {
-    /// Makes the owned table of `plan`, still empty, or finds that somebody else has it. This is the lock of the host.
-    pub(super) fn hold(&mut self, plan: &Plan, observed: &Observed) -> Result<(), HostError> {
+    /// Makes the owned table of `plan`, still empty, unless it is ours already; or finds that somebody else has it.
+    /// This is the lock of the host.
+    pub(super) fn hold(&mut self, plan: &Plan, observed: &Observed) -> Result<Option<Step>, HostError> {
         self.refuse_others(&observed.tables)?;
         let Some(table) = plan.tables().find(|table| table.owned) else {
-            return Ok(());
+            return Ok(None);
         };
         let seen = observed.tables.iter().find(|seen| seen.name == table.name);
         if seen.is_some_and(|seen| seen.owner.is_some()) {
-            return Ok(()); // by us
+            return Ok(None); // by us
         }
         let made = self.batch(|batch| {
             if seen.is_some() {
@@ -53,9 +54,10 @@ impl Kernel {
                 .push_flags(TableFlags::Owner as u32);
         });
         let now = self.table(table)?;
+        let step = Step::Add(Part::Table(table.clone()));
         let Err(source) = made else {
             self.holder = now.and_then(|seen| seen.owner);
-            return Ok(());
+            return Ok(Some(step));
         };
         // EPERM and EEXIST also mean that somebody was faster.
         self.refuse_others(now.as_slice())?;
@@ -66,10 +68,7 @@ impl Kernel {
                 source,
             });
         }
-        Err(HostError::nft(
-            &Step::Add(Part::Table(table.clone())),
-            source,
-        ))
+        Err(HostError::nft(&step, source))
     }
 
     /// `Busy` if one of the tables belongs to another live socket.
@@ -99,11 +98,7 @@ impl Kernel {
                 create(batch, table);
             }
             for chain in &table.chains {
-                let request = batch
-                    .request()
-                    .set_create()
-                    .op_newchain_do(&inet())
-                    .into_encoder();
+                let request = batch.request().set_create().op_newchain_do(&inet()).into_encoder();
                 let hook = request
                     .push_table_bytes(name)
                     .push_name_bytes(chain.name.as_bytes())
@@ -136,10 +131,7 @@ impl Kernel {
         match self.read_table(table) {
             Ok(seen) => Ok(Some(seen)),
             Err(e) if is(&e, &[Errno::NOENT]) => Ok(None),
-            Err(e) => Err(HostError::nft(
-                &format_args!("read table ip {}", table.name),
-                e,
-            )),
+            Err(e) => Err(HostError::nft(&format_args!("read table ip {}", table.name), e)),
         }
     }
 
@@ -218,8 +210,7 @@ fn delete(batch: &mut Chained<'static>, table: &Table) {
 
 fn same_chain(chain: &Chain, seen: &nftables::IterableChainAttrs<'_>) -> bool {
     let same_hook = |hook: nftables::IterableNftHookAttrs<'_>| {
-        hook.get_num().ok() == Some(chain.hook as u32)
-            && hook.get_priority().ok() == Some(chain.priority)
+        hook.get_num().ok() == Some(chain.hook as u32) && hook.get_priority().ok() == Some(chain.priority)
     };
     seen.get_name()
         .is_ok_and(|name| name.to_bytes() == chain.name.as_bytes())
@@ -251,10 +242,7 @@ fn push_rule<P: Pusher>(mut list: PushExprListAttrs<P>, rule: &Rule) {
     );
     if let Some(number) = rule.port {
         list = equals(meta(list, MetaKeys::L4Proto), &[IPPROTO_TCP]);
-        list = equals(
-            load(list, PayloadBase::TransportHeader, port, 2),
-            &number.to_be_bytes(),
-        );
+        list = equals(load(list, PayloadBase::TransportHeader, port, 2), &number.to_be_bytes());
     }
     match rule.action {
         Action::Untrack => {
@@ -294,12 +282,7 @@ fn meta<P: Pusher>(list: PushExprListAttrs<P>, key: MetaKeys) -> PushExprListAtt
     meta.push_dreg(REGISTER).end_nested().end_nested()
 }
 
-fn load<P: Pusher>(
-    list: PushExprListAttrs<P>,
-    base: PayloadBase,
-    offset: u32,
-    len: u32,
-) -> PushExprListAttrs<P> {
+fn load<P: Pusher>(list: PushExprListAttrs<P>, base: PayloadBase, offset: u32, len: u32) -> PushExprListAttrs<P> {
     let load = list.nested_elem().nested_data_payload().push_dreg(REGISTER);
     load.push_base(base as u32)
         .push_offset(offset)

@@ -18,10 +18,7 @@ fn complete() -> Observed {
         tables: vec![table(GUARD_TABLE, None), table(RULES_TABLE, Some(4711))],
         own_route: true,
         foreign_closed_route: false,
-        link: Some(LinkSeen {
-            ours: true,
-            up: true,
-        }),
+        link: Some(LinkSeen { ours: true, up: true }),
         addresses: vec![AddressSeen {
             link: LINK.into(),
             ours: true,
@@ -93,12 +90,7 @@ fn a_missing_part_is_added_alone() {
 
 #[test]
 fn a_link_that_is_down_is_repaired() {
-    let down = |o: &mut Observed| {
-        o.link = Some(LinkSeen {
-            ours: true,
-            up: false,
-        })
-    };
+    let down = |o: &mut Observed| o.link = Some(LinkSeen { ours: true, up: false });
     assert_eq!(host_diff(down), ["repair link imds0 (dummy)"]);
 }
 
@@ -112,10 +104,7 @@ fn a_changed_table_is_replaced() {
 
 #[test]
 fn rules_that_nobody_owns_would_outlive_the_daemon() {
-    assert_eq!(
-        host_diff(|o| o.tables[1].owner = None),
-        ["repair table ip imds_router"]
-    );
+    assert_eq!(host_diff(|o| o.tables[1].owner = None), ["repair table ip imds_router"]);
 }
 
 #[test]
@@ -125,10 +114,7 @@ fn lo_is_good_enough_where_there_is_no_dummy() {
         o.addresses[0].link = LOOPBACK.into();
     };
     assert_eq!(host_diff(on_lo), [""; 0]);
-    assert_eq!(
-        host_teardown(on_lo)[0],
-        "remove address 169.254.169.254/32 on lo"
-    );
+    assert_eq!(host_teardown(on_lo)[0], "remove address 169.254.169.254/32 on lo");
     assert_eq!(host_teardown(on_lo).len(), 4, "the link is not there");
 }
 
@@ -137,10 +123,7 @@ fn what_others_made_is_used_and_stays() {
     let foreign = |o: &mut Observed| {
         o.own_route = false;
         o.foreign_closed_route = true;
-        o.link = Some(LinkSeen {
-            ours: false,
-            up: true,
-        });
+        o.link = Some(LinkSeen { ours: false, up: true });
         o.addresses = vec![AddressSeen {
             link: "eth0".into(),
             ours: false,
@@ -149,10 +132,7 @@ fn what_others_made_is_used_and_stays() {
     assert_eq!(host_diff(foreign), [""; 0]);
     assert_eq!(
         host_teardown(foreign),
-        [
-            "remove table ip imds_router",
-            "remove table ip imds_router_guard"
-        ]
+        ["remove table ip imds_router", "remove table ip imds_router_guard"]
     );
 }
 
@@ -167,19 +147,13 @@ fn without_a_daemon_only_the_owned_table_is_left_out() {
 fn a_namespace_needs_the_rules_and_the_address() {
     assert_eq!(
         told(&diff(&Plan::namespace(LISTENER), &Observed::default())),
-        [
-            "add table ip imds_router",
-            "add address 169.254.169.254/32 on lo"
-        ]
+        ["add table ip imds_router", "add address 169.254.169.254/32 on lo"]
     );
 }
 
 #[test]
 fn tables_read_as_nft_writes_them() {
-    let text: Vec<String> = Plan::host(LISTENER)
-        .tables()
-        .map(Table::to_string)
-        .collect();
+    let text: Vec<String> = Plan::host(LISTENER).tables().map(Table::to_string).collect();
     let guard = "table ip imds_router_guard {
 \tchain pre {
 \t\ttype filter hook prerouting priority -305; policy accept;
@@ -206,10 +180,7 @@ fn tables_read_as_nft_writes_them() {
 \t}
 }";
     assert_eq!(text, [guard, rules]);
-    let text: Vec<String> = Plan::namespace(LISTENER)
-        .tables()
-        .map(Table::to_string)
-        .collect();
+    let text: Vec<String> = Plan::namespace(LISTENER).tables().map(Table::to_string).collect();
     assert!(
         text[0].contains("\t\tiifname \"lo\" ip daddr 169.254.169.254 notrack\n"),
         "{}",
@@ -233,4 +204,14 @@ fn several_failures_are_all_told() {
         both,
         Some("2 failures:\n- cannot a: timed out\n- cannot b: timed out".into())
     );
+}
+
+#[test]
+fn an_interception_may_live_in_a_task() {
+    fn sendable<T: Send>(_: &T) {}
+    async fn keep(mut up: apply::Interception) {
+        while up.changed().await.is_ok() && up.verify().is_ok() {}
+    }
+    // Only the types count: there is nothing to run it on here.
+    let _ = |up| sendable(&keep(up));
 }

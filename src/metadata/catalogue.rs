@@ -48,19 +48,58 @@ struct Category {
 
 /// What EC2 documents and this version serves.
 const CATEGORIES: &[Category] = &[
-    Category { path: "meta-data/ami-id", value: |f| Some(f.ami_id.clone()) },
-    Category { path: "meta-data/hostname", value: |f| Some(f.hostname.clone()) },
-    Category { path: "meta-data/iam/info", value: |f| f.role.as_ref().map(|role| iam_info(role, f.started)) },
-    Category { path: "meta-data/instance-id", value: |f| Some(f.instance_id.clone()) },
-    Category { path: "meta-data/instance-type", value: |f| Some(f.instance_type.clone()) },
-    Category { path: "meta-data/local-hostname", value: |f| Some(f.hostname.clone()) },
-    Category { path: "meta-data/local-ipv4", value: |f| f.local_ipv4.map(|address| address.to_string()) },
-    Category { path: "meta-data/mac", value: |f| f.mac.as_deref().map(str::to_ascii_lowercase) },
-    Category { path: "meta-data/placement/availability-zone", value: |f| Some(f.zone.clone()) },
-    Category { path: "meta-data/placement/region", value: |f| Some(f.region.clone()) },
-    Category { path: "meta-data/services/domain", value: |f| Some(domain(&f.partition).to_owned()) },
-    Category { path: "meta-data/services/partition", value: |f| Some(f.partition.clone()) },
-    Category { path: "dynamic/instance-identity/document", value: |f| Some(identity::document(f)) },
+    Category {
+        path: "meta-data/ami-id",
+        value: |f| Some(f.ami_id.clone()),
+    },
+    Category {
+        path: "meta-data/hostname",
+        value: |f| Some(f.hostname.clone()),
+    },
+    Category {
+        path: "meta-data/iam/info",
+        value: |f| f.role.as_ref().map(|role| iam_info(role, f.started)),
+    },
+    Category {
+        path: "meta-data/instance-id",
+        value: |f| Some(f.instance_id.clone()),
+    },
+    Category {
+        path: "meta-data/instance-type",
+        value: |f| Some(f.instance_type.clone()),
+    },
+    Category {
+        path: "meta-data/local-hostname",
+        value: |f| Some(f.hostname.clone()),
+    },
+    Category {
+        path: "meta-data/local-ipv4",
+        value: |f| f.local_ipv4.map(|address| address.to_string()),
+    },
+    Category {
+        path: "meta-data/mac",
+        value: |f| f.mac.as_deref().map(str::to_ascii_lowercase),
+    },
+    Category {
+        path: "meta-data/placement/availability-zone",
+        value: |f| Some(f.zone.clone()),
+    },
+    Category {
+        path: "meta-data/placement/region",
+        value: |f| Some(f.region.clone()),
+    },
+    Category {
+        path: "meta-data/services/domain",
+        value: |f| Some(domain(&f.partition).to_owned()),
+    },
+    Category {
+        path: "meta-data/services/partition",
+        value: |f| Some(f.partition.clone()),
+    },
+    Category {
+        path: "dynamic/instance-identity/document",
+        value: |f| Some(identity::document(f)),
+    },
 ];
 
 /// Where the role is listed; its credentials stand below.
@@ -97,7 +136,10 @@ fn instance_profile_id(role: &RoleArn) -> String {
     use sha2::Digest as _;
     let letters = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
     let digest = sha2::Sha256::digest(role.to_string());
-    let tail = digest.iter().take(17).map(|byte| char::from(letters[usize::from(byte % 32)]));
+    let tail = digest
+        .iter()
+        .take(17)
+        .map(|byte| char::from(letters[usize::from(byte % 32)]));
     "AIPA".chars().chain(tail).collect()
 }
 
@@ -147,7 +189,15 @@ pub(crate) mod tests {
 
     #[test]
     fn everything_that_is_listed_resolves_and_nothing_ends_with_a_line_end() {
-        for facts in [facts(), Facts { role: None, local_ipv4: None, mac: None, ..facts() }] {
+        for facts in [
+            facts(),
+            Facts {
+                role: None,
+                local_ipv4: None,
+                mac: None,
+                ..facts()
+            },
+        ] {
             let view = view(&facts);
             let mut seen = 0;
             let mut dirs = vec![String::new()];
@@ -182,10 +232,16 @@ pub(crate) mod tests {
         let view = view(&facts());
         assert_eq!(text(&view, "meta-data/mac").unwrap(), "02:42:ac:11:00:05");
         assert_eq!(text(&view, ROLE_LIST).unwrap(), "web");
-        assert_eq!(view.get("meta-data/iam/security-credentials/web"), Some(&Node::Credentials));
+        assert_eq!(
+            view.get("meta-data/iam/security-credentials/web"),
+            Some(&Node::Credentials)
+        );
         assert_eq!(view.get("meta-data/iam/security-credentials/we"), None);
         let info = text(&view, "meta-data/iam/info").unwrap();
-        assert!(info.contains("\"arn:aws:iam::123456789012:instance-profile/app/web\""), "{info}");
+        assert!(
+            info.contains("\"arn:aws:iam::123456789012:instance-profile/app/web\""),
+            "{info}"
+        );
         assert_eq!(partition_of("cn-north-1"), "aws-cn");
         assert_eq!(partition_of("us-gov-east-1"), "aws-us-gov");
         assert_eq!(partition_of("us-east-1"), "aws");

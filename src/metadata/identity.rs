@@ -25,7 +25,10 @@ pub fn document(facts: &Facts) -> String {
         ("kernelId", None),
         ("pendingTime", text(&rfc3339_seconds(facts.started))),
         // Vector refuses a document in which this is not a string.
-        ("privateIp", text(&facts.local_ipv4.unwrap_or(Ipv4Addr::UNSPECIFIED).to_string())),
+        (
+            "privateIp",
+            text(&facts.local_ipv4.unwrap_or(Ipv4Addr::UNSPECIFIED).to_string()),
+        ),
         ("ramdiskId", None),
         ("region", text(&facts.region)),
         ("version", text(VERSION)),
@@ -54,8 +57,14 @@ mod tests {
     #[test]
     fn the_document_is_json_with_ec2s_fields_in_ec2s_order() {
         let text = document(&facts());
-        assert!(text.starts_with("{\n  \"accountId\" : \"123456789012\",\n  \"architecture\" : "), "{text}");
-        assert!(text.ends_with("  \"region\" : \"us-east-1\",\n  \"version\" : \"2017-09-30\"\n}"), "{text}");
+        assert!(
+            text.starts_with("{\n  \"accountId\" : \"123456789012\",\n  \"architecture\" : "),
+            "{text}"
+        );
+        assert!(
+            text.ends_with("  \"region\" : \"us-east-1\",\n  \"version\" : \"2017-09-30\"\n}"),
+            "{text}"
+        );
         let read: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(read["privateIp"], "172.17.0.5");
         assert_eq!(read["pendingTime"], "2026-01-05T10:04:05Z");

@@ -48,7 +48,11 @@ impl InstanceView {
             let mut path = path.as_str();
             while !path.is_empty() {
                 let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
-                *listings.entry(parent.to_owned()).or_default().entry(name.to_owned()).or_default() |= name_is_dir;
+                *listings
+                    .entry(parent.to_owned())
+                    .or_default()
+                    .entry(name.to_owned())
+                    .or_default() |= name_is_dir;
                 (path, name_is_dir) = (parent, true);
             }
         }
@@ -56,7 +60,10 @@ impl InstanceView {
         for (path, names) in listings {
             // EC2 lists what is below a version without slashes (a capture of `/latest`).
             let slash = |is_dir: bool| if is_dir && !path.is_empty() { "/" } else { "" };
-            let lines: Vec<_> = names.iter().map(|(name, is_dir)| format!("{name}{}", slash(*is_dir))).collect();
+            let lines: Vec<_> = names
+                .iter()
+                .map(|(name, is_dir)| format!("{name}{}", slash(*is_dir)))
+                .collect();
             nodes.insert(path.clone().into(), Node::Dir(lines.join("\n").into()));
         }
         // The role list is a directory and a value at once: the value wins.
@@ -92,7 +99,10 @@ mod tests {
         assert_eq!(dir("meta-data"), "ami-id\niam/\nplacement/");
         assert_eq!(dir("meta-data/iam"), "info\nsecurity-credentials/");
         assert_eq!(dir("meta-data/placement"), "region");
-        assert_eq!(view.get("meta-data/iam/security-credentials"), Some(&Node::RoleList("web".into())));
+        assert_eq!(
+            view.get("meta-data/iam/security-credentials"),
+            Some(&Node::RoleList("web".into()))
+        );
         assert_eq!(view.get("meta-data/nonsense"), None);
         assert_eq!(view.get("meta-data/ami-id/x"), None);
     }

@@ -16,14 +16,43 @@ use crate::credentials::Credentials;
 const TOKEN_PATH: &str = "/latest/api/token";
 
 /// Names under which IMDS is asked, beside the operator's own.
-const HOSTS: &[&str] = &["169.254.169.254", "[fd00:ec2::254]", "instance-data", "instance-data.ec2.internal"];
+const HOSTS: &[&str] = &[
+    "169.254.169.254",
+    "[fd00:ec2::254]",
+    "instance-data",
+    "instance-data.ec2.internal",
+];
 
 /// Versions of the tree as `GET /` lists them (a capture of 2024), without `latest`. All serve the same tree.
 pub const VERSIONS: &[&str] = &[
-    "1.0", "2007-01-19", "2007-03-01", "2007-08-29", "2007-10-10", "2007-12-15", "2008-02-01", "2008-09-01",
-    "2009-04-04", "2011-01-01", "2011-05-01", "2012-01-12", "2014-02-25", "2014-11-05", "2015-10-20", "2016-04-19",
-    "2016-06-30", "2016-09-02", "2018-03-28", "2018-08-17", "2018-09-24", "2019-10-01", "2020-10-27", "2021-01-03",
-    "2021-03-23", "2021-07-15", "2022-09-24", "2024-04-11",
+    "1.0",
+    "2007-01-19",
+    "2007-03-01",
+    "2007-08-29",
+    "2007-10-10",
+    "2007-12-15",
+    "2008-02-01",
+    "2008-09-01",
+    "2009-04-04",
+    "2011-01-01",
+    "2011-05-01",
+    "2012-01-12",
+    "2014-02-25",
+    "2014-11-05",
+    "2015-10-20",
+    "2016-04-19",
+    "2016-06-30",
+    "2016-09-02",
+    "2018-03-28",
+    "2018-08-17",
+    "2018-09-24",
+    "2019-10-01",
+    "2020-10-27",
+    "2021-01-03",
+    "2021-03-23",
+    "2021-07-15",
+    "2022-09-24",
+    "2024-04-11",
 ];
 
 /// What a request asks for.
@@ -67,9 +96,10 @@ pub fn parse(request: &Parts, hosts: &[String]) -> Result<Call, Refused> {
         (&Method::PUT, false) => Err(Refused::Put),
         (&Method::OPTIONS, true) => Ok(Call::TokenOptions),
         (_, true) => Err(Refused::TokenMethod),
-        (&Method::GET | &Method::HEAD, false) => {
-            Ok(Call::Get { place: place(path), token: sent_token(&request.headers) })
-        }
+        (&Method::GET | &Method::HEAD, false) => Ok(Call::Get {
+            place: place(path),
+            token: sent_token(&request.headers),
+        }),
         _ => Err(Refused::Method),
     }
 }
@@ -105,9 +135,16 @@ fn token_call(headers: &HeaderMap) -> Result<Call, Refused> {
         return Err(Refused::Forwarded);
     }
     let mut sent = headers.get_all(TTL_HEADER).iter();
-    let (Some(ttl), None) = (sent.next(), sent.next()) else { return Err(Refused::Ttl) };
-    let ttl = ttl.to_str().ok().filter(|text| text.bytes().all(|b| b.is_ascii_digit()));
-    let ttl = ttl.and_then(|text| text.parse().ok()).filter(|ttl| TTL_SECONDS.contains(ttl));
+    let (Some(ttl), None) = (sent.next(), sent.next()) else {
+        return Err(Refused::Ttl);
+    };
+    let ttl = ttl
+        .to_str()
+        .ok()
+        .filter(|text| text.bytes().all(|b| b.is_ascii_digit()));
+    let ttl = ttl
+        .and_then(|text| text.parse().ok())
+        .filter(|ttl| TTL_SECONDS.contains(ttl));
     ttl.map(Call::IssueToken).ok_or(Refused::Ttl)
 }
 
@@ -115,13 +152,19 @@ fn token_call(headers: &HeaderMap) -> Result<Call, Refused> {
 fn sent_token(headers: &HeaderMap) -> Option<Vec<u8>> {
     let mut sent = headers.get_all(TOKEN_HEADER).iter();
     let first = sent.next()?;
-    Some(if sent.next().is_some() { Vec::new() } else { first.as_bytes().to_vec() })
+    Some(if sent.next().is_some() {
+        Vec::new()
+    } else {
+        first.as_bytes().to_vec()
+    })
 }
 
 /// Takes a path apart: empty parts do not count (`//`, and a slash at the end), each part is decoded once.
 fn place(path: &str) -> Place {
     let mut parts = path.split('/').filter(|part| !part.is_empty());
-    let Some(version) = parts.next() else { return Place::Versions };
+    let Some(version) = parts.next() else {
+        return Place::Versions;
+    };
     if version != "latest" && !VERSIONS.contains(&version) {
         return Place::Nowhere;
     }
@@ -163,8 +206,10 @@ pub fn credentials_document(credentials: &Credentials) -> Bytes {
 
 /// A JSON object of texts, as EC2 indents them.
 pub fn document(fields: &[(&str, &str)]) -> String {
-    let lines: Vec<String> =
-        fields.iter().map(|(key, value)| format!("  {} : {}", quoted(key), quoted(value))).collect();
+    let lines: Vec<String> = fields
+        .iter()
+        .map(|(key, value)| format!("  {} : {}", quoted(key), quoted(value)))
+        .collect();
     format!("{{\n{}\n}}", lines.join(",\n"))
 }
 
@@ -212,13 +257,22 @@ mod tests {
         }
         assert_eq!(read("PUT", TOKEN_PATH, &[]), Err(Refused::Ttl));
         assert_eq!(read("PUT", TOKEN_PATH, &[(TTL, "5"), (TTL, "6")]), Err(Refused::Ttl));
-        for proxied in [("X-Forwarded-For", "1.2.3.4"), ("X-Forwarded-For", ""), ("Forwarded", "for=1.2.3.4")] {
+        for proxied in [
+            ("X-Forwarded-For", "1.2.3.4"),
+            ("X-Forwarded-For", ""),
+            ("Forwarded", "for=1.2.3.4"),
+        ] {
             assert_eq!(read("PUT", TOKEN_PATH, &[(TTL, "5"), proxied]), Err(Refused::Forwarded));
             // The PUT alone is refused so, and before its TTL is looked at.
             assert_eq!(read("PUT", TOKEN_PATH, &[proxied]), Err(Refused::Forwarded));
             assert!(read("GET", "/latest/meta-data", &[proxied]).is_ok());
         }
-        for path in ["/2021-03-23/api/token", "/latest/api/token/", "//latest/api/token", "/latest/meta-data"] {
+        for path in [
+            "/2021-03-23/api/token",
+            "/latest/api/token/",
+            "//latest/api/token",
+            "/latest/meta-data",
+        ] {
             assert_eq!(read("PUT", path, &[(TTL, "5")]), Err(Refused::Put), "{path}");
         }
         for method in ["GET", "HEAD", "POST", "DELETE"] {
@@ -248,9 +302,18 @@ mod tests {
             assert_eq!(read("GET", "/", &[("Host", host)]).is_ok(), ours, "{host}");
         }
         assert!(read("GET", "/", &[]).is_ok());
-        assert_eq!(read("GET", "/", &[("Host", "instance-data"), ("Host", "instance-data")]), Err(Refused::Host));
-        assert_eq!(read("GET", "/", &[("Origin", "http://169.254.169.254")]), Err(Refused::Host));
-        assert_eq!(read("GET", "http://evil.example/latest", &[("Host", "169.254.169.254")]), Err(Refused::Host));
+        assert_eq!(
+            read("GET", "/", &[("Host", "instance-data"), ("Host", "instance-data")]),
+            Err(Refused::Host)
+        );
+        assert_eq!(
+            read("GET", "/", &[("Origin", "http://169.254.169.254")]),
+            Err(Refused::Host)
+        );
+        assert_eq!(
+            read("GET", "http://evil.example/latest", &[("Host", "169.254.169.254")]),
+            Err(Refused::Host)
+        );
         assert!(read("GET", "http://169.254.169.254/latest", &[("Host", "169.254.169.254")]).is_ok());
         // Before the method and the rest.
         assert_eq!(read("POST", "/", &[("Host", "evil.example")]), Err(Refused::Host));
@@ -265,7 +328,10 @@ mod tests {
             ("/latest", Place::Below(String::new())),
             ("/latest/", Place::Below(String::new())),
             ("/latest/meta-data/", Place::Below("meta-data".into())),
-            ("/latest//meta-data//instance-id/", Place::Below("meta-data/instance-id".into())),
+            (
+                "/latest//meta-data//instance-id/",
+                Place::Below("meta-data/instance-id".into()),
+            ),
             ("/2009-04-04/meta-data", Place::Below("meta-data".into())),
             ("/latest/a%3Ab", Place::Below("a:b".into())),
             ("/latest/a%2Fb", Place::Nowhere),

@@ -100,7 +100,16 @@ pub struct Reply {
 
 impl Reply {
     fn new(status: StatusCode, content_type: &'static str, body: Bytes) -> Self {
-        Self { status, content_type, body, allow: None, ttl: None, last_modified: None, close: false, hint: None }
+        Self {
+            status,
+            content_type,
+            body,
+            allow: None,
+            ttl: None,
+            last_modified: None,
+            close: false,
+            hint: None,
+        }
     }
 
     /// A value, last set at `last_modified`.
@@ -131,7 +140,10 @@ impl Reply {
         let mut reply = Self::new(why.status(), content_type, body);
         reply.allow = why.allow();
         // Whoever is not proven, or not meant to be here, is not kept on the line.
-        reply.close = matches!(why, Refused::Unproven | Refused::Disabled | Refused::NotReady | Refused::Host);
+        reply.close = matches!(
+            why,
+            Refused::Unproven | Refused::Disabled | Refused::NotReady | Refused::Host
+        );
         reply
     }
 
@@ -161,7 +173,9 @@ impl Reply {
         *response.status_mut() = self.status;
         if self.status == StatusCode::METHOD_NOT_ALLOWED {
             // EC2 says it so (imds-contract 1.2).
-            response.extensions_mut().insert(ReasonPhrase::from_static(b"Not Allowed"));
+            response
+                .extensions_mut()
+                .insert(ReasonPhrase::from_static(b"Not Allowed"));
         }
         let headers = response.headers_mut();
         if let Some(ttl) = self.ttl {

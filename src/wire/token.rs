@@ -122,7 +122,11 @@ mod tests {
     async fn good_over_a_restart_of_the_daemon_not_of_the_machine_nor_with_another_key() {
         let clock = Clock::scripted(UNIX_EPOCH);
         let token = authority(&clock).issue(&id('a'), CgroupId(1), 21_600);
-        assert!(authority(&clock).verify(&id('a'), CgroupId(1), token.as_bytes()).is_some());
+        assert!(
+            authority(&clock)
+                .verify(&id('a'), CgroupId(1), token.as_bytes())
+                .is_some()
+        );
         for (key, boot) in [([7; 32], "boot-2"), ([8; 32], "boot-1")] {
             let other = TokenAuthority::new(&TokenKey(key), boot, clock.clone());
             assert_eq!(other.verify(&id('a'), CgroupId(1), token.as_bytes()), None);
@@ -134,7 +138,10 @@ mod tests {
         let clock = Clock::scripted(UNIX_EPOCH + Duration::from_secs(1_000_000));
         let token = authority(&clock).issue(&id('a'), CgroupId(1), 60);
         clock.jump(36_000_000);
-        assert_eq!(authority(&clock).verify(&id('a'), CgroupId(1), token.as_bytes()), Some(60));
+        assert_eq!(
+            authority(&clock).verify(&id('a'), CgroupId(1), token.as_bytes()),
+            Some(60)
+        );
     }
 
     proptest! {

@@ -126,25 +126,41 @@ pub fn rows(mode: Mode) -> Vec<Row> {
             ("content-length", "56"),
             ("server", "EC2ws"),
         ]),
-        put().headers(&[("X-aws-ec2-metadata-token-ttl-seconds", "60")]).gives(200, Body::Token).with(&[(TTL, "60")]),
+        put()
+            .headers(&[("X-aws-ec2-metadata-token-ttl-seconds", "60")])
+            .gives(200, Body::Token)
+            .with(&[(TTL, "60")]),
         row(2, "PUT", token).headers(&[(TTL, "1")]).gives(200, Body::Token),
         refused(row(2, "PUT", token).headers(&[(TTL, "21601")]), 400),
         refused(row(2, "PUT", token).headers(&[(TTL, "0")]), 400),
         refused(row(2, "PUT", token).headers(&[(TTL, "-1")]), 400),
         refused(row(2, "PUT", token).headers(&[(TTL, "abc")]), 400),
         refused(row(2, "PUT", token), 400),
-        refused(row(3, "PUT", token).headers(&[(TTL, "60"), ("X-Forwarded-For", "1.2.3.4")]), 403),
-        refused(row(3, "PUT", token).headers(&[(TTL, "60"), ("Forwarded", "for=1.2.3.4")]), 403),
+        refused(
+            row(3, "PUT", token).headers(&[(TTL, "60"), ("X-Forwarded-For", "1.2.3.4")]),
+            403,
+        ),
+        refused(
+            row(3, "PUT", token).headers(&[(TTL, "60"), ("Forwarded", "for=1.2.3.4")]),
+            403,
+        ),
         refused(row(4, "PUT", "/2021-03-23/api/token").headers(&[(TTL, "60")]), 403),
         refused(row(4, "PUT", "/latest/api/token/").headers(&[(TTL, "60")]), 403),
-        row(5, "GET", token).gives(405, Empty).with(&[("allow", "OPTIONS, PUT"), ("content-length", "0")]),
-        row(5, "OPTIONS", token).gives(200, Empty).with(&[("allow", "OPTIONS, PUT")]),
+        row(5, "GET", token)
+            .gives(405, Empty)
+            .with(&[("allow", "OPTIONS, PUT"), ("content-length", "0")]),
+        row(5, "OPTIONS", token)
+            .gives(200, Empty)
+            .with(&[("allow", "OPTIONS, PUT")]),
         refused(row(7, "GET", "/").token(Token::Text("INVALID")), 401),
         refused(row(7, "GET", "/").token(Token::Text("")), 401),
         refused(row(8, "GET", "/").token(Token::Foreign), 401),
         refused(row(8, "GET", INSTANCE_ID).token(Token::Foreign), 401),
         refused(row(9, "GET", INSTANCE_ID).token(Token::Expired), 401),
-        get(10, INSTANCE_ID).gives(200, ID).with(VALUE).with(&[(TTL, "*"), ("server", "EC2ws")]),
+        get(10, INSTANCE_ID)
+            .gives(200, ID)
+            .with(VALUE)
+            .with(&[(TTL, "*"), ("server", "EC2ws")]),
         get(12, "/latest/meta-data").gives(200, Holds("ami-id\nhostname\niam/\ninstance-id\n")),
         get(12, "/latest/meta-data/").gives(200, Holds("ami-id\nhostname\niam/\ninstance-id\n")),
         get(12, "/").gives(200, Holds("1.0\n2007-01-19\n")),
@@ -152,10 +168,15 @@ pub fn rows(mode: Mode) -> Vec<Row> {
         get(12, "/latest").gives(200, Exactly("dynamic\nmeta-data")),
         get(13, "/latest/meta-data/instance-id/").gives(200, ID),
         get(13, "/latest//meta-data//instance-id").gives(200, ID),
-        get(14, "/latest/meta-data/instance-id/x").gives(404, NotFound).with(&[("content-type", "text/html")]),
+        get(14, "/latest/meta-data/instance-id/x")
+            .gives(404, NotFound)
+            .with(&[("content-type", "text/html")]),
         get(14, "/latest/meta-data/nonsense").gives(404, NotFound),
         get(14, "/2009-04-05/meta-data/instance-id").gives(404, NotFound),
-        row(15, "HEAD", INSTANCE_ID).token(Token::Good).gives(200, Empty).with(VALUE),
+        row(15, "HEAD", INSTANCE_ID)
+            .token(Token::Good)
+            .gives(200, Empty)
+            .with(VALUE),
         get(16, "/2009-04-04/meta-data/placement/region").gives(200, Exactly("eu-west-1")),
         get(16, "/1.0/meta-data/placement/availability-zone").gives(200, Exactly("eu-west-1a")),
         get(17, ROLE_LIST).gives(200, Exactly("app")),
@@ -170,12 +191,22 @@ pub fn rows(mode: Mode) -> Vec<Row> {
         get(18, "/latest/dynamic/instance-identity/document").gives(200, Holds("\"region\" : \"eu-west-1\"")),
         // Host and Origin: a rebound web page must not get in, whatever it sends; before the method, before the token.
         refused(get(0, INSTANCE_ID).headers(&[("Host", "evil.example")]), 403),
-        refused(get(0, INSTANCE_ID).headers(&[("Origin", "http://169.254.169.254")]), 403),
+        refused(
+            get(0, INSTANCE_ID).headers(&[("Origin", "http://169.254.169.254")]),
+            403,
+        ),
         refused(row(0, "POST", INSTANCE_ID).headers(&[("Host", "evil.example")]), 403),
-        refused(row(0, "PUT", token).headers(&[("Host", "evil.example"), (TTL, "60")]), 403),
+        refused(
+            row(0, "PUT", token).headers(&[("Host", "evil.example"), (TTL, "60")]),
+            403,
+        ),
         get(0, INSTANCE_ID).headers(&[("Host", "instance-data")]).gives(200, ID),
-        row(0, "POST", INSTANCE_ID).gives(405, Empty).with(&[("allow", "GET, HEAD")]),
-        row(0, "DELETE", token).gives(405, Empty).with(&[("allow", "OPTIONS, PUT")]),
+        row(0, "POST", INSTANCE_ID)
+            .gives(405, Empty)
+            .with(&[("allow", "GET, HEAD")]),
+        row(0, "DELETE", token)
+            .gives(405, Empty)
+            .with(&[("allow", "OPTIONS, PUT")]),
     ];
     rows.extend(match mode {
         Mode::Required => vec![
@@ -205,7 +236,10 @@ pub struct Reply {
 
 impl Reply {
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+        self.headers
+            .iter()
+            .find(|(known, _)| known == name)
+            .map(|(_, value)| value.as_str())
     }
 
     pub fn text(&self) -> String {
@@ -215,7 +249,12 @@ impl Reply {
 
 /// Checks an answer against its row. `now`: seconds since 1970 where the credentials are judged.
 pub fn check(row: &Row, reply: &Reply, now: u64) -> Result<(), String> {
-    let fail = |what: String| Err(format!("row {} {} {} {:?}: {what}\n{reply:?}", row.number, row.method, row.path, row.token));
+    let fail = |what: String| {
+        Err(format!(
+            "row {} {} {} {:?}: {what}\n{reply:?}",
+            row.number, row.method, row.path, row.token
+        ))
+    };
     if reply.status != row.status {
         return fail(format!("status {}, expected {}", reply.status, row.status));
     }
@@ -239,23 +278,44 @@ pub fn check(row: &Row, reply: &Reply, now: u64) -> Result<(), String> {
         Body::NotFound => text.contains("<title>404 - Not Found</title>"),
         Body::Credentials => return credentials(&text, now).or_else(fail),
     };
-    if fits { Ok(()) } else { fail(format!("body, expected {:?}", row.body)) }
+    if fits {
+        Ok(())
+    } else {
+        fail(format!("body, expected {:?}", row.body))
+    }
 }
 
 fn credentials(text: &str, now: u64) -> Result<(), String> {
-    let keys = ["Code", "LastUpdated", "Type", "AccessKeyId", "SecretAccessKey", "Token", "Expiration"];
+    let keys = [
+        "Code",
+        "LastUpdated",
+        "Type",
+        "AccessKeyId",
+        "SecretAccessKey",
+        "Token",
+        "Expiration",
+    ];
     let mut at = 0;
     for key in keys {
-        at += text[at..].find(&format!("  \"{key}\" : \"")).ok_or(format!("{key} is missing or out of order"))?;
+        at += text[at..]
+            .find(&format!("  \"{key}\" : \""))
+            .ok_or(format!("{key} is missing or out of order"))?;
     }
     let read: serde_json::Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
     if read.as_object().map(serde_json::Map::len) != Some(keys.len()) || read["Code"] != "Success" {
         return Err("not the seven keys of a success".to_owned());
     }
     let expiration = read["Expiration"].as_str().unwrap_or_default();
-    let seconds = expiration.parse::<jiff::Timestamp>().map_err(|error| error.to_string())?.as_second();
+    let seconds = expiration
+        .parse::<jiff::Timestamp>()
+        .map_err(|error| error.to_string())?
+        .as_second();
     if u64::try_from(seconds).unwrap_or(0) < now + 25 * 60 {
         return Err(format!("expires at {expiration}: less than 25 minutes"));
     }
-    if text.ends_with('\n') { Err("ends with a line end".to_owned()) } else { Ok(()) }
+    if text.ends_with('\n') {
+        Err("ends with a line end".to_owned())
+    } else {
+        Ok(())
+    }
 }

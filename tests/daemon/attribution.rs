@@ -18,7 +18,11 @@ async fn refused(daemon: &Daemon, client: SocketAddr) {
     let reply = connection.send("GET", "/", &[]).await.expect("a refusal");
     assert_eq!((reply.status, reply.body.len()), (403, 0));
     assert_eq!(reply.header("connection"), Some("close"));
-    assert_eq!(reply.header("x-imds-router-hint"), None, "an unproven caller learns nothing");
+    assert_eq!(
+        reply.header("x-imds-router-hint"),
+        None,
+        "an unproven caller learns nothing"
+    );
     assert!(daemon.clock.now() - asked <= Duration::from_millis(401));
     assert!(connection.closed().await);
 }
@@ -37,10 +41,20 @@ async fn an_address_alone_proves_nothing() {
         refused(&daemon, client).await;
     }
     let client = daemon.client(address);
-    daemon.kernel.socket(cgroup, client, SocketEvidence { state: 1, cgroup: CgroupId(1) });
+    daemon.kernel.socket(
+        cgroup,
+        client,
+        SocketEvidence {
+            state: 1,
+            cgroup: CgroupId(1),
+        },
+    );
     refused(&daemon, client).await;
     let reasons: Vec<_> = daemon.service.refusals();
-    assert_eq!(reasons, [("foreign-cgroup", 1), ("no-socket", 1), ("not-established", 11)]);
+    assert_eq!(
+        reasons,
+        [("foreign-cgroup", 1), ("no-socket", 1), ("not-established", 11)]
+    );
     // And the container itself is served all along.
     assert_eq!(daemon.connect(1, address).get("/").await.unwrap().status, 200);
 }
@@ -70,7 +84,9 @@ async fn two_candidates_at_one_address_are_told_apart_by_the_kernel() {
     let client = daemon.client(address);
     for number in [1, 2] {
         let cgroup = daemon.kernel.alive(&id(number)).unwrap();
-        daemon.kernel.socket(cgroup, client, SocketEvidence { state: 1, cgroup });
+        daemon
+            .kernel
+            .socket(cgroup, client, SocketEvidence { state: 1, cgroup });
     }
     refused(&daemon, client).await;
 }
@@ -116,7 +132,14 @@ async fn a_token_is_its_lifes_own() {
     let address = daemon.run(1, APP).await;
     let token = daemon.connect(1, address).token(600).await;
     let headers = [("X-aws-ec2-metadata-token", token.as_str())];
-    let status = async |daemon: &Daemon| daemon.connect(1, address).send("GET", "/", &headers).await.unwrap().status;
+    let status = async |daemon: &Daemon| {
+        daemon
+            .connect(1, address)
+            .send("GET", "/", &headers)
+            .await
+            .unwrap()
+            .status
+    };
     assert_eq!(status(&daemon).await, 200);
     // Another daemon, the same life.
     let again = Daemon::start_with(settings(), daemon.engine.clone(), daemon.kernel.clone());
@@ -137,7 +160,13 @@ async fn a_first_act_is_served_before_the_engine_says_start() {
     let address = daemon.create(1, APP);
     daemon.settle().await;
     let network = NetworkId::from("n");
-    daemon.engine.world(|world| world.networks.entry(network.clone()).or_default().insert(id(1), endpoint(address)));
+    daemon.engine.world(|world| {
+        world
+            .networks
+            .entry(network.clone())
+            .or_default()
+            .insert(id(1), endpoint(address))
+    });
     daemon.engine.send(Event::Connected(network, Some(id(1))));
     daemon.settle().await;
     daemon.kernel.start(&id(1));
@@ -153,7 +182,11 @@ async fn an_address_that_no_event_has_told_is_looked_up() {
     let address = daemon.create(1, APP);
     // Every event after `create` is lost.
     daemon.engine.world(|world| {
-        world.networks.entry(NetworkId::from("n")).or_default().insert(id(1), endpoint(address));
+        world
+            .networks
+            .entry(NetworkId::from("n"))
+            .or_default()
+            .insert(id(1), endpoint(address));
         world.containers.get_mut(&id(1)).unwrap().running = true;
     });
     daemon.kernel.start(&id(1));

@@ -94,7 +94,11 @@ impl ScriptedEngine {
         async move {
             let answer = this.world(|world| {
                 world.lookups += 1;
-                if world.away { Err(EngineError("away".into())) } else { Ok(answer(world)) }
+                if world.away {
+                    Err(EngineError("away".into()))
+                } else {
+                    Ok(answer(world))
+                }
             });
             tokio::time::sleep(Duration::from_millis(1)).await;
             answer
@@ -130,7 +134,13 @@ impl ContainerEngine for ScriptedEngine {
     }
 
     fn containers(&self) -> BoxFuture<'static, Result<Vec<Row>, EngineError>> {
-        self.ask(|world| world.containers.iter().map(|(id, container)| row(id, container)).collect())
+        self.ask(|world| {
+            world
+                .containers
+                .iter()
+                .map(|(id, container)| row(id, container))
+                .collect()
+        })
     }
 
     fn container(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Row>, EngineError>> {
@@ -141,13 +151,21 @@ impl ContainerEngine for ScriptedEngine {
     fn inspect(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Inspection>, EngineError>> {
         let id = id.clone();
         self.ask(move |world| {
-            world.containers.contains_key(&id).then(|| Inspection { hostname: Some(id.short().to_owned()), pid: None })
+            world.containers.contains_key(&id).then(|| Inspection {
+                hostname: Some(id.short().to_owned()),
+                pid: None,
+            })
         })
     }
 
     fn image_labels(&self, id: &str) -> BoxFuture<'static, Result<Option<BTreeMap<String, String>>, EngineError>> {
         let id = ContainerId::parse(id.trim_start_matches("sha256:")).unwrap();
-        self.ask(move |world| world.containers.get(&id).map(|container| container.image_labels.clone()))
+        self.ask(move |world| {
+            world
+                .containers
+                .get(&id)
+                .map(|container| container.image_labels.clone())
+        })
     }
 
     fn networks(&self) -> BoxFuture<'static, Result<Vec<NetworkId>, EngineError>> {
@@ -158,7 +176,10 @@ impl ContainerEngine for ScriptedEngine {
         let id = id.clone();
         self.ask(move |world| {
             let endpoints = world.networks.get(&id)?.clone();
-            Some(Network { subnets: vec![("10.0.0.0".parse().unwrap(), 8)], endpoints })
+            Some(Network {
+                subnets: vec![("10.0.0.0".parse().unwrap(), 8)],
+                endpoints,
+            })
         })
     }
 }
@@ -213,8 +234,17 @@ impl Kernel for ScriptedKernel {
     fn birth(&self, id: &ContainerId, _pid: Option<u32>) -> Result<Birth, String> {
         let lives = self.0.lock().unwrap();
         let (cgroup, alive) = lives.lives.get(id).ok_or("not there yet")?;
-        let witness = ScriptedWitness { lives: self.0.clone(), cgroup: *cgroup, alive: alive.subscribe() };
-        Ok(Birth { cgroup: *cgroup, pid: 1, started: UNIX_EPOCH + WALL, witness: Box::new(witness) })
+        let witness = ScriptedWitness {
+            lives: self.0.clone(),
+            cgroup: *cgroup,
+            alive: alive.subscribe(),
+        };
+        Ok(Birth {
+            cgroup: *cgroup,
+            pid: 1,
+            started: UNIX_EPOCH + WALL,
+            witness: Box::new(witness),
+        })
     }
 }
 
@@ -253,7 +283,9 @@ pub struct ScriptedSts {
 
 impl ScriptedSts {
     pub fn say(&self, answers: &[(u64, Result<(), ProviderError>)]) {
-        let answers = answers.iter().map(|(ms, answer)| (Duration::from_millis(*ms), answer.clone()));
+        let answers = answers
+            .iter()
+            .map(|(ms, answer)| (Duration::from_millis(*ms), answer.clone()));
         *self.answers.lock().unwrap() = answers.collect();
     }
 }
@@ -266,7 +298,11 @@ impl CredentialProvider for ScriptedSts {
     fn credentials(&self, session: &RoleSession) -> Provided {
         let call = self.calls.fetch_add(1, Ordering::Relaxed);
         let mut answers = self.answers.lock().unwrap();
-        let (pause, answer) = if answers.len() > 1 { answers.pop_front().unwrap() } else { answers[0].clone() };
+        let (pause, answer) = if answers.len() > 1 {
+            answers.pop_front().unwrap()
+        } else {
+            answers[0].clone()
+        };
         let (clock, session) = (self.clock.clone(), session.clone());
         Box::pin(async move {
             tokio::time::sleep(pause).await;
@@ -302,7 +338,11 @@ impl Hold for Held {
 
 impl Instances for Resolver {
     fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance {
-        let around = Surroundings { base_account: None, base_region: None, host: "h".into() };
+        let around = Surroundings {
+            base_account: None,
+            base_region: None,
+            host: "h".into(),
+        };
         resolve(container, attachments, started, &self.settings, &around)
     }
 
@@ -364,7 +404,10 @@ impl Daemon {
         let ports = Ports {
             engine: Arc::new(engine.clone()),
             kernel: Arc::new(kernel.clone()),
-            instances: Arc::new(Resolver { settings, broker: broker.clone() }),
+            instances: Arc::new(Resolver {
+                settings,
+                broker: broker.clone(),
+            }),
             changed: changes,
         };
         let watcher = Watcher::new(ports, index.clone(), misses, clock.clone());
@@ -406,8 +449,12 @@ impl Daemon {
     /// `create`: the container is known, with its labels. Answers the address that it will have.
     pub fn create(&self, number: u32, labels: &[(&str, &str)]) -> SocketAddr {
         let labels = labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        let container = Container { labels, ..Container::default() };
-        self.engine.world(|world| world.containers.insert(id(number), container));
+        let container = Container {
+            labels,
+            ..Container::default()
+        };
+        self.engine
+            .world(|world| world.containers.insert(id(number), container));
         self.engine.send(Event::Defined(id(number)));
         let last = u8::try_from(self.next_address.fetch_add(1, Ordering::Relaxed) % 250 + 1).unwrap();
         SocketAddr::from(([10, 0, 0, last], 0))
@@ -417,7 +464,11 @@ impl Daemon {
     pub fn boot(&self, number: u32, address: SocketAddr) {
         let network = NetworkId::from("n");
         self.engine.world(|world| {
-            world.networks.entry(network.clone()).or_default().insert(id(number), endpoint(address));
+            world
+                .networks
+                .entry(network.clone())
+                .or_default()
+                .insert(id(number), endpoint(address));
             world.containers.get_mut(&id(number)).unwrap().running = true;
         });
         self.engine.send(Event::Connected(network, Some(id(number))));
@@ -432,7 +483,10 @@ impl Daemon {
             if let Some(container) = world.containers.get_mut(&id(number)) {
                 container.running = false;
             }
-            world.networks.values_mut().for_each(|network| drop(network.remove(&id(number))));
+            world
+                .networks
+                .values_mut()
+                .for_each(|network| drop(network.remove(&id(number))));
         });
     }
 
@@ -452,15 +506,26 @@ impl Daemon {
     /// A connection that arrives from `client`, whoever made it.
     pub fn dial(&self, client: SocketAddr) -> Client {
         let (ours, theirs) = tokio::io::duplex(64 * 1024);
-        let connection = Connection { client, server: "169.254.169.254:80".parse().unwrap() };
+        let connection = Connection {
+            client,
+            server: "169.254.169.254:80".parse().unwrap(),
+        };
         tokio::spawn(server::serve(theirs, connection, self.service.clone()));
         Client { stream: ours }
     }
 }
 
 pub fn endpoint(address: SocketAddr) -> Endpoint {
-    let std::net::IpAddr::V4(v4) = address.ip() else { panic!("IPv4") };
-    Endpoint { network: "n".into(), mac: "02:42:0a:00:00:01".into(), ipv4: Some((v4, 8)), ipv6: None, internal: false }
+    let std::net::IpAddr::V4(v4) = address.ip() else {
+        panic!("IPv4")
+    };
+    Endpoint {
+        network: "n".into(),
+        mac: "02:42:0a:00:00:01".into(),
+        ipv4: Some((v4, 8)),
+        ipv6: None,
+        internal: false,
+    }
 }
 
 /// One connection, spoken by hand.
@@ -497,7 +562,11 @@ impl Client {
             .map(|(name, value)| (name.to_ascii_lowercase(), value.to_owned()))
             .collect();
         let length = headers.iter().find(|(name, _)| name == "content-length");
-        let length = if method == "HEAD" { 0 } else { length.map_or(0, |(_, value)| value.parse().unwrap()) };
+        let length = if method == "HEAD" {
+            0
+        } else {
+            length.map_or(0, |(_, value)| value.parse().unwrap())
+        };
         let mut body = bytes.split_off(head + 4);
         while body.len() < length {
             if self.stream.read_buf(&mut body).await.ok()? == 0 {

@@ -19,8 +19,15 @@ fn down() -> Result<(), ProviderError> {
 }
 
 async fn conforms(mode: Mode) {
-    let http_tokens = if mode == Mode::Required { HttpTokens::Required } else { HttpTokens::Optional };
-    let daemon = Daemon::start(Settings { http_tokens, ..settings() });
+    let http_tokens = if mode == Mode::Required {
+        HttpTokens::Required
+    } else {
+        HttpTokens::Optional
+    };
+    let daemon = Daemon::start(Settings {
+        http_tokens,
+        ..settings()
+    });
     daemon.synchronised().await;
     let (address, other) = (daemon.run(1, APP).await, daemon.run(2, APP).await);
     let expired = daemon.connect(1, address).token(1).await;
@@ -38,7 +45,11 @@ async fn conforms(mode: Mode) {
         };
         let mut headers = row.headers.to_vec();
         headers.extend(token.map(|token| ("X-aws-ec2-metadata-token", token)));
-        let reply = daemon.connect(1, address).send(row.method, row.path, &headers).await.expect("an answer");
+        let reply = daemon
+            .connect(1, address)
+            .send(row.method, row.path, &headers)
+            .await
+            .expect("an answer");
         failures.extend(check(&row, &reply, daemon.clock.wall_seconds()).err());
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
@@ -64,8 +75,16 @@ async fn remaining_life_of_a_token_counts_down() {
     let path = "/latest/meta-data/instance-id";
     for _ in 0..2 {
         tokio::time::sleep(Duration::from_secs(10)).await;
-        let reply = daemon.connect(1, address).send("GET", path, &[("X-aws-ec2-metadata-token", &token)]).await.unwrap();
-        let left: u32 = reply.header("x-aws-ec2-metadata-token-ttl-seconds").unwrap().parse().unwrap();
+        let reply = daemon
+            .connect(1, address)
+            .send("GET", path, &[("X-aws-ec2-metadata-token", &token)])
+            .await
+            .unwrap();
+        let left: u32 = reply
+            .header("x-aws-ec2-metadata-token-ttl-seconds")
+            .unwrap()
+            .parse()
+            .unwrap();
         assert!((1..=91).contains(&left), "{left}");
     }
     // On a connection that has verified it before, as well.
@@ -73,7 +92,10 @@ async fn remaining_life_of_a_token_counts_down() {
         tokio::time::sleep(Duration::from_secs(after)).await;
         let mut client = daemon.connect(1, address);
         for _ in 0..2 {
-            let reply = client.send("GET", path, &[("X-aws-ec2-metadata-token", &token)]).await.unwrap();
+            let reply = client
+                .send("GET", path, &[("X-aws-ec2-metadata-token", &token)])
+                .await
+                .unwrap();
             assert_eq!(reply.status, status, "after {after}");
         }
     }
@@ -86,7 +108,10 @@ async fn a_connection_answers_several_requests_the_first_a_404() {
     let address = daemon.run(1, APP).await;
     let mut client = daemon.connect(1, address);
     assert_eq!(client.get("/latest/nonsense").await.unwrap().status, 404);
-    assert_eq!(client.get("/latest/meta-data/instance-id").await.unwrap().text(), "i-0123456789abcdef0");
+    assert_eq!(
+        client.get("/latest/meta-data/instance-id").await.unwrap().text(),
+        "i-0123456789abcdef0"
+    );
     tokio::time::sleep(Duration::from_secs(16)).await;
     assert!(client.closed().await, "idle for more than 15 s");
 }
@@ -103,8 +128,16 @@ async fn without_label_403_and_without_role_metadata_only() {
     let roleless = daemon.run(2, &[("imds.region", "eu-west-2")]).await;
     let mut client = daemon.connect(2, roleless);
     assert!(!client.get("/latest/meta-data/").await.unwrap().text().contains("iam"));
-    assert_eq!(client.get("/latest/meta-data/placement/region").await.unwrap().text(), "eu-west-2");
-    for path in [ROLE_LIST, "/latest/meta-data/iam/", "/latest/meta-data/iam/info", DOCUMENT] {
+    assert_eq!(
+        client.get("/latest/meta-data/placement/region").await.unwrap().text(),
+        "eu-west-2"
+    );
+    for path in [
+        ROLE_LIST,
+        "/latest/meta-data/iam/",
+        "/latest/meta-data/iam/info",
+        DOCUMENT,
+    ] {
         assert_eq!(client.get(path).await.unwrap().status, 404, "{path}");
     }
 }
@@ -113,8 +146,15 @@ async fn without_label_403_and_without_role_metadata_only() {
 async fn a_disabled_endpoint_refuses_everything() {
     let daemon = Daemon::start(settings());
     daemon.synchronised().await;
-    let address = daemon.run(1, &[("imds.role", "app"), ("imds.http-endpoint", "disabled")]).await;
-    for (method, path) in [("GET", "/"), ("PUT", "/latest/api/token"), ("GET", DOCUMENT), ("POST", "/x")] {
+    let address = daemon
+        .run(1, &[("imds.role", "app"), ("imds.http-endpoint", "disabled")])
+        .await;
+    for (method, path) in [
+        ("GET", "/"),
+        ("PUT", "/latest/api/token"),
+        ("GET", DOCUMENT),
+        ("POST", "/x"),
+    ] {
         let reply = daemon.connect(1, address).send(method, path, &[]).await.unwrap();
         assert_eq!((reply.status, reply.body.len()), (403, 0), "{method} {path}");
     }
@@ -132,7 +172,10 @@ async fn a_bad_label_costs_its_container_the_role_and_nobody_else() {
         let address = daemon.run(number, labels).await;
         let mut client = daemon.connect(number, address);
         let token = client.token(60).await;
-        let reply = client.send("GET", ROLE_LIST, &[("X-aws-ec2-metadata-token", &token)]).await.unwrap();
+        let reply = client
+            .send("GET", ROLE_LIST, &[("X-aws-ec2-metadata-token", &token)])
+            .await
+            .unwrap();
         assert_eq!(reply.status, 404);
         assert!(reply.header("x-imds-router-hint").unwrap().contains(hint), "{reply:?}");
         assert!(daemon.index.get(&id(number)).unwrap().instance.problems[0].contains(hint));
@@ -149,7 +192,12 @@ async fn what_the_image_brings_chooses_nothing() {
         // The same value as the image's cannot be told apart.
         (2, &[("imds.role", "app")], &[("imds.role", "app")], None),
         (3, &[("imds.role", "other")], &[("imds.role", "app")], Some("app")),
-        (4, &[("imds.http-tokens", "optional")], &[("imds.role", "app")], Some("app")),
+        (
+            4,
+            &[("imds.http-tokens", "optional")],
+            &[("imds.role", "app")],
+            Some("app"),
+        ),
     ] {
         let address = daemon.create(number, own);
         daemon.engine.world(|world| {
@@ -160,7 +208,11 @@ async fn what_the_image_brings_chooses_nothing() {
         daemon.settle().await;
         tokio::time::sleep(Duration::from_millis(200)).await;
         let reply = daemon.connect(number, address).get(ROLE_LIST).await.unwrap();
-        assert_eq!((reply.status == 200).then(|| reply.text()).as_deref(), served, "{number}");
+        assert_eq!(
+            (reply.status == 200).then(|| reply.text()).as_deref(),
+            served,
+            "{number}"
+        );
     }
 }
 
@@ -170,7 +222,10 @@ async fn a_thousand_requests_for_one_cold_role_are_one_call() {
     daemon.synchronised().await;
     daemon.sts.say(&[(300, Ok(()))]);
     // The same session for all: several containers, one name.
-    let settings = Settings { session_name: "shared".into(), ..settings() };
+    let settings = Settings {
+        session_name: "shared".into(),
+        ..settings()
+    };
     let daemon = Daemon::start_with(settings, daemon.engine.clone(), daemon.kernel.clone());
     daemon.synchronised().await;
     daemon.sts.say(&[(300, Ok(()))]);
@@ -249,7 +304,10 @@ async fn warm_up_begins_at_create() {
 async fn a_denied_role_is_no_role_and_says_so_to_its_container_only() {
     let daemon = Daemon::start(settings());
     daemon.synchronised().await;
-    let denied = ProviderError::Denied { code: "AccessDenied".into(), message: "User: x is not authorized".into() };
+    let denied = ProviderError::Denied {
+        code: "AccessDenied".into(),
+        message: "User: x is not authorized".into(),
+    };
     daemon.sts.say(&[(20, Err(denied))]);
     let address = daemon.run(1, APP).await;
     let reply = daemon.connect(1, address).get(ROLE_LIST).await.unwrap();
@@ -281,10 +339,21 @@ async fn heads_that_are_too_large_are_refused() {
     daemon.synchronised().await;
     let address = daemon.run(1, APP).await;
     let large = "a".repeat(17 * 1024);
-    let reply = daemon.connect(1, address).send("GET", "/latest", &[("X-Large", &large)]).await;
+    let reply = daemon
+        .connect(1, address)
+        .send("GET", "/latest", &[("X-Large", &large)])
+        .await;
     assert!(reply.is_none_or(|reply| reply.status == 431));
     let fits = "a".repeat(8 * 1024);
-    assert_eq!(daemon.connect(1, address).send("GET", "/latest", &[("X-Large", &fits)]).await.unwrap().status, 200);
+    assert_eq!(
+        daemon
+            .connect(1, address)
+            .send("GET", "/latest", &[("X-Large", &fits)])
+            .await
+            .unwrap()
+            .status,
+        200
+    );
 }
 
 #[tokio::test(start_paused = true)]

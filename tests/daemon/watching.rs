@@ -67,7 +67,10 @@ async fn changed_settings_reach_every_container_at_once() {
     daemon.settle().await;
     let after = daemon.index.get(&id(1)).unwrap();
     assert!(!std::sync::Arc::ptr_eq(&before, &after.instance), "resolved anew");
-    assert!(std::sync::Arc::ptr_eq(&after.life.as_ref().unwrap().instance.load_full(), &after.instance));
+    assert!(std::sync::Arc::ptr_eq(
+        &after.life.as_ref().unwrap().instance.load_full(),
+        &after.instance
+    ));
 }
 
 #[tokio::test(start_paused = true)]
@@ -80,7 +83,9 @@ async fn a_look_up_that_an_event_has_overtaken_is_made_again() {
     daemon.engine.send(Event::Connected(network.clone(), None));
     tokio::time::sleep(Duration::from_micros(500)).await;
     let moved = SocketAddr::from(([10, 0, 3, 3], 0));
-    daemon.engine.world(|world| world.networks.get_mut(&network).unwrap().insert(id(1), endpoint(moved)));
+    daemon
+        .engine
+        .world(|world| world.networks.get_mut(&network).unwrap().insert(id(1), endpoint(moved)));
     daemon.engine.send(Event::Connected(network, None));
     daemon.settle().await;
     assert_eq!(daemon.index.at(address.ip()).len(), 0);
@@ -118,7 +123,14 @@ async fn ten_thousand_containers_are_synchronised_and_the_right_ones_found() {
         for number in 1..=10_000 {
             let labels = BTreeMap::from([("imds.role".to_owned(), format!("r{}", number % 7))]);
             let running = true;
-            world.containers.insert(id(number), Container { labels, running, ..Container::default() });
+            world.containers.insert(
+                id(number),
+                Container {
+                    labels,
+                    running,
+                    ..Container::default()
+                },
+            );
         }
     });
     for number in 1..=10_000 {
@@ -189,7 +201,10 @@ async fn play(steps: Vec<(Happens, Told)>) {
             Happens::Create(n) => {
                 let labels = BTreeMap::from([(ROLE.to_owned(), format!("role{n}"))]);
                 world(&mut |w| {
-                    w.containers.entry(id(n)).or_insert(Container { labels: labels.clone(), ..Container::default() });
+                    w.containers.entry(id(n)).or_insert(Container {
+                        labels: labels.clone(),
+                        ..Container::default()
+                    });
                 });
                 vec![Event::Defined(id(n))]
             }
@@ -211,7 +226,11 @@ async fn play(steps: Vec<(Happens, Told)>) {
             }
             Happens::Kill(n) => {
                 daemon.kill(n);
-                vec![Event::Died(id(n)), Event::Disconnected(network(0)), Event::Disconnected(network(1))]
+                vec![
+                    Event::Died(id(n)),
+                    Event::Disconnected(network(0)),
+                    Event::Disconnected(network(1)),
+                ]
             }
             Happens::Remove(n) if daemon.kernel.alive(&id(n)).is_none() => {
                 world(&mut |w| {
@@ -234,22 +253,33 @@ async fn play(steps: Vec<(Happens, Told)>) {
         };
         match told {
             Told::Once => events.into_iter().for_each(|event| daemon.engine.send(event)),
-            Told::Twice => events.iter().chain(&events).for_each(|event| daemon.engine.send(event.clone())),
+            Told::Twice => events
+                .iter()
+                .chain(&events)
+                .for_each(|event| daemon.engine.send(event.clone())),
             Told::Never => {}
             Told::Late => late.extend(events),
         }
         // At no moment does an address answer for a container that does not hold it, or for an ended life.
         for a in 1..5 {
             for n in 1..6 {
-                let Some(cgroup) = daemon.kernel.alive(&id(n)) else { continue };
+                let Some(cgroup) = daemon.kernel.alive(&id(n)) else {
+                    continue;
+                };
                 let holds = |w: &mut crate::script::World| {
-                    w.networks.values().any(|it| it.get(&id(n)).is_some_and(|e| e.addresses().any(|x| x == at(a).ip())))
+                    w.networks
+                        .values()
+                        .any(|it| it.get(&id(n)).is_some_and(|e| e.addresses().any(|x| x == at(a).ip())))
                 };
                 if !daemon.engine.world(holds) {
                     continue;
                 }
                 let client = daemon.client(at(a));
-                daemon.kernel.socket(cgroup, client, imds_router::containers::SocketEvidence { state: 1, cgroup });
+                daemon.kernel.socket(
+                    cgroup,
+                    client,
+                    imds_router::containers::SocketEvidence { state: 1, cgroup },
+                );
                 let path = "/latest/meta-data/iam/security-credentials/";
                 if let Some(reply) = daemon.dial(client).get(path).await
                     && reply.status == 200
@@ -270,7 +300,10 @@ async fn play(steps: Vec<(Happens, Told)>) {
     assert_eq!(seen(&daemon), expected(&daemon));
 }
 
-type State = (BTreeMap<String, (Option<CgroupId>, Vec<IpAddr>)>, BTreeMap<IpAddr, Vec<String>>);
+type State = (
+    BTreeMap<String, (Option<CgroupId>, Vec<IpAddr>)>,
+    BTreeMap<IpAddr, Vec<String>>,
+);
 
 /// What the index says.
 fn seen(daemon: &Daemon) -> State {
@@ -283,8 +316,12 @@ fn seen(daemon: &Daemon) -> State {
     });
     let address = |a| IpAddr::from([10, 0, 0, a]);
     let addresses = (1..5).map(|a| {
-        let mut ids: Vec<_> =
-            daemon.index.at(address(a)).iter().map(|record| record.definition.id.as_str().to_owned()).collect();
+        let mut ids: Vec<_> = daemon
+            .index
+            .at(address(a))
+            .iter()
+            .map(|record| record.definition.id.as_str().to_owned())
+            .collect();
         ids.sort_unstable();
         (address(a), ids)
     });
@@ -294,10 +331,15 @@ fn seen(daemon: &Daemon) -> State {
 /// What engine and kernel say.
 fn expected(daemon: &Daemon) -> State {
     daemon.engine.world(|world| {
-        let mut addresses: BTreeMap<IpAddr, Vec<String>> = (1..5).map(|a| (IpAddr::from([10, 0, 0, a]), vec![])).collect();
+        let mut addresses: BTreeMap<IpAddr, Vec<String>> =
+            (1..5).map(|a| (IpAddr::from([10, 0, 0, a]), vec![])).collect();
         let containers = world.containers.keys().map(|id| {
-            let mut held: Vec<IpAddr> =
-                world.networks.values().filter_map(|it| it.get(id)).flat_map(|it| it.addresses()).collect();
+            let mut held: Vec<IpAddr> = world
+                .networks
+                .values()
+                .filter_map(|it| it.get(id))
+                .flat_map(|it| it.addresses())
+                .collect();
             held.sort_unstable();
             for address in &held {
                 let ids = addresses.get_mut(address).unwrap();

@@ -2,14 +2,33 @@
 //! them out. How to write one is told in `rig.rs`; a new topic is a `mod` and a line in [`trials`].
 
 #[cfg(target_os = "linux")]
+#[path = "../conformance/mod.rs"]
+mod conformance;
+#[cfg(target_os = "linux")]
+mod host;
+#[cfg(target_os = "linux")]
+mod identities;
+#[cfg(target_os = "linux")]
+mod refusals;
+#[cfg(target_os = "linux")]
 mod rig;
 #[cfg(target_os = "linux")]
 mod rig_itself;
+#[cfg(target_os = "linux")]
+mod secrecy;
+#[cfg(target_os = "linux")]
+mod upheaval;
 
 #[cfg(target_os = "linux")]
 fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
     let mut trials = Vec::new();
     trials.extend(rig_itself::trials(rig));
+    trials.extend(host::trials());
+    trials.extend(identities::trials(rig));
+    trials.extend(refusals::trials(rig));
+    trials.extend(upheaval::trials(rig));
+    // Looks at what all the others have left in their logs.
+    trials.extend(secrecy::trials(rig));
     trials
 }
 

@@ -81,9 +81,7 @@ impl Rig {
     /// Makes sure that trials can run here.
     pub fn prepare(&self) -> Result<(), String> {
         if !rustix::process::geteuid().is_root() {
-            return Err(
-                "the trials on a real engine need root; `tests/run` asks for it".to_owned(),
-            );
+            return Err("the trials on a real engine need root; `tests/run` asks for it".to_owned());
         }
         tools::prepare()?;
         run::end_stale_runs();
@@ -122,12 +120,7 @@ impl Rig {
             .collect()
     }
 
-    fn in_view(
-        &self,
-        view: View,
-        name: &str,
-        trial: impl FnOnce(&Arc<Engine>) + Send + 'static,
-    ) -> Trial {
+    fn in_view(&self, view: View, name: &str, trial: impl FnOnce(&Arc<Engine>) + Send + 'static) -> Trial {
         let rig = self.clone();
         self.alone(name, move || trial(&rig.engine(view)))
     }
@@ -171,10 +164,7 @@ impl Rig {
 
     /// Ends all that there is of this run, and says what could not be ended.
     pub fn end(&self) -> Vec<String> {
-        self.engines
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
+        self.engines.lock().unwrap_or_else(PoisonError::into_inner).clear();
         run::end()
     }
 }
@@ -185,8 +175,7 @@ fn message(panic: Box<dyn Any + Send>) -> String {
     }
     let text = panic.downcast_ref::<String>().map(String::as_str);
     let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
-    text.unwrap_or("panicked with something that is no text")
-        .to_owned()
+    text.unwrap_or("panicked with something that is no text").to_owned()
 }
 
 /// A panic of a trial is a result, and shown as one, with its place; a panic anywhere else is printed as ever.

@@ -7,9 +7,7 @@ use libtest_mimic::Trial;
 use serde_json::Value;
 
 use crate::rig::moto::{AssumedRole, BASE_KEY, BASE_SECRET, REGION};
-use crate::rig::{
-    BOX, Client, Container, Daemon, Done, Engine, Identity, Moto, Rig, View, http, poll, run, tools,
-};
+use crate::rig::{BOX, Client, Container, Daemon, Done, Engine, Identity, Moto, Rig, View, http, poll, run, tools};
 
 pub fn trials(rig: &Rig) -> Vec<Trial> {
     let mut trials = Vec::new();
@@ -17,21 +15,13 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
     trials.extend(rig.in_each_view("rig::nothing_leaves_the_host", nothing_leaves_the_host));
     trials.extend(rig.in_each_view("rig::clients_reach_sts", clients_reach_sts));
     trials.extend(rig.in_each_view("rig::containers_meet", containers_meet));
-    trials.extend(rig.in_each_view(
-        "rig::containers_outlive_dockerd",
-        containers_outlive_dockerd,
-    ));
+    trials.extend(rig.in_each_view("rig::containers_outlive_dockerd", containers_outlive_dockerd));
     trials.extend(rig.in_each_view("rig::a_daemon_serves_and_stops", a_daemon_serves_and_stops));
-    trials.push(rig.once(
-        "rig::the_network_can_be_compared",
-        the_network_can_be_compared,
-    ));
+    trials.push(rig.once("rig::the_network_can_be_compared", the_network_can_be_compared));
     trials.push(rig.once("rig::images_carry_labels", images_carry_labels));
     trials.push(rig.once("rig::moto_knows_sessions", moto_knows_sessions));
     let view = rig.views()[0];
-    trials.push(rig.alone("rig::clients_find_an_imds", move || {
-        clients_find_an_imds(view)
-    }));
+    trials.push(rig.alone("rig::clients_find_an_imds", move || clients_find_an_imds(view)));
     let all = rig.clone();
     trials.push(rig.alone("rig::output_and_secrets_are_kept", move || {
         output_and_secrets_are_kept(&all)
@@ -44,11 +34,7 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
 }
 
 fn a_container_runs(engine: &Arc<Engine>) {
-    let version = engine.docker(&[
-        "info",
-        "--format",
-        "{{.CgroupVersion}} {{.LiveRestoreEnabled}}",
-    ]);
+    let version = engine.docker(&["info", "--format", "{{.CgroupVersion}} {{.LiveRestoreEnabled}}"]);
     let expected = match engine.view {
         View::Hybrid => "1 true",
         View::V2 => "2 true",
@@ -67,10 +53,7 @@ fn a_container_runs(engine: &Arc<Engine>) {
     assert_eq!(sdk.address("bridge").octets()[..2], [172, 17]);
     assert!(sdk.exec(&["curl", "--version"]).starts_with("curl "));
 
-    let first_act = engine
-        .run("short")
-        .bare_image(BOX)
-        .command(&["echo", "done"]);
+    let first_act = engine.run("short").bare_image(BOX).command(&["echo", "done"]);
     assert_eq!(first_act.to_its_end().ok(), "done");
 
     let host = engine.run("on-host").network("host").start();
@@ -84,33 +67,20 @@ fn a_container_runs(engine: &Arc<Engine>) {
 
 /// The three addresses must never be asked outside, and there is nothing else to be reached either.
 fn nothing_leaves_the_host(engine: &Arc<Engine>) {
-    let links: Value =
-        serde_json::from_str(&engine.host("ip", &["-j", "link"])).expect("ip prints JSON");
+    let links: Value = serde_json::from_str(&engine.host("ip", &["-j", "link"])).expect("ip prints JSON");
     for link in links.as_array().expect("a list of links") {
         let name = link["ifname"].as_str().expect("every link has a name");
         assert!(
-            name == "lo"
-                || name.starts_with("docker0")
-                || name.starts_with("br-")
-                || name.starts_with("veth"),
+            name == "lo" || name.starts_with("docker0") || name.starts_with("br-") || name.starts_with("veth"),
             "{name} may lead out"
         );
     }
     assert_eq!(engine.host("ip", &["route", "show", "default"]), "");
     let container = engine.run("prisoner").start();
-    for address in [
-        "169.254.169.254",
-        "169.254.170.2",
-        "169.254.170.23",
-        "1.1.1.1",
-    ] {
+    for address in ["169.254.169.254", "169.254.170.2", "169.254.170.23", "1.1.1.1"] {
         let url = format!("http://{address}/");
-        container
-            .request("GET", &url, &[])
-            .expect_err("there is nobody");
-        engine
-            .request("GET", &url, &[])
-            .expect_err("there is nobody");
+        container.request("GET", &url, &[]).expect_err("there is nobody");
+        engine.request("GET", &url, &[]).expect_err("there is nobody");
     }
 }
 
@@ -125,16 +95,10 @@ fn clients_reach_sts(engine: &Arc<Engine>) {
             let identity = client.whoami(
                 container,
                 moto,
-                &[
-                    ("AWS_ACCESS_KEY_ID", BASE_KEY),
-                    ("AWS_SECRET_ACCESS_KEY", BASE_SECRET),
-                ],
+                &[("AWS_ACCESS_KEY_ID", BASE_KEY), ("AWS_SECRET_ACCESS_KEY", BASE_SECRET)],
             );
             // moto's name for whoever it does not know.
-            assert_eq!(
-                identity.arn, "arn:aws:sts::123456789012:user/moto",
-                "{client:?}"
-            );
+            assert_eq!(identity.arn, "arn:aws:sts::123456789012:user/moto", "{client:?}");
         }
     }
 }
@@ -156,9 +120,7 @@ fn moto_knows_sessions(engine: &Arc<Engine>) {
         );
     }
     let known = moto.assumed_roles(engine);
-    let known = known
-        .iter()
-        .find(|known| known.access_key_id == role.access_key_id);
+    let known = known.iter().find(|known| known.access_key_id == role.access_key_id);
     assert_eq!(known, Some(&role));
 }
 
@@ -176,12 +138,7 @@ fn assume_role(container: &Container, moto: &Moto, session: &str) -> AssumedRole
         .args(["sts", "assume-role", "--output", "json"])
         .args(["--role-arn", role_arn, "--role-session-name", session]);
     let answer: Value = serde_json::from_str(&Done::of(assume).ok()).expect("the CLI prints JSON");
-    let of = |key: &str| {
-        answer["Credentials"][key]
-            .as_str()
-            .expect("a text")
-            .to_owned()
-    };
+    let of = |key: &str| answer["Credentials"][key].as_str().expect("a text").to_owned();
     AssumedRole {
         role_arn: role_arn.to_owned(),
         session_name: session.to_owned(),
@@ -199,10 +156,7 @@ fn clients_find_an_imds(view: View) {
     // One of them, since they all wait for an answer first.
     let failure = Client::JavaScript.try_whoami(&container, moto, &[]);
     let failure = failure.expect_err("there are no credentials yet");
-    assert!(
-        failure.stderr.contains("CredentialsProviderError"),
-        "{failure}"
-    );
+    assert!(failure.stderr.contains("CredentialsProviderError"), "{failure}");
 
     engine.host("ip", &["addr", "add", "169.254.169.254/32", "dev", "lo"]);
     let mut imds = engine.command(tools::directory().join("venv/bin/moto_server"));
@@ -247,11 +201,7 @@ fn containers_meet(engine: &Arc<Engine>) {
         .run("server")
         .bare_image(BOX)
         .network(network.name())
-        .command(&[
-            "sh",
-            "-c",
-            "echo met > /tmp/index.html; exec httpd -f -p 80 -h /tmp",
-        ])
+        .command(&["sh", "-c", "echo met > /tmp/index.html; exec httpd -f -p 80 -h /tmp"])
         .start();
     let client = engine.run("client").network(network.name()).start();
     let url = format!("http://{}/", server.address(network.name()));
@@ -267,13 +217,7 @@ fn containers_meet(engine: &Arc<Engine>) {
 
     let sharer = engine.run("sharer").network("container:client").start();
     assert_eq!(sharer.gateway(), client.gateway());
-    assert_eq!(
-        sharer
-            .request("GET", &url, &[])
-            .expect("the same way")
-            .status,
-        200
-    );
+    assert_eq!(sharer.request("GET", &url, &[]).expect("the same way").status, 200);
     let intruder = http::request(client.intruder("curl"), "GET", &url, &[]);
     assert_eq!(intruder.expect("the same way").status, 200);
 }
@@ -315,20 +259,13 @@ fn the_network_can_be_compared(engine: &Arc<Engine>) {
     let network = engine.network("passing", &[]);
     let during = engine.snapshot_network();
     assert_ne!(before, during);
-    assert!(
-        !during.lines_with("nft ").is_empty(),
-        "no rules at all?\n{during}"
-    );
+    assert!(!during.lines_with("nft ").is_empty(), "no rules at all?\n{during}");
     drop(network);
     before.assert_same(&engine.snapshot_network());
 }
 
 fn images_carry_labels(engine: &Arc<Engine>) {
-    let image = engine.image_with(
-        "labelled",
-        &[("imds.role", "from the image")],
-        &[("COLOUR", "blue")],
-    );
+    let image = engine.image_with("labelled", &[("imds.role", "from the image")], &[("COLOUR", "blue")]);
     let container = engine.run("of-image").image(&image).start();
     assert_eq!(
         container.inspect("{{index .Config.Labels \"imds.role\"}}"),
@@ -342,11 +279,7 @@ fn nothing_is_left(view: View) {
     let engine = Engine::start(view);
     let container = engine.run("forgotten").start();
     let network = engine.network("forgotten", &[]);
-    assert_ne!(
-        run::leftovers(),
-        before,
-        "leftovers() does not see an engine"
-    );
+    assert_ne!(run::leftovers(), before, "leftovers() does not see an engine");
     let cgroups = format!("docker/{}", container.id());
     let hierarchies = [
         "/sys/fs/cgroup",
@@ -355,10 +288,7 @@ fn nothing_is_left(view: View) {
         "/sys/fs/cgroup/devices",
     ];
     let cgroups = hierarchies.map(|root| std::path::Path::new(root).join(&cgroups));
-    assert!(
-        cgroups.iter().any(|path| path.exists()),
-        "none of {cgroups:?}"
-    );
+    assert!(cgroups.iter().any(|path| path.exists()), "none of {cgroups:?}");
 
     assert_eq!(engine.end(), Vec::<String>::new());
     assert_eq!(run::leftovers(), before);
@@ -380,8 +310,5 @@ fn output_and_secrets_are_kept(rig: &Rig) {
     assert!(rig.secrets().contains(&credentials.secret_access_key));
     assert!(rig.secrets().contains(&credentials.session_token));
     let name = log.file_name().expect("it has a name").to_string_lossy();
-    assert!(
-        rig.all_output().contains(&*name),
-        "the log of an engine that has ended"
-    );
+    assert!(rig.all_output().contains(&*name), "the log of an engine that has ended");
 }

@@ -29,21 +29,11 @@ pub enum Client {
 }
 
 impl Client {
-    pub const ALL: [Client; 4] = [
-        Client::Boto3,
-        Client::AwsCli,
-        Client::Rust,
-        Client::JavaScript,
-    ];
+    pub const ALL: [Client; 4] = [Client::Boto3, Client::AwsCli, Client::Rust, Client::JavaScript];
 
     /// Who the client is when it runs in the container with nothing but region and STS endpoint, and `environment`, given.
     #[track_caller]
-    pub fn whoami(
-        self,
-        container: &Container,
-        moto: &Moto,
-        environment: &[(&str, &str)],
-    ) -> Identity {
+    pub fn whoami(self, container: &Container, moto: &Moto, environment: &[(&str, &str)]) -> Identity {
         match self.try_whoami(container, moto, environment) {
             Ok(identity) => identity,
             Err(done) => panic!("{self:?} in {}: {done}", container.name()),
@@ -76,9 +66,7 @@ impl Client {
                 .args(["sts", "get-caller-identity", "--query", "Arn"])
                 .args(["--output", "text"]),
             Client::Rust => command.arg(format!("{EXAMPLES}/whoami")),
-            Client::JavaScript => command
-                .arg(tools.join("node"))
-                .arg(format!("{SCRIPTS}/whoami.mjs")),
+            Client::JavaScript => command.arg(tools.join("node")).arg(format!("{SCRIPTS}/whoami.mjs")),
         };
         let done = Done::of(command);
         match done.succeeded() {

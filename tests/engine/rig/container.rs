@@ -188,12 +188,7 @@ impl Container {
     }
 
     /// Any request; `target` is a path below 169.254.169.254, or a whole URL.
-    pub fn request(
-        &self,
-        method: &str,
-        target: &str,
-        headers: &[(&str, &str)],
-    ) -> Result<Reply, NoReply> {
+    pub fn request(&self, method: &str, target: &str, headers: &[(&str, &str)]) -> Result<Reply, NoReply> {
         let url = match target.starts_with('/') {
             true => format!("{IMDS}{target}"),
             false => target.to_owned(),
@@ -231,8 +226,7 @@ impl Container {
     /// A field of `docker inspect`, as a Go template.
     #[track_caller]
     pub fn inspect(&self, template: &str) -> String {
-        self.engine
-            .docker(&["inspect", "--format", template, &self.id])
+        self.engine.docker(&["inspect", "--format", template, &self.id])
     }
 
     /// Its first process, as the machine numbers it.
@@ -259,8 +253,8 @@ impl Container {
     #[track_caller]
     pub fn gateway(&self) -> Ipv4Addr {
         let path = format!("/proc/{}/net/route", self.pid());
-        let routes = std::fs::read_to_string(&path)
-            .unwrap_or_else(|e| panic!("cannot read {path} of {}: {e}", self.name));
+        let routes =
+            std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("cannot read {path} of {}: {e}", self.name));
         let gateway = routes.lines().find_map(|line| {
             let fields: Vec<&str> = line.split_whitespace().collect();
             let (destination, gateway) = (fields.get(1)?, fields.get(2)?);
@@ -291,9 +285,7 @@ impl Container {
 
 impl Drop for Container {
     fn drop(&mut self) {
-        let done = self
-            .engine
-            .try_docker(&["rm", "--force", "--volumes", &self.id]);
+        let done = self.engine.try_docker(&["rm", "--force", "--volumes", &self.id]);
         if !done.succeeded() && !std::thread::panicking() {
             eprintln!("a trial leaves a container behind: {done}");
         }

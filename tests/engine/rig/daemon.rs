@@ -18,7 +18,7 @@ use super::shell::{Done, poll_quietly, tail};
 use super::tools;
 
 /// Everything that the daemon can say, for a trial greps it for secrets.
-pub const LOG_LEVEL: (&str, &str) = ("RUST_LOG", "trace");
+pub const LOG_LEVEL: (&str, &str) = ("IMDS_ROUTER_LOG", "trace");
 /// How the verbs that talk to a daemon are told which.
 const ADMIN_SOCKET: &str = "IMDS_ROUTER_SERVE_ADMIN_SOCKET";
 
@@ -56,14 +56,8 @@ impl Daemon {
         });
         match answered {
             Some(Ok(())) => daemon,
-            Some(Err(status)) => panic!(
-                "the daemon ended ({status}) instead of serving:\n{}",
-                daemon.tail()
-            ),
-            None => panic!(
-                "the daemon's admin socket does not answer:\n{}",
-                daemon.tail()
-            ),
+            Some(Err(status)) => panic!("the daemon ended ({status}) instead of serving:\n{}", daemon.tail()),
+            None => panic!("the daemon's admin socket does not answer:\n{}", daemon.tail()),
         }
     }
 
@@ -83,14 +77,8 @@ impl Daemon {
         }
     }
 
-    fn launch(
-        engine: &Arc<Engine>,
-        directory: PathBuf,
-        config: &str,
-        environment: &[(String, String)],
-    ) -> Daemon {
-        fs::create_dir_all(&directory)
-            .unwrap_or_else(|e| panic!("cannot make {}: {e}", directory.display()));
+    fn launch(engine: &Arc<Engine>, directory: PathBuf, config: &str, environment: &[(String, String)]) -> Daemon {
+        fs::create_dir_all(&directory).unwrap_or_else(|e| panic!("cannot make {}: {e}", directory.display()));
         let file = directory.join("config.toml");
         fs::write(&file, with_own_paths(config, &directory))
             .unwrap_or_else(|e| panic!("cannot write {}: {e}", file.display()));
@@ -166,12 +154,10 @@ impl Daemon {
             .arg("30")
             .arg(tools::DAEMON)
             .args(words)
-            .env(ADMIN_SOCKET, self.admin_socket());
+            .env(ADMIN_SOCKET, self.admin_socket())
+            .env("DOCKER_HOST", self.engine.docker_host());
         let done = Done::of(command);
-        append(
-            &self.process.log.with_extension("cli.log"),
-            &done.to_string(),
-        );
+        append(&self.process.log.with_extension("cli.log"), &done.to_string());
         done
     }
 
@@ -200,9 +186,7 @@ impl Daemon {
 }
 
 fn new_directory(engine: &Engine) -> PathBuf {
-    engine
-        .directory()
-        .join(format!("daemon-{}", run::next_number()))
+    engine.directory().join(format!("daemon-{}", run::next_number()))
 }
 
 /// Adds the two paths to the configuration's `[serve]`, or adds a `[serve]` with them.

@@ -85,8 +85,7 @@ impl Engine {
         let directory = run::directory().join(&namespace);
         for part in ["containerd", "docker", "client"] {
             let path = directory.join(part);
-            fs::create_dir_all(&path)
-                .unwrap_or_else(|e| panic!("cannot make {}: {e}", path.display()));
+            fs::create_dir_all(&path).unwrap_or_else(|e| panic!("cannot make {}: {e}", path.display()));
         }
         let engine = Arc::new(Engine {
             view,
@@ -161,10 +160,7 @@ impl Engine {
             .arg(format!("--mount=/proc/{}/ns/mnt", self.host.id()))
             .arg(program)
             .env_clear()
-            .env(
-                "PATH",
-                "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-            );
+            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
         command
     }
 
@@ -177,12 +173,7 @@ impl Engine {
     }
 
     /// An HTTP request of a process of the engine's host.
-    pub fn request(
-        &self,
-        method: &str,
-        url: &str,
-        headers: &[(&str, &str)],
-    ) -> Result<Reply, NoReply> {
+    pub fn request(&self, method: &str, url: &str, headers: &[(&str, &str)]) -> Result<Reply, NoReply> {
         http::request(self.command("curl"), method, url, headers)
     }
 
@@ -212,12 +203,7 @@ impl Engine {
 
     /// The image [`SDK`] under another name, with labels and environment of its own, as a Dockerfile's LABEL and ENV set them.
     #[track_caller]
-    pub fn image_with(
-        &self,
-        name: &str,
-        labels: &[(&str, &str)],
-        environment: &[(&str, &str)],
-    ) -> String {
+    pub fn image_with(&self, name: &str, labels: &[(&str, &str)], environment: &[(&str, &str)]) -> String {
         let quoted = |word: &str, (key, value): &(&str, &str)| format!("{word} {key}={value:?}");
         let changes: Vec<String> = labels
             .iter()
@@ -248,9 +234,7 @@ impl Engine {
         if let Some(mut dockerd) = self.lock_dockerd().take() {
             let pid = Pid::from_child(&dockerd);
             let _ = kill_process(pid, Signal::TERM);
-            let ended = poll_quietly(Duration::from_secs(20), || {
-                dockerd.try_wait().ok().flatten()
-            });
+            let ended = poll_quietly(Duration::from_secs(20), || dockerd.try_wait().ok().flatten());
             if ended.is_none() {
                 let _ = dockerd.kill();
                 panic!("dockerd did not stop:\n{}", tail(&self.log("dockerd"), 25));
@@ -363,10 +347,7 @@ impl Engine {
         let mut containerd = self.command("containerd");
         containerd.arg("--config").arg(config);
         let child = start_logged(&mut containerd, &self.log("containerd"));
-        *self
-            .containerd
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some(child);
+        *self.containerd.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);
     }
 
     fn containerd_socket(&self) -> PathBuf {
@@ -378,11 +359,7 @@ impl Engine {
         let files = self.directory.join(format!("image-{name}"));
         fs::create_dir_all(&files).expect("the engine's directory is writable");
         let tar = files.with_extension("tar");
-        let in_files = format!(
-            "cd '{}'\n{script}\ntar -cf '{}' .",
-            files.display(),
-            tar.display()
-        );
+        let in_files = format!("cd '{}'\n{script}\ntar -cf '{}' .", files.display(), tar.display());
         sh("sh", &["-ec", &in_files]);
         let mut docker = self.docker_command();
         docker.arg("import");

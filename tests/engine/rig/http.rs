@@ -18,10 +18,7 @@ pub struct Reply {
 impl Reply {
     /// The first header of that name, in whatever case.
     pub fn header(&self, name: &str) -> Option<&str> {
-        let found = self
-            .headers
-            .iter()
-            .find(|(n, _)| n.eq_ignore_ascii_case(name));
+        let found = self.headers.iter().find(|(n, _)| n.eq_ignore_ascii_case(name));
         found.map(|(_, value)| value.as_str())
     }
 }
@@ -54,12 +51,7 @@ impl fmt::Display for NoReply {
 }
 
 /// Adds the arguments for this request to `curl`, a command that ends in the word `curl`, and runs it.
-pub fn request(
-    mut curl: Command,
-    method: &str,
-    url: &str,
-    headers: &[(&str, &str)],
-) -> Result<Reply, NoReply> {
+pub fn request(mut curl: Command, method: &str, url: &str, headers: &[(&str, &str)]) -> Result<Reply, NoReply> {
     // -v, because only there does curl tell "refused" from "no route".
     curl.args(["-sSvi", "--max-time", "2", "--noproxy", "*"])
         // What the trial says is what goes over the wire.

@@ -37,12 +37,7 @@ impl Moto {
             let died = process.ended().is_some();
             (died || engine.request("GET", &url, &[]).is_ok()).then_some(!died)
         });
-        assert_eq!(
-            answered,
-            Some(true),
-            "moto does not start:\n{}",
-            tail(&process.log, 25)
-        );
+        assert_eq!(answered, Some(true), "moto does not start:\n{}", tail(&process.log, 25));
         Moto {
             host_url,
             _process: process,
@@ -94,8 +89,7 @@ impl Moto {
         let reply = engine
             .request("GET", &url, &[])
             .map_err(|why| format!("moto does not say whom it knows: {why}"))?;
-        let data: Value = serde_json::from_str(&reply.body)
-            .map_err(|e| format!("moto's data are no JSON: {e}"))?;
+        let data: Value = serde_json::from_str(&reply.body).map_err(|e| format!("moto's data are no JSON: {e}"))?;
         // Absent until the first one.
         let rows = data.pointer("/sts/AssumedRole").and_then(Value::as_array);
         let rows = rows.cloned().unwrap_or_default();

@@ -43,11 +43,17 @@ impl Snapshot {
         lines.filter(|line| line.contains(text)).collect()
     }
 
+    /// Without the IPv6 routes of a link.
+    pub fn without_ipv6_of(mut self, link: &str) -> Snapshot {
+        self.0
+            .retain(|line| !(line.starts_with("route6 ") && line.contains(link)));
+        self
+    }
+
     /// Fails with the difference when `later` is not the same.
     #[track_caller]
     pub fn assert_same(&self, later: &Snapshot) {
-        let (before, after): (BTreeSet<_>, BTreeSet<_>) =
-            (self.0.iter().collect(), later.0.iter().collect());
+        let (before, after): (BTreeSet<_>, BTreeSet<_>) = (self.0.iter().collect(), later.0.iter().collect());
         let gone = before.difference(&after).map(|line| format!("- {line}"));
         let new = after.difference(&before).map(|line| format!("+ {line}"));
         let difference: Vec<String> = gone.chain(new).collect();

@@ -133,17 +133,13 @@ pub fn end() -> Vec<String> {
 
 /// Ends what runs that were killed have left behind.
 pub fn end_stale_runs() {
-    let alive = |run: u32| {
-        fs::read_to_string(format!("/proc/{run}/comm")).is_ok_and(|c| c.starts_with("engine-"))
-    };
+    let alive = |run: u32| fs::read_to_string(format!("/proc/{run}/comm")).is_ok_and(|c| c.starts_with("engine-"));
     for name in namespaces_of(|run| !alive(run)) {
         end_namespace(&name);
     }
     for entry in fs::read_dir(DIRECTORIES).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let run = name
-            .strip_prefix(PREFIX)
-            .and_then(|run| run.parse::<u32>().ok());
+        let run = name.strip_prefix(PREFIX).and_then(|run| run.parse::<u32>().ok());
         if run.is_some_and(|run| run != std::process::id() && !alive(run)) {
             let _ = fs::remove_dir_all(entry.path()); // best effort: it is somebody else's rubbish
         }
@@ -154,10 +150,7 @@ pub fn end_stale_runs() {
 pub fn leftovers() -> Vec<String> {
     let ours = std::process::id();
     let namespaces = namespaces_of(|run| run == ours);
-    let mut left: Vec<String> = namespaces
-        .iter()
-        .map(|name| format!("namespace {name}"))
-        .collect();
+    let mut left: Vec<String> = namespaces.iter().map(|name| format!("namespace {name}")).collect();
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     let directory = directory_of(ours);
     let mark = directory.to_string_lossy();
@@ -206,9 +199,7 @@ fn programs_of(run: u32) -> Vec<u32> {
         process.alive && PROGRAMS.contains(&name) && process.arguments.contains(&*mark)
     };
     let all = processes().into_iter();
-    all.filter(|(_, process)| ours(process))
-        .map(|(pid, _)| pid)
-        .collect()
+    all.filter(|(_, process)| ours(process)).map(|(pid, _)| pid).collect()
 }
 
 fn kill(pid: u32) {
@@ -231,10 +222,7 @@ pub fn end_namespace(name: &str) -> Vec<String> {
         inside.is_empty().then_some(())
     });
     if done.is_none() {
-        left.push(format!(
-            "{name}: processes that do not die: {:?}",
-            inside(name)
-        ));
+        left.push(format!("{name}: processes that do not die: {:?}", inside(name)));
     }
     for id in &containers {
         remove_cgroups(&format!("docker/{id}"));
@@ -288,8 +276,7 @@ fn inside(name: &str) -> BTreeSet<u32> {
     };
     let all = processes();
     let sits_in = |pid: u32| {
-        fs::metadata(format!("/proc/{pid}/ns/net"))
-            .is_ok_and(|ns| (ns.dev(), ns.ino()) == (wanted.dev(), wanted.ino()))
+        fs::metadata(format!("/proc/{pid}/ns/net")).is_ok_and(|ns| (ns.dev(), ns.ino()) == (wanted.dev(), wanted.ino()))
     };
     let there = all.keys().copied().filter(|pid| sits_in(*pid)).collect();
     let mut inside = with_descendants(&all, there);
@@ -302,9 +289,7 @@ fn with_descendants(all: &BTreeMap<u32, Process>, these: BTreeSet<u32>) -> BTree
     let mut family = these;
     loop {
         let before = family.len();
-        let children = all
-            .iter()
-            .filter(|(_, process)| family.contains(&process.parent));
+        let children = all.iter().filter(|(_, process)| family.contains(&process.parent));
         let children: Vec<u32> = children.map(|(pid, _)| *pid).collect();
         family.extend(children);
         if family.len() == before {
@@ -317,9 +302,7 @@ fn with_descendants(all: &BTreeMap<u32, Process>, these: BTreeSet<u32>) -> BTree
 
 /// The ids of the containers that the engine of this namespace knew: the names of their cgroups.
 fn containers_of(name: &str) -> Vec<String> {
-    let run = name
-        .strip_prefix(PREFIX)
-        .and_then(|rest| rest.split('-').next());
+    let run = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
     let Some(run) = run.and_then(|run| run.parse().ok()) else {
         return Vec::new();
     };
@@ -342,10 +325,7 @@ fn remove_cgroups(path: &str) {
     }
     let root = Path::new("/sys/fs/cgroup");
     let hierarchies = fs::read_dir(root).into_iter().flatten().flatten();
-    for hierarchy in hierarchies
-        .map(|entry| entry.path())
-        .chain([root.to_owned()])
-    {
+    for hierarchy in hierarchies.map(|entry| entry.path()).chain([root.to_owned()]) {
         let cgroup = hierarchy.join(path);
         if path == "docker" {
             let _ = fs::remove_dir(cgroup); // itself alone: below it may be another engine's containers

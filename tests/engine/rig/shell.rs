@@ -89,11 +89,7 @@ impl Done {
 
 impl fmt::Display for Done {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{}: {}\n{}{}",
-            self.command, self.status, self.stdout, self.stderr
-        )
+        write!(f, "{}: {}\n{}{}", self.command, self.status, self.stdout, self.stderr)
     }
 }
 

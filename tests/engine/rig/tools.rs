@@ -12,8 +12,7 @@ pub const DAEMON: &str = env!("CARGO_BIN_EXE_imds-router");
 /// cargo's output directory, wherever it is.
 fn target() -> &'static Path {
     let tmp = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    tmp.parent()
-        .expect("cargo puts tmp/ into its target directory")
+    tmp.parent().expect("cargo puts tmp/ into its target directory")
 }
 
 /// The installed clients; the same path inside the containers, since a Python environment cannot be moved.

@@ -1,0 +1,732 @@
+//! The interception, in network namespaces without any way out.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use imds_router::host::apply::{Interception, clear, install, pending};
+use imds_router::host::{HostError, Part, Plan, Step};
+use libtest_mimic::{Failed, Trial};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt};
+use rustix::thread::{CapabilitySet, LinkNameSpaceType, capabilities, move_into_link_name_space, set_capabilities};
+
+const ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+const LISTENER: SocketAddrV4 = SocketAddrV4::new(ADDRESS, 51254);
+const OTHER_LISTENER: SocketAddrV4 = SocketAddrV4::new(ADDRESS, 51255);
+/// How long the kernel and a busy machine may take for what is over in milliseconds.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+type Outcome = Result<(), Failed>;
+
+/// All of them.
+pub fn trials() -> Vec<Trial> {
+    let all: [(&str, fn() -> Outcome); 21] = [
+        ("up_is_what_the_documentation_lists", up_is_what_the_documentation_lists),
+        (
+            "clients_reach_the_listener_and_keep_their_address",
+            clients_reach_the_listener_and_keep_their_address,
+        ),
+        ("a_namespace_keeps_its_own_port_80", a_namespace_keeps_its_own_port_80),
+        ("a_second_daemon_is_told", a_second_daemon_is_told),
+        (
+            "of_two_that_start_together_one_serves",
+            of_two_that_start_together_one_serves,
+        ),
+        ("a_crash_refuses_everybody", a_crash_refuses_everybody),
+        (
+            "a_real_service_is_reached_only_without_us",
+            a_real_service_is_reached_only_without_us,
+        ),
+        ("the_next_daemon_takes_over", the_next_daemon_takes_over),
+        ("what_is_removed_is_put_back", what_is_removed_is_put_back),
+        ("a_flush_of_all_rules_is_survived", a_flush_of_all_rules_is_survived),
+        ("own_changes_do_not_ring_for_ever", own_changes_do_not_ring_for_ever),
+        ("a_foreign_link_is_used_and_stays", a_foreign_link_is_used_and_stays),
+        (
+            "foreign_closed_routes_are_left_alone",
+            foreign_closed_routes_are_left_alone,
+        ),
+        (
+            "a_foreign_open_route_stays_behind_ours",
+            a_foreign_open_route_stays_behind_ours,
+        ),
+        ("a_foreign_address_stays", a_foreign_address_stays),
+        ("a_failure_half_way_leaves_nothing", a_failure_half_way_leaves_nothing),
+        (
+            "without_the_right_nothing_is_touched",
+            without_the_right_nothing_is_touched,
+        ),
+        ("down_finds_nothing_left", down_finds_nothing_left),
+        ("down_without_the_right_says_so", down_without_the_right_says_so),
+        (
+            "without_a_daemon_everybody_is_refused",
+            without_a_daemon_everybody_is_refused,
+        ),
+        (
+            "a_namespace_goes_back_to_what_it_was",
+            a_namespace_goes_back_to_what_it_was,
+        ),
+    ];
+    all.into_iter()
+        .map(|(name, run)| Trial::test(format!("host::{name}"), run))
+        .collect()
+}
+
+fn up_is_what_the_documentation_lists() -> Outcome {
+    let ns = Namespace::new();
+    let before = ns.listing();
+    let up = ns.up(LISTENER)?;
+    let tables = sorted(Plan::host(LISTENER).parts().iter().filter_map(text));
+    assert_eq!(ns.rules(), tables, "as nft lists them");
+    assert_eq!(up.taken_over(), []);
+    assert_eq!(
+        ns.json(&["addr", "show", "to", "169.254.169.254"])[0]["ifname"],
+        "lo",
+        "no dummy in this kernel"
+    );
+    let route = &ns.json(&["route", "show", "169.254.169.254"])[0];
+    assert_eq!(
+        (&route["type"], &route["protocol"]),
+        (&"unreachable".into(), &"169".into())
+    );
+    assert_eq!(ns.enter(|| pending(&Plan::host(LISTENER)))?, [], "complete");
+    up.down()?;
+    assert_eq!(ns.listing(), before);
+    Ok(())
+}
+
+fn clients_reach_the_listener_and_keep_their_address() -> Outcome {
+    let (host, guest) = (Namespace::new(), Namespace::new());
+    let client = host.bridge_to(&guest);
+    let listener = host.listen(LISTENER, true);
+    let up = host.up(LISTENER)?;
+    // What Docker does for `docker run -p 80:80`: neither the rule (to where nobody listens) nor the proxy takes ours.
+    let _proxy = host.listen(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 80), false);
+    for hook in ["prerouting", "output"] {
+        let chain = format!("chain ip nat {hook} {{ type nat hook {hook} priority -100; }}");
+        let rule = format!("rule ip nat {hook} fib daddr type local tcp dport 80 dnat to 10.9.0.1:9");
+        host.run("nft", &["add table ip nat; add ", &chain, "; add ", &rule]);
+    }
+    for (from, source) in [(&guest, client), (&host, ADDRESS)] {
+        let (mut near, far) = (from.connect()?, listener.accept()?);
+        assert_eq!(near.peer_addr()?, SocketAddr::from((ADDRESS, 80)));
+        assert_eq!(far.1.ip(), source);
+        assert_eq!(near.local_addr()?, far.1);
+        (&far.0).write_all(b"pong")?;
+        let mut answer = [0; 4];
+        near.read_exact(&mut answer)?;
+        assert_eq!(&answer, b"pong");
+    }
+    up.down()?;
+    Ok(())
+}
+
+fn a_namespace_keeps_its_own_port_80() -> Outcome {
+    let ns = Namespace::new();
+    let application = ns.listen(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 80), false);
+    let ours = ns.listen(LISTENER, true);
+    let up = ns.enter(|| Interception::up(Plan::namespace(LISTENER)))?;
+    let near = ns.connect()?;
+    assert_eq!(ours.accept()?.1, near.local_addr()?);
+    let local = ns.enter(|| TcpStream::connect((Ipv4Addr::LOCALHOST, 80)))?;
+    assert_eq!(application.accept()?.1, local.local_addr()?);
+    up.down()?;
+    Ok(())
+}
+
+fn a_second_daemon_is_told() -> Outcome {
+    let ns = Namespace::new();
+    let first = ns.up(LISTENER)?;
+    let before = ns.listing();
+    match ns.up(OTHER_LISTENER).map(drop) {
+        Err(HostError::Busy {
+            table: "imds_router",
+            holder,
+        }) => assert_eq!(holder, std::process::id()),
+        other => return Err(format!("{other:?}").into()),
+    }
+    let cleared = ns.enter(|| clear(&Plan::host(LISTENER)));
+    assert!(matches!(cleared, Err(HostError::Busy { .. })), "{cleared:?}");
+    assert_eq!(ns.enter(|| install(&Plan::host(LISTENER)))?, [], "all there");
+    assert_eq!(ns.listing(), before, "nothing was touched");
+    first.down()?;
+    ns.up(OTHER_LISTENER)?.down()?;
+    Ok(())
+}
+
+fn of_two_that_start_together_one_serves() -> Outcome {
+    let ns = Namespace::new();
+    let before = ns.listing();
+    let alone = ns.up(LISTENER)?;
+    let complete = ns.listing();
+    alone.down()?;
+    for round in 0..20 {
+        let outcomes: Vec<_> = std::thread::scope(|scope| {
+            let starting: Vec<_> = (0..2).map(|_| scope.spawn(|| ns.up(LISTENER))).collect();
+            starting.into_iter().map(|one| one.join().expect("no panic")).collect()
+        });
+        let (mut served, refused): (Vec<_>, Vec<_>) = outcomes.into_iter().partition(Result::is_ok);
+        assert_eq!((served.len(), refused.len()), (1, 1), "round {round}");
+        assert!(matches!(refused[0], Err(HostError::Busy { .. })), "round {round}");
+        assert_eq!(ns.listing(), complete, "round {round}: the loser touched nothing");
+        served.remove(0)?.down()?;
+        assert_eq!(ns.listing(), before, "round {round}");
+    }
+    Ok(())
+}
+
+fn a_crash_refuses_everybody() -> Outcome {
+    let (host, guest) = (Namespace::new(), Namespace::new());
+    host.bridge_to(&guest);
+    let listener = host.listen(LISTENER, true);
+    let _publisher = host.listen(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 80), false);
+    let up = host.up(LISTENER)?;
+    host.connect()?;
+    drop(listener);
+    host.crash(up);
+    let _squatter = host.listen(LISTENER, false);
+    for from in [&host, &guest] {
+        assert_eq!(
+            from.connect().map_err(|e| e.kind()).err(),
+            Some(ErrorKind::ConnectionRefused)
+        );
+    }
+    Ok(())
+}
+
+fn a_real_service_is_reached_only_without_us() -> Outcome {
+    // The other end of the default route plays EC2.
+    let (ec2, host) = (Namespace::new(), Namespace::new());
+    ec2.bridge_to(&host);
+    ec2.run("ip", &["addr", "add", "169.254.169.254/32", "dev", "lo"]);
+    let real = ec2.listen(SocketAddrV4::new(ADDRESS, 80), false);
+    let reached = || host.connect().map(drop).map_err(|e| e.kind());
+    reached().map_err(|e| format!("{e:?} before"))?;
+    real.accept()?;
+
+    let listener = host.listen(LISTENER, true);
+    let up = host.up(LISTENER)?;
+    let near = host.connect()?;
+    assert_eq!(listener.accept()?.1, near.local_addr()?);
+    host.crash(up);
+    // Whatever of the rest is lost as well: the address, then the route, and the guard still refuses.
+    assert_eq!(reached(), Err(ErrorKind::ConnectionRefused));
+    host.run("ip", &["addr", "del", "169.254.169.254/32", "dev", "lo"]);
+    assert_eq!(reached(), Err(ErrorKind::HostUnreachable));
+    host.run("ip", &["route", "del", "unreachable", "169.254.169.254"]);
+    assert_eq!(reached(), Err(ErrorKind::ConnectionRefused));
+
+    assert_eq!(host.enter(|| clear(&Plan::host(LISTENER)))?.len(), 1);
+    reached().map_err(|e| format!("{e:?} afterwards"))?;
+    real.accept()?;
+    Ok(())
+}
+
+fn the_next_daemon_takes_over() -> Outcome {
+    let ns = Namespace::new();
+    let before = ns.listing();
+    ns.crash(ns.up(LISTENER)?);
+    ns.run("nft", &["add", "table", "ip", "imds_router"]);
+    let squatter = ns.listen(LISTENER, false);
+    let listener = ns.listen(OTHER_LISTENER, false);
+    let up = ns.up(OTHER_LISTENER)?;
+    let taken: Vec<String> = up.taken_over().iter().map(Part::to_string).collect();
+    let expected = [
+        "address 169.254.169.254/32 on lo",
+        "table ip imds_router",
+        "unreachable route 169.254.169.254/32",
+        "table ip imds_router_guard",
+    ];
+    assert_eq!(taken, expected);
+    let near = ns.connect()?;
+    assert_eq!(listener.accept()?.1, near.local_addr()?);
+    drop(squatter);
+    up.down()?;
+    assert_eq!(ns.listing(), before);
+    Ok(())
+}
+
+fn what_is_removed_is_put_back() -> Outcome {
+    let damages: [(&str, &[&str], &str); 7] = [
+        (
+            "ip",
+            &["addr", "del", "169.254.169.254/32", "dev", "lo"],
+            "add address 169.254.169.254/32 on lo",
+        ),
+        (
+            "ip",
+            &["addr", "flush", "dev", "lo"],
+            "add address 169.254.169.254/32 on lo",
+        ),
+        (
+            "ip",
+            &["route", "del", "unreachable", "169.254.169.254"],
+            "add unreachable route 169.254.169.254/32",
+        ),
+        (
+            "nft",
+            &["delete", "table", "ip", "imds_router_guard"],
+            "add table ip imds_router_guard",
+        ),
+        (
+            "nft",
+            &["flush", "table", "ip", "imds_router_guard"],
+            "repair table ip imds_router_guard",
+        ),
+        (
+            "nft",
+            &["insert", "rule", "ip", "imds_router_guard", "out", "accept"],
+            "repair table ip imds_router_guard",
+        ),
+        (
+            "nft",
+            &["add", "table", "ip", "imds_router_guard", "{ flags dormant; }"],
+            "repair table ip imds_router_guard",
+        ),
+    ];
+    let ns = Namespace::new();
+    let mut up = ns.up(LISTENER)?;
+    let before = ns.listing();
+    for (program, arguments, repair) in damages {
+        up.verify()?;
+        settle(&up)?;
+        ns.run(program, arguments);
+        let damaged = Instant::now();
+        wait(&up)?;
+        let done: Vec<String> = up.verify()?.iter().map(Step::to_string).collect();
+        println!(
+            "{program} {}: put back after {:?}",
+            arguments.join(" "),
+            damaged.elapsed()
+        );
+        assert_eq!(done, [repair], "{program} {arguments:?}");
+        assert!(damaged.elapsed() < Duration::from_secs(1), "{:?}", damaged.elapsed());
+        ns.run("ip", &["addr", "replace", "127.0.0.1/8", "dev", "lo", "scope", "host"]);
+        assert_eq!(ns.rules(), before.2, "{program} {arguments:?}");
+        assert_eq!(ns.enter(|| pending(&Plan::host(LISTENER)))?, []);
+    }
+    up.down()?;
+    Ok(())
+}
+
+fn a_flush_of_all_rules_is_survived() -> Outcome {
+    let ns = Namespace::new();
+    let listener = ns.listen(LISTENER, true);
+    let mut up = ns.up(LISTENER)?;
+    let before = ns.listing();
+    ns.run("nft", &["flush", "ruleset"]);
+    let near = ns.connect()?;
+    assert_eq!(
+        listener.accept()?.1,
+        near.local_addr()?,
+        "the owned table does not care"
+    );
+    assert_eq!(up.verify()?.len(), 1);
+    assert_eq!(ns.listing(), before);
+    up.down()?;
+    Ok(())
+}
+
+fn own_changes_do_not_ring_for_ever() -> Outcome {
+    let ns = Namespace::new();
+    let mut up = ns.up(LISTENER)?;
+    ns.run("ip", &["addr", "del", "169.254.169.254/32", "dev", "lo"]);
+    let (mut repairs, mut rings) = (0, 0);
+    while ring(&up, Duration::from_millis(300))? {
+        repairs += up.verify()?.len();
+        rings += 1;
+        assert!(rings <= 3, "the damage, the repair, and one to spare");
+    }
+    assert_eq!(repairs, 1);
+    up.down()?;
+    Ok(())
+}
+
+fn a_foreign_link_is_used_and_stays() -> Outcome {
+    let ns = Namespace::new();
+    ns.run("ip", &["link", "add", "imds0", "type", "bridge"]);
+    let mut up = ns.up(LISTENER)?;
+    assert_eq!(
+        ns.json(&["addr", "show", "to", "169.254.169.254"])[0]["ifname"],
+        "imds0"
+    );
+    ns.run("ip", &["link", "set", "imds0", "down"]);
+    assert_eq!(
+        up.verify()?.iter().map(Step::to_string).collect::<Vec<_>>(),
+        ["repair link imds0 (dummy)"]
+    );
+    let listener = ns.listen(LISTENER, false);
+    let near = ns.connect()?;
+    assert_eq!(listener.accept()?.1, near.local_addr()?);
+    ns.run("ip", &["addr", "flush", "dev", "imds0"]);
+    let done: Vec<String> = up.verify()?.iter().map(Step::to_string).collect();
+    assert_eq!(done, ["add address 169.254.169.254/32 on imds0"]);
+    up.down()?;
+    assert_eq!(
+        ns.json(&["link", "show", "imds0"])[0]["ifname"],
+        "imds0",
+        "it was not ours"
+    );
+
+    let mut up = ns.up(LISTENER)?;
+    ns.run("ip", &["link", "del", "imds0"]);
+    let done: Vec<String> = up.verify()?.iter().map(Step::to_string).collect();
+    assert_eq!(
+        done,
+        ["add address 169.254.169.254/32 on lo"],
+        "no dummy in this kernel"
+    );
+    up.down()?;
+    Ok(())
+}
+
+fn foreign_closed_routes_are_left_alone() -> Outcome {
+    for kind in ["blackhole", "prohibit", "unreachable"] {
+        let ns = Namespace::new();
+        ns.run("ip", &["route", "add", kind, "169.254.169.254"]);
+        let before = ns.listing();
+        let mut up = ns.up(LISTENER)?;
+        assert_eq!(
+            ns.json(&["route", "show", "169.254.169.254"]).as_array().map(Vec::len),
+            Some(1),
+            "{kind}"
+        );
+        assert_eq!(up.verify()?, []);
+        up.down()?;
+        assert_eq!(ns.listing(), before, "{kind}");
+        ns.crash(ns.up(LISTENER)?);
+        ns.enter(|| clear(&Plan::host(LISTENER)))?;
+        assert_eq!(ns.listing(), before, "{kind}");
+    }
+    let ns = Namespace::new();
+    ns.run("ip", &["route", "add", "blackhole", "169.254.0.0/16"]);
+    let before = ns.listing();
+    let up = ns.up(LISTENER)?;
+    assert_eq!(
+        ns.json(&["route", "show", "169.254.169.254"])[0]["type"],
+        "unreachable",
+        "a wider one is not enough"
+    );
+    up.down()?;
+    assert_eq!(ns.listing(), before);
+    Ok(())
+}
+
+fn a_foreign_open_route_stays_behind_ours() -> Outcome {
+    let (ns, other) = (Namespace::new(), Namespace::new());
+    ns.bridge_to(&other);
+    ns.run("ip", &["route", "add", "169.254.169.254", "dev", "veth0"]);
+    let before = ns.listing();
+    let mut up = ns.up(LISTENER)?;
+    ns.run("ip", &["addr", "del", "169.254.169.254/32", "dev", "lo"]);
+    let get = ns.try_run("ip", &["route", "get", "169.254.169.254"]);
+    assert!(!get.status.success(), "unreachable: {get:?}");
+    assert_eq!(up.verify()?.len(), 1);
+    up.down()?;
+    assert_eq!(ns.listing(), before);
+    Ok(())
+}
+
+fn a_foreign_address_stays() -> Outcome {
+    let ns = Namespace::new();
+    ns.run("ip", &["addr", "add", "169.254.169.254/32", "dev", "lo"]);
+    let before = ns.listing();
+    ns.up(LISTENER)?.down()?;
+    assert_eq!(ns.listing(), before);
+    Ok(())
+}
+
+fn a_failure_half_way_leaves_nothing() -> Outcome {
+    let ns = Namespace::new();
+    // Without a dummy and without `lo` there is nothing to put the address on: the very last step fails.
+    ns.run("ip", &["link", "set", "lo", "down"]);
+    ns.run("ip", &["link", "set", "lo", "name", "loop"]);
+    let before = ns.listing();
+    let failed = ns.up(LISTENER).map(drop).expect_err("no link");
+    assert_eq!(failed.to_string(), "cannot add address 169.254.169.254/32 on lo");
+    assert_eq!(ns.listing(), before);
+    ns.enter(|| install(&Plan::host(LISTENER))).expect_err("no link");
+    assert_eq!(ns.listing(), before);
+    Ok(())
+}
+
+fn without_the_right_nothing_is_touched() -> Outcome {
+    let ns = Namespace::new();
+    let before = ns.listing();
+    let failed = ns.enter(|| {
+        let mut sets = capabilities(None).expect("own capabilities");
+        sets.effective.remove(CapabilitySet::NET_ADMIN);
+        set_capabilities(None, sets).expect("fewer are always allowed");
+        Interception::up(Plan::host(LISTENER)).map(drop).expect_err("no right")
+    });
+    assert!(matches!(failed, HostError::Denied { .. }), "{failed:?}");
+    assert!(failed.to_string().contains("CAP_NET_ADMIN"), "{failed}");
+    assert_eq!(ns.listing(), before);
+    Ok(())
+}
+
+fn down_finds_nothing_left() -> Outcome {
+    let ns = Namespace::new();
+    let before = ns.listing();
+    let up = ns.up(LISTENER)?;
+    ns.run("nft", &["delete", "table", "ip", "imds_router_guard"]);
+    ns.run("ip", &["route", "del", "unreachable", "169.254.169.254"]);
+    ns.run("ip", &["addr", "del", "169.254.169.254/32", "dev", "lo"]);
+    up.down()?;
+    assert_eq!(ns.enter(|| clear(&Plan::host(LISTENER)))?, []);
+    assert_eq!(ns.listing(), before);
+    Ok(())
+}
+
+fn down_without_the_right_says_so() -> Outcome {
+    let ns = Namespace::new();
+    ns.crash(ns.up(LISTENER)?);
+    let owner = ns.up(LISTENER)?;
+    let before = ns.listing();
+    // A thread without the right to change anything, through sockets of one that had it.
+    let failed = ns.enter(move || {
+        let mut sets = capabilities(None).expect("own capabilities");
+        sets.effective.remove(CapabilitySet::NET_ADMIN);
+        set_capabilities(None, sets).expect("fewer are always allowed");
+        owner.down().expect_err("no right")
+    });
+    assert!(matches!(failed, HostError::Denied { .. }), "{failed:?}");
+    assert_eq!(ns.listing().0, before.0, "the address is still there");
+    eventually(|| !ns.has_owned_table());
+    let left: Vec<String> = ns
+        .enter(|| clear(&Plan::host(LISTENER)))?
+        .iter()
+        .map(Step::to_string)
+        .collect();
+    assert_eq!(left.len(), 3, "{left:?}");
+    Ok(())
+}
+
+fn without_a_daemon_everybody_is_refused() -> Outcome {
+    let ns = Namespace::new();
+    let _publisher = ns.listen(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 80), false);
+    let before = ns.listing();
+    let plan = Plan::host(LISTENER);
+    let done = ns.enter(|| install(&Plan::host(LISTENER)))?;
+    assert_eq!(done.len(), 3, "guard, route, address: {done:?}");
+    assert_eq!(
+        ns.connect().map_err(|e| e.kind()).err(),
+        Some(ErrorKind::ConnectionRefused)
+    );
+    assert_eq!(ns.enter(|| install(&Plan::host(LISTENER)))?, []);
+    assert_eq!(ns.enter(move || clear(&plan))?.len(), 3);
+    assert_eq!(ns.listing(), before);
+    Ok(())
+}
+
+fn a_namespace_goes_back_to_what_it_was() -> Outcome {
+    let ns = Namespace::new();
+    let before = ns.listing();
+    let plan = Plan::namespace(LISTENER);
+    let up = ns.enter(|| Interception::up(Plan::namespace(LISTENER)))?;
+    assert_eq!(ns.rules(), sorted(plan.parts().iter().filter_map(text)));
+    up.down()?;
+    assert_eq!(ns.listing(), before);
+    Ok(())
+}
+
+/// A network namespace of our own, with nothing but `lo`; gone when dropped, also by a panic.
+struct Namespace {
+    name: String,
+}
+
+impl Namespace {
+    fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("host{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let made = Command::new("ip")
+            .args(["netns", "add", &name])
+            .status()
+            .expect("iproute2 is installed");
+        assert!(made.success(), "a namespace needs root");
+        let this = Self { name };
+        this.run("ip", &["link", "set", "lo", "up"]);
+        this
+    }
+
+    /// Runs on a thread that sits in this namespace and does only this.
+    fn enter<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        let namespace = std::fs::File::open(format!("/run/netns/{}", self.name)).expect("it is there");
+        let inside = move || {
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).expect("root may enter");
+            work()
+        };
+        std::thread::spawn(inside)
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    fn up(&self, listener: SocketAddrV4) -> Result<Interception, HostError> {
+        self.enter(move || Interception::up(Plan::host(listener)))
+    }
+
+    fn listen(&self, at: SocketAddrV4, freebind: bool) -> TcpListener {
+        self.enter(move || {
+            let flags = SocketFlags::CLOEXEC;
+            let listener = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None);
+            let listener = listener.expect("a socket");
+            sockopt::set_ip_freebind(&listener, freebind).expect("an option");
+            sockopt::set_socket_reuseaddr(&listener, true).expect("an option");
+            eventually(|| bind(&listener, &at).is_ok());
+            listen(&listener, 16).expect("to listen");
+            listener.into()
+        })
+    }
+
+    /// The daemon is gone without a word.
+    fn crash(&self, up: Interception) {
+        drop(up);
+        eventually(|| !self.has_owned_table());
+    }
+
+    fn has_owned_table(&self) -> bool {
+        self.rules().iter().any(|table| table.contains("flags owner"))
+    }
+
+    /// A new connection to 169.254.169.254:80.
+    fn connect(&self) -> io::Result<TcpStream> {
+        self.enter(|| {
+            let stream = TcpStream::connect_timeout(&(ADDRESS, 80).into(), PATIENCE)?;
+            stream.set_read_timeout(Some(PATIENCE))?;
+            Ok(stream)
+        })
+    }
+
+    /// A pair of links to `guest`, which has its default route here. Returns the address there.
+    fn bridge_to(&self, guest: &Self) -> Ipv4Addr {
+        self.run(
+            "ip",
+            &[
+                "link",
+                "add",
+                "veth0",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                &guest.name,
+            ],
+        );
+        self.run("ip", &["addr", "add", "10.9.0.1/24", "dev", "veth0"]);
+        self.run("ip", &["link", "set", "veth0", "up"]);
+        guest.run("ip", &["addr", "add", "10.9.0.2/24", "dev", "eth0"]);
+        guest.run("ip", &["link", "set", "eth0", "up"]);
+        guest.run("ip", &["route", "add", "default", "via", "10.9.0.1"]);
+        Ipv4Addr::new(10, 9, 0, 2)
+    }
+
+    fn try_run(&self, program: &str, arguments: &[&str]) -> std::process::Output {
+        let inside = ["--net".to_owned() + "=/run/netns/" + &self.name, program.to_owned()];
+        Command::new("nsenter")
+            .args(inside)
+            .args(arguments)
+            .output()
+            .expect("util-linux is installed")
+    }
+
+    fn run(&self, program: &str, arguments: &[&str]) -> String {
+        let output = self.try_run(program, arguments);
+        assert!(
+            output.status.success(),
+            "{program} {arguments:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8(output.stdout).expect("text")
+    }
+
+    fn json(&self, arguments: &[&str]) -> serde_json::Value {
+        serde_json::from_str(&self.run("ip", &[&["-j"], arguments].concat())).expect("JSON")
+    }
+
+    /// Each table as nft lists it, with numbers as priorities, by name: the kernel has them in order of creation.
+    fn rules(&self) -> Vec<String> {
+        let text = self.run("nft", &["--numeric-priority", "list", "ruleset"]);
+        sorted(
+            text.split_inclusive("\n}\n")
+                .map(|table| without_comment(table.trim_end())),
+        )
+    }
+
+    /// Everything that an interception could change.
+    fn listing(&self) -> (String, String, Vec<String>) {
+        (
+            self.run("ip", &["-j", "addr"]),
+            self.run("ip", &["-j", "route", "show", "table", "all"]),
+            self.rules(),
+        )
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        // A second panic would hide the first; a namespace that stays shows in `ip netns`.
+        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
+    }
+}
+
+/// nft names the owner of a table behind its name.
+fn without_comment(table: &str) -> String {
+    let (first, rest) = table.split_once('\n').expect("a table has lines");
+    format!("{}\n{rest}", first.split(" #").next().expect("split has a first part"))
+}
+
+fn text(part: &Part) -> Option<String> {
+    match part {
+        Part::Table(table) => Some(table.to_string()),
+        _ => None,
+    }
+}
+
+fn sorted(tables: impl Iterator<Item = String>) -> Vec<String> {
+    let mut list: Vec<String> = tables.collect();
+    list.sort();
+    list
+}
+
+/// Waits for what takes a moment: a program that another trial is just starting keeps our descriptors open until it runs.
+fn eventually(mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Whether something rang within `patience`.
+fn ring(up: &Interception, patience: Duration) -> io::Result<bool> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        tokio::time::timeout(patience, up.changed())
+            .await
+            .map_or(Ok(false), |rung| rung.map(|()| true))
+    })
+}
+
+fn wait(up: &Interception) -> Outcome {
+    if ring(up, PATIENCE)? {
+        Ok(())
+    } else {
+        Err("no notification".into())
+    }
+}
+
+/// Until what we did ourselves has been heard.
+fn settle(up: &Interception) -> Outcome {
+    let deadline = Instant::now() + PATIENCE;
+    while ring(up, Duration::from_millis(100))? {
+        if Instant::now() > deadline {
+            return Err("it rings for ever".into());
+        }
+    }
+    Ok(())
+}
