@@ -20,6 +20,7 @@ use tracing::{error, info, warn};
 
 use crate::admin::{self, ContainerStatus, CredentialStatus, EngineStatus, Observatory, RequestStatus, Status};
 use crate::caller::cgroup::CgroupError;
+use crate::caller::connection::{Interfaces, remember_ingress};
 use crate::caller::kernel::HostKernel;
 use crate::clock::{Clock, rfc3339_seconds};
 use crate::config::{CredentialSource, Settings};
@@ -32,7 +33,7 @@ use crate::credentials::offline::Offline;
 use crate::credentials::sts::Sts;
 use crate::credentials::{RoleSession, offline};
 use crate::host::apply::Interception;
-use crate::host::{HostError, Plan};
+use crate::host::{HostError, LINK, Plan};
 use crate::instance::{FALLBACK_REGION, Instance, Role, Surroundings, resolve};
 use crate::server::{self, Service};
 use crate::telemetry::printable;
@@ -150,7 +151,7 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
     }
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(Watcher::new(ports, index, misses, clock).run());
-    tasks.spawn(server::accept(listener, service));
+    tasks.spawn(server::accept(listener, Interfaces::new(LINK), service));
     tasks.spawn(admin::serve(admin, observer));
     if let Some(sts) = sts {
         tasks.spawn(learn_base(sts, resolver.clone()));
@@ -326,6 +327,7 @@ fn imds_listener() -> io::Result<(TcpListener, u16)> {
             Some(socket2::Protocol::TCP),
         )?;
         socket.set_freebind_v4(true)?;
+        remember_ingress(&socket)?;
         // Connections of an earlier daemon in TIME_WAIT must not move the port.
         socket.set_reuse_address(true)?;
         socket.set_nonblocking(true)?;

@@ -17,11 +17,14 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
-use tracing::{debug, info, trace, warn};
+#[cfg(target_os = "linux")]
+use tracing::warn;
+use tracing::{debug, info, trace};
 
+#[cfg(target_os = "linux")]
+use crate::caller::connection::{Interface, Interfaces, ingress};
 use crate::caller::{Caller, Connection, Refusal, identify};
 use crate::clock::Clock;
 use crate::containers::Life;
@@ -31,7 +34,7 @@ use crate::instance::{Instance, Role};
 use crate::metadata::Node;
 use crate::metadata::catalogue::ROLE_LIST;
 use crate::telemetry::printable;
-use crate::wire::imds::{Call, Place, parse, version_list};
+use crate::wire::imds::{self, Call, parse, version_list};
 use crate::wire::token::TokenAuthority;
 use crate::wire::{Refused, Reply};
 
@@ -41,6 +44,8 @@ const HEAD_BYTES: usize = 16 * 1024;
 const CONNECTIONS_PER_CONTAINER: u32 = 64;
 /// Connections that are not proven yet, at once.
 const CONNECTIONS_BEFORE_PROOF: usize = 256;
+/// The same from one interface: one network cannot crowd out the others.
+const CONNECTIONS_BEFORE_PROOF_PER_INTERFACE: usize = 32;
 /// How long a connection is kept without a request; also how long a head may take.
 const IDLE: Duration = Duration::from_secs(15);
 /// The port that clients ask.
@@ -60,7 +65,7 @@ pub struct Service {
     pub hold: Duration,
     /// More names that are accepted in `Host`.
     pub hosts: Vec<String>,
-    before_proof: Semaphore,
+    before_proof: Gate,
     versions: Bytes,
     refusals: Refusals,
 }
@@ -83,24 +88,81 @@ impl Service {
             clock,
             hold,
             hosts,
-            before_proof: Semaphore::new(CONNECTIONS_BEFORE_PROOF),
+            before_proof: Gate::new(),
             versions: version_list().into(),
         })
     }
 }
 
+/// Connections before proof: so many in all, so many an interface.
+struct Gate {
+    all: Semaphore,
+    interfaces: dashmap::DashMap<u32, Arc<Semaphore>>,
+}
+
+impl Gate {
+    fn new() -> Self {
+        Self {
+            all: Semaphore::new(CONNECTIONS_BEFORE_PROOF),
+            interfaces: dashmap::DashMap::new(),
+        }
+    }
+
+    /// Waits for a place.
+    async fn enter(&self, interface: u32) -> Option<Place<'_>> {
+        let lane = || Arc::new(Semaphore::new(CONNECTIONS_BEFORE_PROOF_PER_INTERFACE));
+        let lane = self.interfaces.entry(interface).or_insert_with(lane).clone();
+        // Nobody closes these semaphores.
+        let lane = lane.acquire_owned().await.ok()?;
+        let all = self.all.acquire().await.ok()?;
+        Some(Place {
+            gate: self,
+            interface,
+            lane: Some(lane),
+            _all: all,
+        })
+    }
+}
+
+/// A place before proof.
+struct Place<'a> {
+    gate: &'a Gate,
+    interface: u32,
+    lane: Option<OwnedSemaphorePermit>,
+    _all: SemaphorePermit<'a>,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        drop(self.lane.take());
+        // Interfaces come and go; an idle one is forgotten. Whoever is entering holds the lane itself.
+        self.gate.interfaces.remove_if(&self.interface, |_, lane| {
+            Arc::strong_count(lane) == 1 && lane.available_permits() == CONNECTIONS_BEFORE_PROOF_PER_INTERFACE
+        });
+    }
+}
+
 /// Accepts until the task is dropped.
-pub async fn accept(listener: TcpListener, service: Arc<Service>) {
+#[cfg(target_os = "linux")]
+pub async fn accept(listener: tokio::net::TcpListener, interfaces: Interfaces, service: Arc<Service>) {
     loop {
         match listener.accept().await {
             Ok((stream, client)) => {
-                let Ok(local) = stream.local_addr() else { continue };
+                let (Ok(local), Ok(interface)) = (stream.local_addr(), ingress(&stream)) else {
+                    continue;
+                };
+                if interfaces.kind(interface) == Interface::Foreign {
+                    // Closed without a byte.
+                    service.refusals.note(&Refusal::ForeignInterface(interface), client);
+                    continue;
+                }
                 // Small answers, each of them awaited: nothing is gained by waiting for more to send.
                 let _ = stream.set_nodelay(true);
                 let connection = Connection {
                     client: SocketAddr::new(client.ip().to_canonical(), client.port()),
                     // The rules swap the port: the client knows nothing of ours.
                     server: SocketAddr::new(local.ip().to_canonical(), IMDS_PORT),
+                    interface,
                 };
                 tokio::spawn(serve(stream, connection, service.clone()));
             }
@@ -119,13 +181,13 @@ where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let deadline = service.clock.now() + service.hold;
+    trace!(client = %connection.client, interface = connection.interface, "accepted");
     // Those who are not proven cannot crowd out those who are. The wait is part of the deadline.
-    let Ok(Ok(permit)) = tokio::time::timeout_at(deadline, service.before_proof.acquire()).await else {
-        return;
-    };
+    let place = tokio::time::timeout_at(deadline, service.before_proof.enter(connection.interface)).await;
+    let Ok(Some(place)) = place else { return };
     match identify(&service.index, connection, deadline).await {
         Ok(caller) => {
-            drop(permit);
+            drop(place);
             let Some(counted) = Counted::take(caller.life().clone()) else {
                 info!(container = %caller.life().container, "more connections at once than a container has; closed");
                 return;
@@ -152,10 +214,10 @@ where
                 Refusal::NotSynchronised => Refused::NotReady,
                 _ => Refused::Unproven,
             };
-            // The permit is held on: whoever is refused has no more of us than the unproven have together.
+            // The place is held on: whoever is refused has no more of us than the unproven have together.
             let refuse = http(stream, move |_| async move { Ok(Reply::refused(why)) });
             let _ = tokio::time::timeout(service.hold, refuse).await;
-            drop(permit);
+            drop(place);
         }
     }
 }
@@ -289,11 +351,13 @@ impl Session {
         Some(left)
     }
 
-    async fn value(&self, place: &Place, mut instance: Arc<Instance>, deadline: Instant) -> Reply {
+    async fn value(&self, place: &imds::Place, mut instance: Arc<Instance>, deadline: Instant) -> Reply {
         let path = match place {
-            Place::Versions => return Reply::value(self.service.versions.clone(), instance.last_modified.clone()),
-            Place::Below(path) => path,
-            Place::Nowhere => return Reply::refused(Refused::NotFound),
+            imds::Place::Versions => {
+                return Reply::value(self.service.versions.clone(), instance.last_modified.clone());
+            }
+            imds::Place::Below(path) => path,
+            imds::Place::Nowhere => return Reply::refused(Refused::NotFound),
         };
         if path.starts_with(IAM) {
             instance = self.decided(instance, deadline).await;

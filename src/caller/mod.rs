@@ -20,6 +20,8 @@
 #[cfg(target_os = "linux")]
 pub mod cgroup;
 #[cfg(target_os = "linux")]
+pub mod connection;
+#[cfg(target_os = "linux")]
 pub mod kernel;
 #[cfg(target_os = "linux")]
 pub mod namespace;
@@ -44,6 +46,8 @@ pub struct Connection {
     pub client: SocketAddr,
     /// Where the client sent it: port 80 of the metadata address, whatever port we listen on.
     pub server: SocketAddr,
+    /// The interface of this host that it came in on.
+    pub interface: u32,
 }
 
 /// A life that was proven to be at the other end. Only [`identify`] makes one.
@@ -71,6 +75,9 @@ struct Proof {
 /// Why nobody was proven, with what was seen. For the operator; the caller learns nothing.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Refusal {
+    /// It comes from the LAN, or another interface that no container is behind.
+    #[error("came in on interface {0}, which is neither this host's own nor a bridge")]
+    ForeignInterface(u32),
     /// It comes from this host itself, or from a container in the host's network.
     #[error("comes from {0}, this host's own address: host processes and host-network containers are not served")]
     Host(IpAddr),
@@ -131,6 +138,7 @@ impl Refusal {
     /// A short name, for counters and logs.
     pub fn reason(&self) -> &'static str {
         match self {
+            Self::ForeignInterface(_) => "foreign-interface",
             Self::Host(_) => "host",
             Self::UnknownAddress(_) => "unknown-address",
             Self::NoLife { .. } => "no-life",

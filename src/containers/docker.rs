@@ -400,4 +400,106 @@ mod tests {
         assert_eq!(endpoint.ipv6, None);
         assert!(endpoint.internal);
     }
+
+    /// An engine that answers every request for `path` with what `answer` says.
+    fn engine(answer: impl Fn(&str) -> Option<String> + Send + Sync + 'static) -> (tempfile::TempDir, Engine) {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("docker.sock");
+        let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+        let answer = Arc::new(answer);
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let answer = answer.clone();
+                tokio::spawn(async move {
+                    let mut request = Vec::new();
+                    while !request.ends_with(b"\r\n\r\n") {
+                        if stream.read_buf(&mut request).await.unwrap_or(0) == 0 {
+                            return;
+                        }
+                    }
+                    let head = String::from_utf8(request).unwrap();
+                    let path =
+                        percent_encoding::percent_decode_str(head.split(' ').nth(1).unwrap()).decode_utf8_lossy();
+                    let (status, body) = match answer(&path) {
+                        Some(body) => ("200 OK", body),
+                        None => ("404 Not Found", "{\"message\":\"no such thing\"}".to_owned()),
+                    };
+                    let reply = format!(
+                        "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+                        body.len()
+                    );
+                    let _ = stream.write_all(reply.as_bytes()).await;
+                });
+            }
+        });
+        let engine = Engine::new(&format!("unix://{}", socket.display()), Clock::system());
+        (dir, engine)
+    }
+
+    fn version(path: &str) -> Option<String> {
+        path.ends_with("/version")
+            .then(|| "{\"ApiVersion\":\"1.41\"}".to_owned())
+    }
+
+    #[tokio::test]
+    async fn a_row_that_cannot_be_read_costs_those_of_its_state_only() {
+        let row = |digit: &str, state: &str| format!("{{\"Id\":\"{}\",\"State\":\"{state}\"}}", digit.repeat(64));
+        let (_dir, engine) = engine(move |path| {
+            // Podman says `stopped`, which bollard does not know.
+            let rows = match path {
+                _ if path.contains("\"status\":[\"running\"]") => vec![row("a", "running")],
+                _ if path.contains("\"status\":[\"exited\"]") => vec![row("b", "stopped")],
+                _ if path.contains("\"status\":") => vec![],
+                _ if path.contains("/containers/json") => vec![row("a", "running"), row("b", "stopped")],
+                _ => return version(path),
+            };
+            Some(format!("[{}]", rows.join(",")))
+        });
+        drop(engine.subscribe().await.unwrap());
+        let rows = engine.containers().await.unwrap();
+        assert_eq!(
+            rows.iter().map(|row| row.id.short()).collect::<Vec<_>>(),
+            ["aaaaaaaaaaaa"]
+        );
+        assert!(rows[0].running);
+    }
+
+    #[tokio::test]
+    async fn an_event_that_cannot_be_read_ends_the_stream_and_one_of_others_does_not() {
+        let id = "ab".repeat(32);
+        let (_dir, engine) = engine(move |path| {
+            let event =
+                |kind: &str| format!("{{\"Type\":\"{kind}\",\"Action\":\"start\",\"Actor\":{{\"ID\":\"{id}\"}}}}\n");
+            match path.contains("/events") {
+                true => Some(
+                    [
+                        event("container"),
+                        event("image"),
+                        event("container"),
+                        event("pod"),
+                        event("container"),
+                    ]
+                    .concat(),
+                ),
+                false => version(path),
+            }
+        });
+        let events: Vec<_> = engine.subscribe().await.unwrap().collect().await;
+        assert_eq!(events.len(), 2, "{events:?}");
+    }
+
+    #[tokio::test]
+    async fn what_is_not_there_is_none_and_an_engine_that_is_away_an_error_that_names_it() {
+        let (dir, engine) = engine(version);
+        drop(engine.subscribe().await.unwrap());
+        let id = ContainerId::parse(&"ab".repeat(32)).unwrap();
+        assert_eq!(engine.inspect(&id).await.unwrap(), None);
+        assert_eq!(engine.network(&NetworkId::from("n")).await.unwrap(), None);
+        assert_eq!(engine.image_labels("sha256:x").await.unwrap(), None);
+        let away = Engine::new(&format!("unix://{}/away.sock", dir.path().display()), Clock::system());
+        let error = away.subscribe().await.err().unwrap().to_string();
+        assert!(error.contains("away.sock"), "{error}");
+        assert_eq!(away.containers().await.unwrap_err().to_string(), "not connected");
+    }
 }

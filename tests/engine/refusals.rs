@@ -19,6 +19,7 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
         "refusals::an_address_that_no_container_has",
         an_address_that_no_container_has,
     ));
+    trials.push(rig.once("refusals::a_neighbour_in_the_lan", a_neighbour_in_the_lan));
     trials.push(rig.once(
         "refusals::host_network_and_shared_namespaces",
         host_network_and_shared_namespaces,
@@ -123,6 +124,30 @@ fn an_address_that_no_container_has(engine: &Arc<Engine>) {
     assert_eq!(engine.host("sh", &["-c", script]), "403");
     assert_eq!(daemon.status()["refused_connections"]["unknown-address"], 1);
     assert_eq!(neighbour.get(LIST, &[]).body, "neighbour");
+    daemon.stop();
+}
+
+/// A machine beside the host, which routes the address to it.
+fn a_neighbour_in_the_lan(engine: &Arc<Engine>) {
+    let moto = engine.moto();
+    let daemon = Daemon::start(engine, ACCOUNT, &moto.daemon_environment());
+    let script = "
+        unshare -n sleep 60 & stranger=$!
+        while [ \"$(readlink /proc/$stranger/ns/net)\" = \"$(readlink /proc/self/ns/net)\" ]; do :; done
+        trap 'kill $stranger; ip link del lan0 2>/dev/null' EXIT
+        ip link add lan0 type veth peer name eth0 netns $stranger
+        ip addr add 10.55.0.1/24 dev lan0
+        ip link set lan0 up
+        nsenter -t $stranger -n ip addr add 10.55.0.2/24 dev eth0
+        nsenter -t $stranger -n ip link set eth0 up
+        nsenter -t $stranger -n ip route add default via 10.55.0.1
+        nsenter -t $stranger -n curl -s -i --max-time 3 --noproxy '*' http://169.254.169.254/
+        echo \"exit $?\"
+    ";
+    let said = engine.host("sh", &["-c", script]);
+    // 52: closed without a byte; 56: reset.
+    assert!(["exit 52", "exit 56"].contains(&said.trim()), "{said}");
+    assert_eq!(daemon.status()["refused_connections"]["foreign-interface"], 1);
     daemon.stop();
 }
 

@@ -27,6 +27,8 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
         rig.once("upheaval::what_is_removed_comes_back", what_is_removed_comes_back),
         rig.once("upheaval::intercept_by_itself", intercept_by_itself),
         rig.once("upheaval::a_second_daemon", a_second_daemon),
+        rig.once("upheaval::never_its_own_customer", never_its_own_customer),
+        rig.once("upheaval::offline_is_marked_as_fake", offline_is_marked_as_fake),
         rig.alone("upheaval::the_engine_comes_later", move || {
             the_engine_comes_later(&Engine::start(view))
         }),
@@ -227,6 +229,54 @@ fn a_second_daemon(engine: &Arc<Engine>) {
     assert_eq!(code, Some(1), "{output}");
     assert!(output.contains("another imds-router serves this host"), "{output}");
     assert_eq!(app.get(LIST, &[]).body, "app");
+    daemon.stop();
+}
+
+/// Without base credentials the AWS chain would end at the instance metadata service: at the daemon itself.
+fn never_its_own_customer(engine: &Arc<Engine>) {
+    let moto = engine.moto();
+    let mut environment = moto.daemon_environment();
+    environment.retain(|(name, _)| !name.contains("KEY"));
+    let daemon = Daemon::start(engine, ACCOUNT, &environment);
+    let app = engine.run("app").label("imds.role", "app").start();
+    poll(Duration::from_secs(10), "the reason", || {
+        let list = app.get(LIST, &[]);
+        assert_eq!(list.status, 404);
+        list.header("x-imds-router-hint")?
+            .contains("no base credentials")
+            .then_some(())
+    });
+    let status = daemon.status();
+    assert!(
+        status["refused_connections"].get("host").is_none(),
+        "it has asked itself: {status}"
+    );
+    daemon.stop();
+}
+
+fn offline_is_marked_as_fake(engine: &Arc<Engine>) {
+    let daemon = Daemon::start(
+        engine,
+        "region = \"eu-west-1\"\n[credentials]\nsource = \"offline\"",
+        &[],
+    );
+    let app = engine.run("app").label("imds.role", "app").start();
+    assert_eq!(app.get(LIST, &[]).body, "app");
+    let document = app.get(&format!("{LIST}app"), &[]).body;
+    assert!(document.contains("\"AccessKeyId\" : \"ASIAFAKE"), "{document}");
+    let status = daemon.status();
+    assert_eq!(status["source"], "offline");
+    assert_eq!(status["containers"][0]["credentials"]["fake"], true);
+    assert!(daemon.cli(&["status"]).ok().contains("(fake)"));
+    assert!(daemon.log().contains("fake=true") && daemon.log().contains("credentials are fakes"));
+    // The client of our own, from inside.
+    assert_eq!(
+        app.exec(&["/opt/imds-router", "get", "meta-data/placement/region"]),
+        "eu-west-1"
+    );
+    let wrong = app.try_exec(&["/opt/imds-router", "get", "meta-data/nonsense"]);
+    assert_eq!(wrong.status.code(), Some(1));
+    assert!(wrong.fails().contains("status 404"));
     daemon.stop();
 }
 

@@ -1,0 +1,181 @@
+//! What an accepted socket itself tells: the interface that its first packet came in on.
+//!
+//! The address is on this host, so whoever can send it a packet reaches it: a neighbour in the LAN, too (weak host model).
+//! Containers come in over a bridge, this host over its own interfaces; nobody else is let in.
+//!
+//! The only file with `unsafe` beside one line of `main.rs`: no crate reads `IP_PKTOPTIONS`.
+
+use std::ffi::c_int;
+use std::io;
+use std::mem::{MaybeUninit, size_of};
+use std::os::fd::{AsFd, AsRawFd as _};
+use std::sync::{Mutex, PoisonError};
+
+use dashmap::DashMap;
+use netlink_bindings::rt_link;
+use netlink_socket2::NetlinkSocket;
+
+/// linux/in.h
+const IP_PKTINFO: c_int = 8;
+const IP_PKTOPTIONS: c_int = 9;
+
+/// Has the sockets that `listener` accepts remember where they came in.
+///
+/// # Errors
+/// As setsockopt(2) says.
+#[allow(unsafe_code, reason = "no crate sets IP_PKTINFO on a TCP socket")]
+pub fn remember_ingress(listener: impl AsFd) -> io::Result<()> {
+    let on: c_int = 1;
+    // SAFETY: the descriptor is open for the whole call; the option is an int, and so is what the pointer leads to.
+    let set = unsafe {
+        libc::setsockopt(
+            listener.as_fd().as_raw_fd(),
+            libc::IPPROTO_IP,
+            IP_PKTINFO,
+            (&raw const on).cast(),
+            size_of::<c_int>() as libc::socklen_t,
+        )
+    };
+    if set == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// A control message with a packet's information, as the kernel writes it (cmsg(3), ip(7)).
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct PacketInfo {
+    header: libc::cmsghdr,
+    info: libc::in_pktinfo,
+}
+
+/// The interface that the connection came in on.
+///
+/// # Errors
+/// When the kernel does not say: then nobody is let in.
+#[allow(unsafe_code, reason = "no crate reads IP_PKTOPTIONS")]
+pub fn ingress(accepted: impl AsFd) -> io::Result<u32> {
+    let mut message = MaybeUninit::<PacketInfo>::zeroed();
+    let mut length = size_of::<PacketInfo>() as libc::socklen_t;
+    // SAFETY: the descriptor is open for the whole call; the kernel writes at most `length` bytes, which is the size of
+    // what the pointer leads to.
+    let got = unsafe {
+        libc::getsockopt(
+            accepted.as_fd().as_raw_fd(),
+            libc::IPPROTO_IP,
+            IP_PKTOPTIONS,
+            message.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if got != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the memory was zeroed, and all fields are plain numbers: any bytes are a value.
+    let message = unsafe { message.assume_init() };
+    let whole = usize::try_from(length).is_ok_and(|length| length >= size_of::<PacketInfo>());
+    if !whole || message.header.cmsg_level != libc::IPPROTO_IP || message.header.cmsg_type != IP_PKTINFO {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the kernel does not say where the connection came in",
+        ));
+    }
+    u32::try_from(message.info.ipi_ifindex).map_err(io::Error::other)
+}
+
+/// What an interface is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Interface {
+    /// The loopback, or our own link: this host.
+    Own,
+    /// A bridge: containers.
+    Bridge,
+    /// Anything else: the LAN, a VPN …
+    Foreign,
+}
+
+/// What the interfaces of this host are, by number. The kernel counts numbers up, so that one that was seen once stays
+/// what it was.
+pub struct Interfaces {
+    rtnetlink: Mutex<NetlinkSocket>,
+    known: DashMap<u32, Interface>,
+    /// The name of our own link.
+    own: &'static str,
+}
+
+impl Interfaces {
+    /// Of the calling thread's network namespace; `own` is the link that carries our address.
+    pub fn new(own: &'static str) -> Self {
+        Self {
+            rtnetlink: Mutex::new(NetlinkSocket::new()),
+            known: DashMap::new(),
+            own,
+        }
+    }
+
+    /// What the interface of this number is. One that the kernel does not know, or that it cannot be asked about, is
+    /// foreign.
+    pub fn kind(&self, number: u32) -> Interface {
+        if let Some(known) = self.known.get(&number) {
+            return *known;
+        }
+        let kind = self.ask(number).unwrap_or(Interface::Foreign);
+        self.known.insert(number, kind);
+        kind
+    }
+
+    fn ask(&self, number: u32) -> io::Result<Interface> {
+        /// linux/if_arp.h: the loopback.
+        const ARPHRD_LOOPBACK: u16 = 772;
+        let mut header = rt_link::Ifinfomsg::new();
+        header.ifi_index = i32::try_from(number).map_err(io::Error::other)?;
+        let request = rt_link::Request::new().op_getlink_do(&header);
+        let mut socket = self.rtnetlink.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reply = socket.request(&request)?;
+        let mut kind = Interface::Foreign;
+        while let Some(answer) = reply.recv() {
+            let (head, link) = answer.map_err(|error| io::Error::other(error.to_string()))?;
+            let is_bridge = link
+                .get_linkinfo()
+                .and_then(|info| info.get_kind())
+                .is_ok_and(|kind| kind == c"bridge");
+            let is_own = link
+                .get_ifname()
+                .is_ok_and(|name| name.to_bytes() == self.own.as_bytes());
+            // Ours may be a bridge of that name, made by somebody for a kernel without dummies.
+            if head.ifi_type == ARPHRD_LOOPBACK || is_own {
+                kind = Interface::Own;
+            } else if is_bridge {
+                kind = Interface::Bridge;
+            }
+        }
+        Ok(kind)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{TcpListener, TcpStream};
+
+    #[test]
+    fn a_connection_over_the_loopback_came_in_there() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        remember_ingress(&listener).unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        let number = ingress(&accepted).unwrap();
+        let interfaces = Interfaces::new("imds0");
+        assert_eq!(interfaces.kind(number), Interface::Own);
+        assert_eq!(interfaces.kind(4_000_000), Interface::Foreign);
+    }
+
+    #[test]
+    fn without_being_told_to_remember_nothing_is_known() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        assert!(ingress(listener.accept().unwrap().0).is_err());
+    }
+}
