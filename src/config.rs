@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use toml::de::{DeTable, DeValue};
 
-use crate::credentials::RoleArn;
+use crate::credentials::{RoleArn, is_account_id};
 
 /// Where the configuration is read from when `--config` does not say.
 pub const DEFAULT_FILE: &str = "/etc/imds-router/config.toml";
@@ -195,11 +195,6 @@ pub fn parse_duration(text: &str) -> Option<Duration> {
         "h" => number.checked_mul(3600).map(Duration::from_secs),
         _ => None,
     }
-}
-
-/// Whether `text` is an AWS account id.
-pub fn is_account_id(text: &str) -> bool {
-    text.len() == 12 && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 /// Whether `text` looks like an AWS region: `eu-west-1`, `us-gov-east-1`.

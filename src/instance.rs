@@ -11,7 +11,8 @@ use hyper::header::HeaderValue;
 use crate::config::{CredentialSource, HttpEndpoint, HttpTokens, Settings, fill};
 use crate::containers::labels::{self, ContainerSpec};
 use crate::containers::{Attachments, Definition};
-use crate::credentials::{RoleArn, RoleSession, clean_session_name, offline, read_role};
+use crate::credentials::naming::read_role;
+use crate::credentials::{RoleArn, RoleSession, clean_session_name, offline};
 use crate::metadata::InstanceView;
 use crate::metadata::catalogue::{self, Facts, partition_of};
 

@@ -1,15 +1,19 @@
 //! What AWS gives a container: roles, sessions and credentials, as nouns.
 //!
-//! [`broker`] keeps them fresh; [`sts`] and [`offline`] make them.
+//! [`naming`] reads a role as people name it; [`broker`] keeps credentials fresh; [`sts`] and [`offline`] make them.
 
 pub mod broker;
+pub mod naming;
 pub mod offline;
 pub mod sts;
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
-use crate::config::{Settings, is_account_id};
+/// Whether `text` is an AWS account id.
+pub fn is_account_id(text: &str) -> bool {
+    text.len() == 12 && text.bytes().all(|byte| byte.is_ascii_digit())
+}
 
 /// The ARN of an IAM role, taken apart. Role names have at most 64 characters (IAM API reference, `CreateRole`).
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -37,7 +41,7 @@ impl RoleArn {
     }
 
     /// The role `name` (with its path, if it has one) of `account`.
-    fn of(partition: &str, account: &str, path_and_name: &str) -> Self {
+    pub fn of(partition: &str, account: &str, path_and_name: &str) -> Self {
         Self {
             partition: partition.to_owned(),
             account: account.to_owned(),
@@ -86,7 +90,7 @@ impl fmt::Debug for RoleArn {
 }
 
 /// Whether `text` is `[PATH/]NAME` of a role: the characters that IAM takes, no empty part.
-fn is_role_path(text: &str) -> bool {
+pub fn is_role_path(text: &str) -> bool {
     let part = |part: &str| {
         !part.is_empty()
             && part
@@ -95,82 +99,6 @@ fn is_role_path(text: &str) -> bool {
     };
     let name_length = text.rsplit('/').next().map_or(0, str::len);
     text.split('/').all(part) && name_length <= 64 && text.len() <= 512
-}
-
-/// A role as a person names it, not yet looked up.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum NamedRole {
-    /// It is known whole.
-    Arn(RoleArn),
-    /// A role of the base account, which is not known (yet).
-    InBaseAccount(String),
-}
-
-/// What is wrong with a role as typed.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum RoleError {
-    /// Looks like an ARN and is none.
-    #[error("{0:?} is not a role ARN: expected arn:aws:iam::ACCOUNT:role/NAME with 12 digits of account")]
-    NotAnArn(String),
-    /// Not a name either.
-    #[error("{0:?} is not a role: expected an ARN, a name, name@account or an alias of [roles]")]
-    NotAName(String),
-    /// `name@what` where what is neither an account nor an alias.
-    #[error("{role:?}: {account:?} is not an account: expected 12 digits or an alias of [accounts]{nearest}")]
-    NotAnAccount {
-        /// As typed.
-        role: String,
-        /// What stands behind the `@`.
-        account: String,
-        /// The nearest alias.
-        nearest: crate::config::Nearest,
-    },
-}
-
-/// Reads a role as an operator or a label names it: alias, ARN, `name@account`, `name@alias`, or name.
-///
-/// # Errors
-/// When it is none of these.
-pub fn read_role(text: &str, settings: &Settings, partition: &str) -> Result<NamedRole, RoleError> {
-    if let Some(arn) = settings.roles.get(text) {
-        return Ok(NamedRole::Arn(arn.clone()));
-    }
-    if text.starts_with("arn:") {
-        return RoleArn::parse(text)
-            .map(NamedRole::Arn)
-            .ok_or_else(|| RoleError::NotAnArn(text.to_owned()));
-    }
-    if !is_role_path(text) {
-        return Err(RoleError::NotAName(text.to_owned()));
-    }
-    if let Some((name, account)) = text.rsplit_once('@') {
-        let known = settings.accounts.get(account).map(String::as_str);
-        let account = known
-            .or(is_account_id(account).then_some(account))
-            .ok_or_else(|| RoleError::NotAnAccount {
-                role: text.to_owned(),
-                account: account.to_owned(),
-                nearest: crate::config::Nearest::among(account, settings.accounts.keys().map(String::as_str)),
-            })?;
-        if !is_role_path(name) {
-            return Err(RoleError::NotAName(text.to_owned()));
-        }
-        return Ok(NamedRole::Arn(RoleArn::of(partition, account, name)));
-    }
-    match &settings.account_id {
-        Some(account) => Ok(NamedRole::Arn(RoleArn::of(partition, account, text))),
-        None => Ok(NamedRole::InBaseAccount(text.to_owned())),
-    }
-}
-
-impl NamedRole {
-    /// The role's ARN, given the account of the base credentials if it is known.
-    pub fn arn(self, partition: &str, base_account: Option<&str>) -> Option<RoleArn> {
-        match self {
-            Self::Arn(arn) => Some(arn),
-            Self::InBaseAccount(name) => base_account.map(|account| RoleArn::of(partition, account, &name)),
-        }
-    }
 }
 
 /// Every input of AssumeRole that this version sets. It is the key under which credentials are kept: two containers
@@ -253,63 +181,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn settings() -> Settings {
-        let mut settings = Settings {
-            account_id: Some("111122223333".into()),
-            ..Settings::default()
-        };
-        settings.accounts.insert("prod".into(), "444455556666".into());
-        settings.roles.insert(
-            "orders".into(),
-            RoleArn::parse("arn:aws:iam::777788889999:role/service/orders").unwrap(),
-        );
-        settings
-    }
-
     #[test]
-    fn every_form_of_a_role() {
-        for (typed, arn) in [
-            ("arn:aws:iam::111122223333:role/x", "arn:aws:iam::111122223333:role/x"),
-            (
-                "arn:aws-cn:iam::111122223333:role/a/b/x",
-                "arn:aws-cn:iam::111122223333:role/a/b/x",
-            ),
-            ("web", "arn:aws:iam::111122223333:role/web"),
-            ("service/web", "arn:aws:iam::111122223333:role/service/web"),
-            ("web@444455556666", "arn:aws:iam::444455556666:role/web"),
-            ("web@prod", "arn:aws:iam::444455556666:role/web"),
-            ("orders", "arn:aws:iam::777788889999:role/service/orders"),
-        ] {
-            let role = read_role(typed, &settings(), "aws").unwrap().arn("aws", None).unwrap();
-            assert_eq!(role.to_string(), arn, "{typed}");
-        }
-        let base = read_role("web", &Settings::default(), "aws").unwrap();
-        assert_eq!(base.clone().arn("aws", None), None);
-        assert_eq!(base.arn("aws", Some("999900001111")).unwrap().account(), "999900001111");
-    }
-
-    #[test]
-    fn what_is_not_a_role_says_what_was_expected() {
-        for (typed, message) in [
-            (
-                "arn:aws:iam::12:role/x",
-                "\"arn:aws:iam::12:role/x\" is not a role ARN: expected arn:aws:iam::ACCOUNT:role/NAME with 12 digits of account",
-            ),
-            (
-                "we b",
-                "\"we b\" is not a role: expected an ARN, a name, name@account or an alias of [roles]",
-            ),
-            (
-                "a//b",
-                "\"a//b\" is not a role: expected an ARN, a name, name@account or an alias of [roles]",
-            ),
-            (
-                "web@prd",
-                "\"web@prd\": \"prd\" is not an account: expected 12 digits or an alias of [accounts]; did you mean prod?",
-            ),
-        ] {
-            assert_eq!(read_role(typed, &settings(), "aws").unwrap_err().to_string(), message);
-        }
+    fn what_is_not_the_arn_of_a_role() {
         for arn in [
             "arn:aws:iam::111122223333:user/x",
             "arn:aws:sts::111122223333:role/x",

@@ -5,10 +5,9 @@ use std::net::Ipv4Addr;
 use std::time::SystemTime;
 
 use super::identity;
-use super::{InstanceView, Node};
+use super::{InstanceView, Node, document};
 use crate::clock::rfc3339_seconds;
 use crate::credentials::RoleArn;
-use crate::wire::imds::document;
 
 /// All that the tree is derived from.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -3,8 +3,8 @@
 use std::net::Ipv4Addr;
 
 use super::catalogue::Facts;
+use super::quoted;
 use crate::clock::rfc3339_seconds;
-use crate::wire::imds::quoted;
 
 /// Version of the document's format, as EC2 writes it.
 const VERSION: &str = "2017-09-30";

@@ -72,6 +72,20 @@ impl InstanceView {
     }
 }
 
+/// A JSON object of texts, as EC2 indents them.
+pub fn document(fields: &[(&str, &str)]) -> String {
+    let lines: Vec<String> = fields
+        .iter()
+        .map(|(key, value)| format!("  {} : {}", quoted(key), quoted(value)))
+        .collect();
+    format!("{{\n{}\n}}", lines.join(",\n"))
+}
+
+/// A JSON string.
+pub fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -11,6 +11,7 @@ use super::token::TTL_SECONDS;
 use super::{Refused, TOKEN_HEADER, TTL_HEADER};
 use crate::clock::rfc3339_seconds;
 use crate::credentials::Credentials;
+use crate::metadata::document;
 
 /// Path of tokens. Other versions and a slash at the end are refused by EC2.
 const TOKEN_PATH: &str = "/latest/api/token";
@@ -202,20 +203,6 @@ pub fn credentials_document(credentials: &Credentials) -> Bytes {
         ("Expiration", &rfc3339_seconds(credentials.expiration)),
     ])
     .into()
-}
-
-/// A JSON object of texts, as EC2 indents them.
-pub fn document(fields: &[(&str, &str)]) -> String {
-    let lines: Vec<String> = fields
-        .iter()
-        .map(|(key, value)| format!("  {} : {}", quoted(key), quoted(value)))
-        .collect();
-    format!("{{\n{}\n}}", lines.join(",\n"))
-}
-
-/// A JSON string.
-pub fn quoted(text: &str) -> String {
-    serde_json::Value::from(text).to_string()
 }
 
 #[cfg(test)]
