@@ -15,24 +15,25 @@ use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use tokio::net::{TcpListener, UnixListener};
+use tokio::runtime::Handle;
 use tokio::sync::watch;
+use tokio::task::AbortHandle;
 use tracing::{error, info, warn};
 
 use crate::admin::{self, ContainerStatus, CredentialStatus, EngineStatus, Observatory, RequestStatus, Status};
-use crate::caller::cgroup::CgroupError;
 use crate::caller::connection::{Interfaces, remember_ingress};
-use crate::caller::kernel::HostKernel;
+use crate::caller::kernel::{Doors, HostKernel, KernelError};
 use crate::clock::{Clock, rfc3339_seconds};
-use crate::config::{CredentialSource, Settings};
+use crate::config::{Attach, CredentialSource, Settings};
 use crate::containers::docker::{DEFAULT_HOST, Engine};
 use crate::containers::index::{EngineState, Index};
 use crate::containers::watcher::{ContainerEngine as _, EngineError, Hold, Instances, Ports, Watcher};
-use crate::containers::{Attachments, Definition, Record};
+use crate::containers::{Attachments, Definition, NamespaceId, NetworkMode, Record};
 use crate::credentials::broker::{Broker, LINGER, LINGER_NEVER_STARTED, Lease};
 use crate::credentials::offline::Offline;
 use crate::credentials::sts::Sts;
 use crate::credentials::{RoleSession, offline};
-use crate::host::apply::Interception;
+use crate::host::apply::{Interception, clear};
 use crate::host::{HostError, LINK, Plan};
 use crate::instance::{FALLBACK_REGION, Instance, Role, Surroundings, resolve};
 use crate::server::{self, Service};
@@ -56,7 +57,7 @@ const VERIFY: Duration = Duration::from_secs(10);
 pub enum AppError {
     /// No cgroup v2.
     #[error("callers cannot be proven on this host")]
-    Proof(#[from] CgroupError),
+    Proof(#[from] KernelError),
     /// No port is free.
     #[error("cannot listen on {IMDS_ADDRESS}, ports {DEFAULT_PORT} to {}", DEFAULT_PORT + PORTS - 1)]
     Listen(#[source] io::Error),
@@ -89,10 +90,10 @@ pub enum AppError {
 /// Why it could not start, or not take everything down.
 pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Result<(), AppError> {
     let clock = Clock::system();
-    let kernel = HostKernel::new()?;
     let tokens = token_authority(&settings.state_dir, &clock)?;
     let admin = admin_listener(&settings.admin_socket)?;
-    let (listener, port) = imds_listener().map_err(AppError::Listen)?;
+    let (listener, port) = listen().map_err(AppError::Listen)?;
+    let listener = TcpListener::from_std(listener).map_err(AppError::Listen)?;
 
     let sts = match settings.source {
         CredentialSource::Sts => Some(Sts::load(settings.profile.as_deref(), settings.region.as_deref()).await),
@@ -121,13 +122,6 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
     let settings = &resolver.settings;
 
     let (index, misses) = Index::new();
-    let engine = engine_host(settings);
-    let ports = Ports {
-        engine: Arc::new(Engine::new(&engine, clock.clone())),
-        kernel: Arc::new(kernel),
-        instances: resolver.clone(),
-        changed: changes,
-    };
     let service = Service::new(
         index.clone(),
         broker.clone(),
@@ -136,6 +130,18 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
         settings.hold,
         settings.hosts.clone(),
     );
+    let kernel = HostKernel::new(Arc::new(HostDoors {
+        service: service.clone(),
+        runtime: Handle::current(),
+    }))?;
+    let host = kernel.host_namespace();
+    let engine = engine_host(settings);
+    let ports = Ports {
+        engine: Arc::new(Engine::new(&engine, clock.clone())),
+        kernel: Arc::new(kernel),
+        instances: resolver.clone(),
+        changed: changes,
+    };
     let listening = SocketAddrV4::new(IMDS_ADDRESS, port);
     let observer = Arc::new(Observer {
         resolver: resolver.clone(),
@@ -150,14 +156,14 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
         warn!(%part, "was there already: an earlier daemon did not end cleanly; taken over");
     }
     let mut tasks = tokio::task::JoinSet::new();
-    tasks.spawn(Watcher::new(ports, index, misses, clock).run());
-    tasks.spawn(server::accept(listener, Interfaces::new(LINK), service));
+    tasks.spawn(Watcher::new(ports, index.clone(), misses, clock).run());
+    tasks.spawn(server::accept_on_host(listener, Interfaces::new(LINK), host, service));
     tasks.spawn(admin::serve(admin, observer));
     if let Some(sts) = sts {
         tasks.spawn(learn_base(sts, resolver.clone()));
     }
     info!(
-        version = env!("CARGO_PKG_VERSION"), attach = "host", proof = "full", %listening, engine,
+        version = env!("CARGO_PKG_VERSION"), attach = resolver.attach(), proof = "full", %listening, engine,
         admin = %settings.admin_socket.display(), "serving"
     );
     for warning in resolver.warnings() {
@@ -168,8 +174,60 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
     // The address goes first: nobody is answered by half a daemon.
     let down = interception.down();
     tasks.shutdown().await;
+    leave_namespaces(&index).await;
     let _ = std::fs::remove_file(&settings.admin_socket);
     Ok(down?)
+}
+
+/// Takes the service out of every container's network namespace.
+async fn leave_namespaces(index: &Index) {
+    let lives = index.all().into_iter().filter_map(|record| record.life.clone());
+    let mut leaving = tokio::task::JoinSet::new();
+    for life in lives {
+        leaving.spawn_blocking(move || {
+            // What ends meanwhile takes its namespace along.
+            if let Err(why) = life.witness.detach()
+                && life.alive()
+            {
+                warn!(container = %life.container, why, "something of ours is left inside the container");
+            }
+        });
+    }
+    while leaving.join_next().await.is_some() {}
+}
+
+/// How the service comes into a container's network namespace.
+struct HostDoors {
+    service: Arc<Service>,
+    runtime: Handle,
+}
+
+impl Doors for HostDoors {
+    fn open(&self) -> io::Result<std::net::TcpListener> {
+        let (listener, port) = listen()?;
+        // What is up stays up without the handle on it: it goes with the namespace, or by `close`.
+        drop(Interception::up(inside(port)).map_err(io::Error::other)?);
+        Ok(listener)
+    }
+
+    fn close(&self) -> io::Result<()> {
+        clear(&inside(DEFAULT_PORT)).map(drop).map_err(io::Error::other)
+    }
+
+    fn serve(&self, listener: std::net::TcpListener, namespace: NamespaceId) -> AbortHandle {
+        let service = self.service.clone();
+        let serving = async move {
+            match TcpListener::from_std(listener) {
+                Ok(listener) => server::accept_inside(listener, namespace, service).await,
+                Err(error) => error!(%error, "a listener inside a container cannot be used"),
+            }
+        };
+        self.runtime.spawn(serving).abort_handle()
+    }
+}
+
+fn inside(port: u16) -> Plan {
+    Plan::namespace(SocketAddrV4::new(IMDS_ADDRESS, port))
 }
 
 /// Puts interception up. The table of a daemon that was killed a moment ago may still be there: the kernel takes it away
@@ -317,8 +375,9 @@ pub fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
-/// Listens before the address is there (IP_FREEBIND, ip(7)): rules and listener come first, the address last.
-fn imds_listener() -> io::Result<(TcpListener, u16)> {
+/// Listens, in the network namespace of the calling thread, before the address is there (IP_FREEBIND, ip(7)): rules and
+/// listener come first, the address last.
+fn listen() -> io::Result<(std::net::TcpListener, u16)> {
     let mut taken = io::Error::other("no port was tried");
     for port in DEFAULT_PORT..DEFAULT_PORT + PORTS {
         let socket = socket2::Socket::new(
@@ -333,7 +392,7 @@ fn imds_listener() -> io::Result<(TcpListener, u16)> {
         socket.set_nonblocking(true)?;
         let address = SocketAddrV4::new(IMDS_ADDRESS, port);
         match socket.bind(&address.into()).and_then(|()| socket.listen(BACKLOG)) {
-            Ok(()) => return Ok((TcpListener::from_std(socket.into())?, port)),
+            Ok(()) => return Ok((socket.into(), port)),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => taken = error,
             Err(error) => return Err(error),
         }
@@ -456,6 +515,13 @@ impl Resolver {
             .or_else(offline)
     }
 
+    fn attach(&self) -> &'static str {
+        match self.settings.attach {
+            Attach::Auto | Attach::Namespace => "namespace",
+            Attach::Host => "host",
+        }
+    }
+
     fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
         if self.settings.source == CredentialSource::Offline {
@@ -472,11 +538,13 @@ impl Resolver {
                 "no region is configured; {FALLBACK_REGION} is a guess: --region, AWS_REGION or region = \"…\""
             ));
         }
-        warnings.push(
-            "attach host proves who asks, but does not keep answers secret from a neighbour with NET_RAW on the same \
+        if self.settings.attach == Attach::Host {
+            warnings.push(
+                "attach host proves who asks, but does not keep answers secret from a neighbour with NET_RAW on the same \
              bridge: --cap-drop NET_RAW, or a network each, closes that"
                 .to_owned(),
-        );
+            );
+        }
         warnings
     }
 }
@@ -490,6 +558,10 @@ impl Instances for Resolver {
         let mut lease = self.broker.lease(session);
         lease.set_linger(LINGER_NEVER_STARTED);
         Box::new(lease)
+    }
+
+    fn attaches(&self) -> bool {
+        self.settings.attach != Attach::Host
     }
 
     fn image_labels_count(&self) -> bool {
@@ -537,7 +609,7 @@ impl Observatory for Observer {
             .map(|(reason, count)| (reason.to_owned(), count));
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            attach: "host".to_owned(),
+            attach: self.resolver.attach().to_owned(),
             proof: "full".to_owned(),
             source: source.to_owned(),
             listening: self.listening.to_string(),
@@ -569,6 +641,12 @@ impl Observer {
             problems.push(why.clone());
         }
         problems.extend(record.no_life.clone());
+        problems.extend(record.not_attached.as_ref().map(|why| {
+            format!(
+                "the service does not listen inside it: {why}; it is served over the host, if its network leads there"
+            )
+        }));
+        problems.extend(self.shares(record));
         if !record.definition.image_labels.is_empty() {
             problems.push(format!(
                 "label {} comes from the image and does not count; [docker] image_labels = true lets it",
@@ -604,6 +682,26 @@ impl Observer {
                 }),
             problems,
         }
+    }
+
+    /// Containers that share a network namespace share a boundary: whoever is root in one can act as the other.
+    fn shares(&self, record: &Record) -> Option<String> {
+        let life = record.life.as_ref()?;
+        // The host's namespace is everybody's who is in it; that is said by the container's network mode itself.
+        if record.definition.network_mode == NetworkMode::Host {
+            return None;
+        }
+        let role = |record: &Record| record.instance.role.session().map(|session| session.role.clone());
+        let others = self.service.index.within(life.witness.namespace());
+        let other = others
+            .iter()
+            .find(|other| other.definition.id != record.definition.id && role(other) != role(record));
+        other.map(|other| {
+            format!(
+                "shares its network namespace with {}, whose role is another: they share a boundary",
+                other.definition.name
+            )
+        })
     }
 
     fn credentials(&self, session: &RoleSession) -> CredentialStatus {

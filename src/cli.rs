@@ -91,7 +91,7 @@ pub struct Serve {
     #[command(flatten)]
     /// Flags of the configuration.
     pub common: Common,
-    /// How containers are reached: auto or host
+    /// How containers are reached: auto, namespace or host
     #[arg(long, value_name = "WAY")]
     pub attach: Option<String>,
     /// Where to put the admin socket

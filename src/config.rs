@@ -25,8 +25,10 @@ const OTHER_VARIABLES: &[&str] = &["IMDS_ROUTER_LOG", "IMDS_ROUTER_CONFIG"];
 /// How containers are reached.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Attach {
-    /// The best that the daemon has the rights for. In this version: [`Attach::Host`].
+    /// [`Attach::Namespace`].
     Auto,
+    /// The daemon listens inside each container's network namespace: no packet crosses a bridge.
+    Namespace,
     /// The address on the host; the source address leads to the container, the kernel decides.
     Host,
 }
@@ -286,11 +288,15 @@ pub const KEYS: &[Key] = &[
     Key {
         path: "serve.attach",
         default: "auto",
-        expected: "\"auto\" or \"host\" (\"namespace\" is not in this version yet)",
-        about: "How containers are reached.",
+        expected: "\"auto\", \"namespace\" or \"host\"",
+        about: "How containers are reached: inside their own network namespaces (auto), or over the host's bridges.",
         read: |s, v| {
-            v.one_of(&[("auto", Attach::Auto), ("host", Attach::Host)])
-                .map(|it| s.attach = it)
+            v.one_of(&[
+                ("auto", Attach::Auto),
+                ("namespace", Attach::Namespace),
+                ("host", Attach::Host),
+            ])
+            .map(|it| s.attach = it)
         },
     },
     Key {
@@ -807,8 +813,8 @@ prod = "444455556666"
                 "c.toml, line 2: accounts.p = \"12\": expected an account id: 12 digits in quotes",
             ),
             (
-                "[serve]\nattach = \"namespace\"",
-                "c.toml, line 2: serve.attach = \"namespace\": expected \"auto\" or \"host\" (\"namespace\" is not in this version yet)",
+                "[serve]\nattach = \"bridge\"",
+                "c.toml, line 2: serve.attach = \"bridge\": expected \"auto\", \"namespace\" or \"host\"",
             ),
             (
                 "[imds]\nhttp_tokens = true",

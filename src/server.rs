@@ -17,18 +17,17 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
-#[cfg(target_os = "linux")]
-use tracing::warn;
-use tracing::{debug, info, trace};
+use tracing::{debug, info, trace, warn};
 
 #[cfg(target_os = "linux")]
 use crate::caller::connection::{Interface, Interfaces, ingress};
-use crate::caller::{Caller, Connection, Refusal, identify};
+use crate::caller::{Caller, Connection, Refusal, Via, identify};
 use crate::clock::Clock;
-use crate::containers::Life;
 use crate::containers::index::Index;
+use crate::containers::{Life, NamespaceId};
 use crate::credentials::broker::{Broker, NoCredentials, Published};
 use crate::instance::{Instance, Role};
 use crate::metadata::Node;
@@ -97,27 +96,27 @@ impl Service {
 /// Connections before proof: so many in all, so many an interface.
 struct Gate {
     all: Semaphore,
-    interfaces: dashmap::DashMap<u32, Arc<Semaphore>>,
+    lanes: dashmap::DashMap<Via, Arc<Semaphore>>,
 }
 
 impl Gate {
     fn new() -> Self {
         Self {
             all: Semaphore::new(CONNECTIONS_BEFORE_PROOF),
-            interfaces: dashmap::DashMap::new(),
+            lanes: dashmap::DashMap::new(),
         }
     }
 
     /// Waits for a place.
-    async fn enter(&self, interface: u32) -> Option<Place<'_>> {
+    async fn enter(&self, via: Via) -> Option<Place<'_>> {
         let lane = || Arc::new(Semaphore::new(CONNECTIONS_BEFORE_PROOF_PER_INTERFACE));
-        let lane = self.interfaces.entry(interface).or_insert_with(lane).clone();
+        let lane = self.lanes.entry(via).or_insert_with(lane).clone();
         // Nobody closes these semaphores.
         let lane = lane.acquire_owned().await.ok()?;
         let all = self.all.acquire().await.ok()?;
         Some(Place {
             gate: self,
-            interface,
+            via,
             lane: Some(lane),
             _all: all,
         })
@@ -127,7 +126,7 @@ impl Gate {
 /// A place before proof.
 struct Place<'a> {
     gate: &'a Gate,
-    interface: u32,
+    via: Via,
     lane: Option<OwnedSemaphorePermit>,
     _all: SemaphorePermit<'a>,
 }
@@ -136,33 +135,57 @@ impl Drop for Place<'_> {
     fn drop(&mut self) {
         drop(self.lane.take());
         // Interfaces come and go; an idle one is forgotten. Whoever is entering holds the lane itself.
-        self.gate.interfaces.remove_if(&self.interface, |_, lane| {
+        self.gate.lanes.remove_if(&self.via, |_, lane| {
             Arc::strong_count(lane) == 1 && lane.available_permits() == CONNECTIONS_BEFORE_PROOF_PER_INTERFACE
         });
     }
 }
 
-/// Accepts until the task is dropped.
+/// Accepts on the host until the task is dropped. `host`: the host's own network namespace.
 #[cfg(target_os = "linux")]
-pub async fn accept(listener: tokio::net::TcpListener, interfaces: Interfaces, service: Arc<Service>) {
+pub async fn accept_on_host(
+    listener: tokio::net::TcpListener,
+    interfaces: Interfaces,
+    host: NamespaceId,
+    service: Arc<Service>,
+) {
+    let via = |stream: &TcpStream, client| {
+        let interface = ingress(stream).ok()?;
+        match interfaces.kind(interface) {
+            Interface::Own => Some(Via::Namespace(host)),
+            Interface::Bridge => Some(Via::Bridge(interface)),
+            Interface::Foreign => {
+                // Closed without a byte.
+                service.refusals.note(&Refusal::ForeignInterface(interface), client);
+                None
+            }
+        }
+    };
+    accept(&listener, &service, via).await;
+}
+
+/// Accepts inside a container's network namespace until the task is dropped.
+pub async fn accept_inside(listener: tokio::net::TcpListener, namespace: NamespaceId, service: Arc<Service>) {
+    accept(&listener, &service, |_, _| Some(Via::Namespace(namespace))).await;
+}
+
+async fn accept(
+    listener: &tokio::net::TcpListener,
+    service: &Arc<Service>,
+    via: impl Fn(&TcpStream, SocketAddr) -> Option<Via>,
+) {
     loop {
         match listener.accept().await {
             Ok((stream, client)) => {
-                let (Ok(local), Ok(interface)) = (stream.local_addr(), ingress(&stream)) else {
-                    continue;
-                };
-                if interfaces.kind(interface) == Interface::Foreign {
-                    // Closed without a byte.
-                    service.refusals.note(&Refusal::ForeignInterface(interface), client);
-                    continue;
-                }
+                let Ok(local) = stream.local_addr() else { continue };
+                let Some(via) = via(&stream, client) else { continue };
                 // Small answers, each of them awaited: nothing is gained by waiting for more to send.
                 let _ = stream.set_nodelay(true);
                 let connection = Connection {
                     client: SocketAddr::new(client.ip().to_canonical(), client.port()),
                     // The rules swap the port: the client knows nothing of ours.
                     server: SocketAddr::new(local.ip().to_canonical(), IMDS_PORT),
-                    interface,
+                    via,
                 };
                 tokio::spawn(serve(stream, connection, service.clone()));
             }
@@ -181,9 +204,9 @@ where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let deadline = service.clock.now() + service.hold;
-    trace!(client = %connection.client, interface = connection.interface, "accepted");
+    trace!(client = %connection.client, via = ?connection.via, "accepted");
     // Those who are not proven cannot crowd out those who are. The wait is part of the deadline.
-    let place = tokio::time::timeout_at(deadline, service.before_proof.enter(connection.interface)).await;
+    let place = tokio::time::timeout_at(deadline, service.before_proof.enter(connection.via)).await;
     let Ok(Some(place)) = place else { return };
     match identify(&service.index, connection, deadline).await {
         Ok(caller) => {

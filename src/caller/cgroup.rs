@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use crate::containers::{CgroupId, ContainerId};
+use crate::containers::{CgroupId, ContainerId, NamespaceId, NetworkMode};
 
 /// Directories below a container's cgroup that are looked through for a process or an id: enough for systemd in a
 /// container, too few to keep the daemon busy.
@@ -39,6 +39,8 @@ pub struct FirstProcess {
     pub pidfd: OwnedFd,
     /// When it started.
     pub started: SystemTime,
+    /// Its network namespace.
+    pub namespace: NamespaceId,
 }
 
 /// Why the host's cgroups cannot be used.
@@ -87,11 +89,17 @@ impl Cgroups {
     }
 
     /// Finds a container's first process: where Docker's default parents put its cgroup, or by the number that the
-    /// engine says. Then verifies it, whichever way it came.
+    /// engine says. Then verifies it, whichever way it came. `mode`: whose network namespace the engine says that it is in;
+    /// unknown is one of its own.
     ///
     /// # Errors
     /// Why it is not there, or not yet.
-    pub fn first_process(&self, id: &ContainerId, pid: Option<u32>) -> Result<FirstProcess, String> {
+    pub fn first_process(
+        &self,
+        id: &ContainerId,
+        pid: Option<u32>,
+        mode: Option<&NetworkMode>,
+    ) -> Result<FirstProcess, String> {
         let usual = [
             format!("docker/{}", id.as_str()),
             format!("system.slice/docker-{}.scope", id.as_str()),
@@ -103,7 +111,7 @@ impl Cgroups {
             .filter(|path| path.is_dir())
         {
             match self.first_in(&directory) {
-                Ok(pid) => match self.verify(&directory, pid, true) {
+                Ok(pid) => match self.verify(&directory, pid, mode, true) {
                     Ok(first) => return Ok(first),
                     Err(error) => why = error,
                 },
@@ -115,7 +123,7 @@ impl Cgroups {
             .cgroup_of(pid)
             .map_err(|error| format!("process {pid} that the engine names: {error}"))?;
         let directory = self.container_directory(&path, id)?;
-        self.verify(&directory, pid, false)
+        self.verify(&directory, pid, mode, false)
     }
 
     /// The process of a container's cgroup that is number 1 in a PID namespace of its own, the outermost of those.
@@ -141,7 +149,13 @@ impl Cgroups {
         })
     }
 
-    fn verify(&self, directory: &Path, pid: u32, own_pid_namespace: bool) -> Result<FirstProcess, String> {
+    fn verify(
+        &self,
+        directory: &Path,
+        pid: u32,
+        mode: Option<&NetworkMode>,
+        own_pid_namespace: bool,
+    ) -> Result<FirstProcess, String> {
         let id = |directory: &Path| {
             fs::metadata(directory)
                 .map(|it| it.ino())
@@ -168,8 +182,16 @@ impl Cgroups {
         if own_pid_namespace && self.namespace_pids(pid)?.last() != Some(&1) {
             return Err(format!("process {pid} is not number 1 of a PID namespace"));
         }
-        if self.network_namespace(&pid.to_string())? == self.network_namespace("self")? {
-            return Err("its first process is in the host's network namespace".to_owned());
+        let (namespace, host) = (self.network_namespace(&pid.to_string())?, self.host_namespace()?);
+        // Early stages of the runtime are still in the host's: only for a container that belongs there is that the end.
+        match mode.unwrap_or(&NetworkMode::Own) {
+            NetworkMode::Own if namespace == host => {
+                return Err("its first process is in the host's network namespace".to_owned());
+            }
+            NetworkMode::Host if namespace != host => {
+                return Err("its first process is not in the host's network namespace".to_owned());
+            }
+            _ => {}
         }
         let started = self.started(pid)?;
         if !alive(&pidfd) {
@@ -181,6 +203,7 @@ impl Cgroups {
             pid,
             pidfd,
             started,
+            namespace,
         })
     }
 
@@ -226,10 +249,26 @@ impl Cgroups {
         Ok(line.split_whitespace().filter_map(|it| it.parse().ok()).collect())
     }
 
-    fn network_namespace(&self, process: &str) -> Result<u64, String> {
+    /// The network namespace of this process: the host's.
+    ///
+    /// # Errors
+    /// When the kernel does not show it.
+    pub fn host_namespace(&self) -> Result<NamespaceId, String> {
+        self.network_namespace("self")
+    }
+
+    /// The network namespace of the calling thread, wherever that has gone.
+    ///
+    /// # Errors
+    /// When the kernel does not show it.
+    pub fn this_threads_namespace() -> io::Result<NamespaceId> {
+        Ok(NamespaceId(fs::metadata("/proc/thread-self/ns/net")?.ino()))
+    }
+
+    fn network_namespace(&self, process: &str) -> Result<NamespaceId, String> {
         let path = self.proc.join(process).join("ns/net");
         fs::metadata(&path)
-            .map(|it| it.ino())
+            .map(|it| NamespaceId(it.ino()))
             .map_err(|error| format!("cannot read {}: {error}", path.display()))
     }
 
@@ -385,7 +424,7 @@ mod tests {
             let host = Host::new();
             host.write(&format!("c/{path}/cgroup.procs"), &format!("{}\n", me()));
             host.process(&me(), &format!("/{path}"), "77 1", "net-1");
-            let first = host.cgroups().first_process(&id(), None).unwrap();
+            let first = host.cgroups().first_process(&id(), None, None).unwrap();
             assert_eq!(first.pid.to_string(), me());
             assert_eq!(
                 first.cgroup.0,
@@ -402,7 +441,7 @@ mod tests {
         host.write(&format!("c/docker/{}/cgroup.procs", id().as_str()), "");
         host.write(&format!("c/{path}/cgroup.procs"), &format!("{}\n", me()));
         host.process(&me(), &format!("/{path}"), "77 1", "net-1");
-        let first = host.cgroups().first_process(&id(), None).unwrap();
+        let first = host.cgroups().first_process(&id(), None, None).unwrap();
         assert!(first.directory.ends_with(id().as_str()));
         let nested = fs::metadata(host.dir.path().join("c").join(path)).unwrap().ino();
         assert!(holds(&first.directory, first.cgroup, CgroupId(nested)));
@@ -423,7 +462,7 @@ mod tests {
             let host = Host::new();
             host.write(&format!("c/{path}/cgroup.procs"), &format!("{}\n", me()));
             host.process(&me(), &cgroup, nspid, net);
-            let error = host.cgroups().first_process(&id(), None).unwrap_err();
+            let error = host.cgroups().first_process(&id(), None, None).unwrap_err();
             assert!(error.contains(why), "{error}");
         }
     }
@@ -434,13 +473,16 @@ mod tests {
         let path = format!("tenants/a/{}/child", id().as_str());
         host.write(&format!("c/{path}/cgroup.procs"), "");
         host.process(&me(), &format!("/{path}"), "77", "net-1");
-        assert!(host.cgroups().first_process(&id(), None).is_err());
-        let first = host.cgroups().first_process(&id(), Some(std::process::id())).unwrap();
+        assert!(host.cgroups().first_process(&id(), None, None).is_err());
+        let first = host
+            .cgroups()
+            .first_process(&id(), Some(std::process::id()), None)
+            .unwrap();
         assert!(first.directory.ends_with(id().as_str()));
         host.process(&me(), "/tenants/a/other", "77", "net-1");
         assert!(
             host.cgroups()
-                .first_process(&id(), Some(std::process::id()))
+                .first_process(&id(), Some(std::process::id()), None)
                 .unwrap_err()
                 .contains("carry its id")
         );

@@ -1,53 +1,139 @@
 //! The real kernel behind [`Kernel`] and [`Witness`].
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use dashmap::DashMap;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::runtime::Handle;
+use tokio::task::AbortHandle;
 
 use super::cgroup::{self, CgroupError, Cgroups, FirstProcess};
 use super::namespace::open_in;
 use super::socket::DiagSocket;
 use crate::containers::watcher::{Birth, Kernel};
-use crate::containers::{CgroupId, ContainerId, SocketEvidence, Witness};
+use crate::containers::{CgroupId, ContainerId, NamespaceId, NetworkMode, SocketEvidence, Witness};
+
+/// How the service comes to listen inside a network namespace, and leaves it. `open` and `close` are called on a thread
+/// that is inside.
+pub trait Doors: Send + Sync + 'static {
+    /// Puts address and rules up, and listens.
+    ///
+    /// # Errors
+    /// Why not; nothing is left then.
+    fn open(&self) -> io::Result<TcpListener>;
+
+    /// Takes address and rules down.
+    ///
+    /// # Errors
+    /// What is left, and why.
+    fn close(&self) -> io::Result<()>;
+
+    /// Serves what the listener accepts, until aborted.
+    fn serve(&self, listener: TcpListener, namespace: NamespaceId) -> AbortHandle;
+}
 
 /// This host's kernel.
-#[derive(Debug)]
 pub struct HostKernel {
     cgroups: Cgroups,
+    host: NamespaceId,
+    doors: Arc<dyn Doors>,
     runtime: Handle,
+    /// Namespaces that some life is in.
+    namespaces: DashMap<NamespaceId, Weak<Namespace>>,
+}
+
+/// Why the kernel cannot prove anything here.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// No cgroup v2.
+    #[error(transparent)]
+    Cgroups(#[from] CgroupError),
+    /// This process's own namespace cannot be looked at.
+    #[error("this host's network namespace cannot be told from others: {0}")]
+    Namespace(String),
 }
 
 impl HostKernel {
     /// Must be called within the runtime whose tasks wait for lives to end.
     ///
     /// # Errors
-    /// When this host has no cgroup v2: then no connection can be proven.
-    pub fn new() -> Result<Self, CgroupError> {
+    /// When this host cannot prove who made a connection.
+    pub fn new(doors: Arc<dyn Doors>) -> Result<Self, KernelError> {
+        let cgroups = Cgroups::find()?;
+        let host = cgroups.host_namespace().map_err(KernelError::Namespace)?;
         Ok(Self {
-            cgroups: Cgroups::find()?,
+            cgroups,
+            host,
+            doors,
             runtime: Handle::current(),
+            namespaces: DashMap::new(),
         })
+    }
+
+    /// The host's own network namespace.
+    pub fn host_namespace(&self) -> NamespaceId {
+        self.host
+    }
+
+    /// The namespace that the first process is in: one object for all who share it.
+    fn namespace(&self, first: &FirstProcess) -> io::Result<Arc<Namespace>> {
+        if let Some(known) = self.namespaces.get(&first.namespace).and_then(|known| known.upgrade()) {
+            return Ok(known);
+        }
+        let diag = if first.namespace == self.host {
+            DiagSocket::open()?
+        } else {
+            open_in(first.pidfd.as_fd(), || {
+                // A process can leave its namespace between two looks.
+                if Cgroups::this_threads_namespace()? != first.namespace {
+                    return Err(io::Error::other(
+                        "its first process has just changed its network namespace",
+                    ));
+                }
+                DiagSocket::open()
+            })?
+        };
+        let namespace = Arc::new(Namespace {
+            id: first.namespace,
+            is_host: first.namespace == self.host,
+            diag,
+            doors: self.doors.clone(),
+            door: Mutex::default(),
+        });
+        // Two births at once in one namespace: the second finds the first one's.
+        let mut entry = self.namespaces.entry(first.namespace).or_default();
+        if let Some(known) = entry.upgrade() {
+            return Ok(known);
+        }
+        *entry = Arc::downgrade(&namespace);
+        drop(entry);
+        self.namespaces.retain(|_, namespace| namespace.strong_count() > 0);
+        Ok(namespace)
     }
 }
 
 impl Kernel for HostKernel {
-    fn birth(&self, id: &ContainerId, pid: Option<u32>) -> Result<Birth, String> {
+    fn birth(&self, id: &ContainerId, pid: Option<u32>, mode: Option<&NetworkMode>) -> Result<Birth, String> {
+        let first = self.cgroups.first_process(id, pid, mode)?;
+        let namespace = self
+            .namespace(&first)
+            .map_err(|error| format!("its network namespace cannot be entered: {error}"))?;
         let FirstProcess {
             directory,
             cgroup,
             pid,
             pidfd,
             started,
-        } = self.cgroups.first_process(id, pid)?;
-        let diag = open_in(pidfd.as_fd(), DiagSocket::open)
-            .map_err(|error| format!("its network namespace cannot be entered: {error}"))?;
+            ..
+        } = first;
         let _runtime = self.runtime.enter();
         #[expect(
             deprecated,
@@ -63,9 +149,35 @@ impl Kernel for HostKernel {
                 directory,
                 cgroup,
                 pidfd,
-                diag,
+                namespace,
             }),
         })
+    }
+}
+
+/// A network namespace that at least one life is in. Goes with the last of them, and lets the kernel's go.
+struct Namespace {
+    id: NamespaceId,
+    is_host: bool,
+    /// Keeps the namespace from vanishing, and its number from being used again.
+    diag: DiagSocket,
+    doors: Arc<dyn Doors>,
+    door: Mutex<Door>,
+}
+
+/// The service inside a namespace: there while somebody in it wants it.
+#[derive(Default)]
+struct Door {
+    wanted_by: BTreeSet<CgroupId>,
+    serving: Option<AbortHandle>,
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        // Nobody lives in the namespace any more: address and rules go with it.
+        if let Some(serving) = self.serving.take() {
+            serving.abort();
+        }
     }
 }
 
@@ -73,8 +185,19 @@ struct KernelWitness {
     directory: PathBuf,
     cgroup: CgroupId,
     pidfd: AsyncFd<OwnedFd>,
-    /// Stays in the container's namespace, and keeps that from vanishing: it goes with the life.
-    diag: DiagSocket,
+    namespace: Arc<Namespace>,
+}
+
+impl KernelWitness {
+    fn inside<T: Send>(&self, what: impl FnOnce(&dyn Doors) -> io::Result<T> + Send) -> io::Result<T> {
+        let namespace = &self.namespace;
+        open_in(self.pidfd.get_ref().as_fd(), || {
+            if Cgroups::this_threads_namespace()? != namespace.id {
+                return Err(io::Error::other("its first process has changed its network namespace"));
+            }
+            what(namespace.doors.as_ref())
+        })
+    }
 }
 
 impl Witness for KernelWitness {
@@ -92,10 +215,49 @@ impl Witness for KernelWitness {
     }
 
     fn socket(&self, client: SocketAddr, server: SocketAddr) -> io::Result<Option<SocketEvidence>> {
-        self.diag.find(client, server)
+        self.namespace.diag.find(client, server)
     }
 
     fn holds(&self, cgroup: CgroupId) -> bool {
         cgroup::holds(&self.directory, self.cgroup, cgroup)
     }
+
+    fn namespace(&self) -> NamespaceId {
+        self.namespace.id
+    }
+
+    fn attach(&self) -> Result<(), String> {
+        // The host's own listener serves who is in the host's network.
+        if self.namespace.is_host {
+            return Ok(());
+        }
+        let mut door = self.namespace.door.lock().unwrap_or_else(PoisonError::into_inner);
+        if door.serving.is_none() {
+            let listener = self.inside(Doors::open).map_err(|error| chain(&error))?;
+            door.serving = Some(self.namespace.doors.serve(listener, self.namespace.id));
+        }
+        door.wanted_by.insert(self.cgroup);
+        Ok(())
+    }
+
+    fn detach(&self) -> Result<(), String> {
+        let mut door = self.namespace.door.lock().unwrap_or_else(PoisonError::into_inner);
+        if !door.wanted_by.remove(&self.cgroup) || !door.wanted_by.is_empty() {
+            return Ok(());
+        }
+        if let Some(serving) = door.serving.take() {
+            serving.abort();
+        }
+        self.inside(Doors::close).map_err(|error| chain(&error))
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
 }

@@ -3,19 +3,26 @@
 //! # Threat note
 //! What is believed, who controls it, and what it proves:
 //!
-//! * **Source address.** Whoever can send a packet writes it: with Docker's default rights (`NET_RAW`) a container sends
-//!   with its neighbour's address and MAC. It proves nothing; it says whom to ask about ([candidates](crate::containers::index::Index::at)).
+//! * **The listener that accepted.** One inside a network namespace ([`Via::Namespace`]) hears only who is in it, or sends
+//!   into it: it says whose word to ask for. No packet crosses a bridge there, so none is diverted.
+//! * **Source address** (on the host, [`Via::Bridge`]). Whoever can send a packet writes it: with Docker's default rights
+//!   (`NET_RAW`) a container sends with its neighbour's address and MAC. It proves nothing; it says whom to ask about
+//!   ([candidates](crate::containers::index::Index::at)).
 //! * **The socket in the candidate's network namespace.** The kernel's own table, asked with the exact addresses and ports
 //!   of the connection: a neighbour's packets make no socket there. It must be ESTABLISHED: a port that the candidate left
 //!   half-open or half-closed can be driven by a neighbour.
 //! * **The cgroup id of that socket.** Written by the kernel when the socket was made; names whose process made it. Equal
-//!   to, or below, the cgroup of the candidate's verified first process: not that of a host process that entered the
-//!   namespace. Whoever passes a descriptor on delegates; that is its maker's business.
+//!   to, or below, the cgroup of a verified first process of the namespace: not that of a host process that entered it,
+//!   and of several containers in one namespace exactly the one. Whoever passes a descriptor on delegates; that is its
+//!   maker's business.
 //! * **The life.** The first process's pidfd, looked at again on every request.
 //!
-//! What is left: answers cross the bridge that the container is on. A neighbour on the same bridge with `NET_RAW` can
-//! divert an answer in transit while all of this is true. It identifies; it does not keep secret.
-//! `--cap-drop NET_RAW` or networks of their own close that.
+//! What is left:
+//!
+//! * Attach `host`: answers cross the bridge that the container is on. A neighbour on the same bridge with `NET_RAW` can
+//!   divert an answer in transit while all of this is true. It identifies; it does not keep secret. Attach `namespace`,
+//!   `--cap-drop NET_RAW`, or networks of their own close that.
+//! * Containers that share a network namespace share a boundary: whoever has `NET_RAW` in it reads along.
 
 #[cfg(target_os = "linux")]
 pub mod cgroup;
@@ -34,7 +41,7 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use crate::containers::index::{EngineState, Index};
-use crate::containers::{CgroupId, ContainerId, Life};
+use crate::containers::{CgroupId, ContainerId, Life, NamespaceId, NetworkMode, Record, SocketEvidence};
 
 /// `TCP_ESTABLISHED` (include/net/tcp_states.h).
 const ESTABLISHED: u8 = 1;
@@ -46,8 +53,17 @@ pub struct Connection {
     pub client: SocketAddr,
     /// Where the client sent it: port 80 of the metadata address, whatever port we listen on.
     pub server: SocketAddr,
-    /// The interface of this host that it came in on.
-    pub interface: u32,
+    /// Where it was accepted.
+    pub via: Via,
+}
+
+/// Where a connection was accepted: it decides who may have made it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Via {
+    /// Inside a network namespace: that of containers, or the host's own. Only who lives in it can be at the other end.
+    Namespace(NamespaceId),
+    /// On the host, over a bridge, by its interface number: the source address leads to candidates.
+    Bridge(u32),
 }
 
 /// A life that was proven to be at the other end. Only [`identify`] makes one.
@@ -78,8 +94,8 @@ pub enum Refusal {
     /// It comes from the LAN, or another interface that no container is behind.
     #[error("came in on interface {0}, which is neither this host's own nor a bridge")]
     ForeignInterface(u32),
-    /// It comes from this host itself, or from a container in the host's network.
-    #[error("comes from {0}, this host's own address: host processes and host-network containers are not served")]
+    /// It comes from the host's own network, or a namespace, in which no container is known.
+    #[error("comes from {0}, by a process of this host and of no container")]
     Host(IpAddr),
     /// No container is known at the address.
     #[error("no container of the engine is at {0}")]
@@ -98,7 +114,7 @@ pub enum Refusal {
     #[error("not synchronised with the container engine yet")]
     NotSynchronised,
     /// The container at the address has no such socket: somebody else sent the packets.
-    #[error("{container} is at {address}, but has no such connection: another sender uses its address")]
+    #[error("{container} may be at {address}, but has no such connection: another sender uses its address")]
     NoSocket {
         /// The container.
         container: ContainerId,
@@ -114,7 +130,7 @@ pub enum Refusal {
         state: u8,
     },
     /// There is one, but somebody else made it.
-    #[error("the socket in the network namespace of {container} was made by cgroup {}, not by the container", cgroup.0)]
+    #[error("the socket in the network namespace of {container} was made by cgroup {}, which is no container's there", cgroup.0)]
     ForeignCgroup {
         /// The container.
         container: ContainerId,
@@ -158,33 +174,49 @@ impl Refusal {
 /// Why nobody was proven.
 pub async fn identify(index: &Index, connection: Connection, deadline: Instant) -> Result<Caller, Refusal> {
     let address = connection.client.ip();
-    if address.is_loopback() || address == connection.server.ip() {
-        return Err(Refusal::Host(address));
-    }
     // Subscribed before the first look: what comes in between wakes us.
     let mut changes = index.changes();
     let mut looked = std::pin::pin!(index.look_again(address));
-    let mut looking = false;
-    let mut has_looked = false;
+    // In a namespace addresses tell nothing: there is nothing to ask the engine.
+    let mut has_looked = matches!(connection.via, Via::Namespace(_));
     loop {
         changes.mark_unchanged();
         let refusal = match prove(index, connection) {
             Ok(caller) => return Ok(caller),
-            // The kernel's word: more knowledge of addresses will not change it, unless the address has just moved.
             Err(refusal) => refusal,
         };
         let synchronised = *index.engine() == EngineState::Synchronised;
-        if has_looked && synchronised && !matches!(refusal, Refusal::NoLife { .. }) {
+        // More knowledge changes the kernel's word only if somebody is just being born, or an address has just moved.
+        if has_looked && synchronised && !awaits(index, connection, &refusal) {
             return Err(refusal);
         }
-        looking |= !has_looked;
         tokio::select! {
-            () = &mut looked, if looking && !has_looked => (looking, has_looked) = (false, true),
+            () = &mut looked, if !has_looked => has_looked = true,
             changed = changes.changed() => if changed.is_err() { return Err(refusal) },
             () = tokio::time::sleep_until(deadline) => {
-                let unknown = matches!(refusal, Refusal::UnknownAddress(_));
+                let unknown = matches!(refusal, Refusal::UnknownAddress(_) | Refusal::Host(_));
                 return Err(if unknown && !synchronised { Refusal::NotSynchronised } else { refusal });
             }
+        }
+    }
+}
+
+/// Whether somebody who may have made the connection is known and has no life yet.
+fn awaits(index: &Index, connection: Connection, refusal: &Refusal) -> bool {
+    match connection.via {
+        Via::Bridge(_) => matches!(refusal, Refusal::NoLife { .. }),
+        Via::Namespace(namespace) => {
+            // Who joins this namespace is born into it: the host's, or that of a container which lives in it.
+            let members = index.within(namespace);
+            let unborn = |record: &Record| record.life.is_none() && record.no_life.is_none();
+            index.joining().iter().any(|record| {
+                unborn(record)
+                    && match &record.definition.network_mode {
+                        NetworkMode::Own => false,
+                        NetworkMode::Host => !members.iter().any(|it| it.definition.network_mode == NetworkMode::Own),
+                        NetworkMode::Container(owner) => members.iter().any(|it| it.definition.id == *owner),
+                    }
+            })
         }
     }
 }
@@ -192,9 +224,34 @@ pub async fn identify(index: &Index, connection: Connection, deadline: Instant) 
 /// Asks the kernel about every candidate.
 fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
     let address = connection.client.ip();
-    let mut proven = None;
-    let mut refusal = Refusal::UnknownAddress(address);
-    for record in index.at(address) {
+    let (candidates, mut refusal) = match connection.via {
+        Via::Namespace(namespace) => (index.within(namespace), Refusal::Host(address)),
+        Via::Bridge(_) => {
+            let mut candidates = index.at(address);
+            // Others may live in the namespace of who holds the address.
+            let sharers = candidates
+                .iter()
+                .filter_map(|record| record.life.as_ref())
+                .flat_map(|life| {
+                    let namespace = life.witness.namespace();
+                    index.within(namespace)
+                });
+            let sharers: Vec<_> = sharers.collect();
+            for sharer in sharers {
+                if !candidates
+                    .iter()
+                    .any(|known| known.definition.id == sharer.definition.id)
+                {
+                    candidates.push(sharer);
+                }
+            }
+            (candidates, Refusal::UnknownAddress(address))
+        }
+    };
+    let mut proven: Option<Caller> = None;
+    // One question a namespace: all who live in it get the same answer.
+    let mut asked: Vec<(NamespaceId, std::io::Result<Option<SocketEvidence>>)> = Vec::new();
+    for record in candidates {
         let container = record.definition.id.clone();
         let Some(life) = record.life.clone().filter(|life| life.alive()) else {
             let why = record
@@ -202,7 +259,7 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
                 .clone()
                 .unwrap_or_else(|| "no process of it is known".to_owned());
             // Of several reasons the one that says most of the caller is kept: that of a container which lives.
-            if matches!(refusal, Refusal::UnknownAddress(_)) {
+            if matches!(refusal, Refusal::UnknownAddress(_) | Refusal::Host(_)) {
                 refusal = Refusal::NoLife {
                     container,
                     address,
@@ -211,7 +268,15 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
             }
             continue;
         };
-        match life.witness.socket(connection.client, connection.server) {
+        let namespace = life.witness.namespace();
+        let at = asked
+            .iter()
+            .position(|(known, _)| *known == namespace)
+            .unwrap_or_else(|| {
+                asked.push((namespace, life.witness.socket(connection.client, connection.server)));
+                asked.len() - 1
+            });
+        match &asked[at].1 {
             Ok(None) => refusal = Refusal::NoSocket { container, address },
             Ok(Some(socket)) if socket.state != ESTABLISHED => {
                 refusal = Refusal::NotEstablished {

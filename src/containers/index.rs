@@ -1,13 +1,14 @@
 //! What is known of all containers, for many readers; the watcher is the one writer.
 
+use std::hash::Hash;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use dashmap::DashMap;
+use dashmap::{DashMap, DashSet};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{ContainerId, Record};
+use super::{ContainerId, NamespaceId, NetworkMode, Record};
 
 /// How it stands with the engine.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -34,6 +35,10 @@ pub struct Index {
     records: DashMap<ContainerId, Arc<Record>>,
     /// Few ids an address: two at once are possible (networks of the same subnet, an address that moves).
     by_address: DashMap<IpAddr, Vec<ContainerId>>,
+    /// Who lives in a network namespace.
+    by_namespace: DashMap<NamespaceId, Vec<ContainerId>>,
+    /// Who is, or will be, in a network namespace that is not its own: few.
+    joining: DashSet<ContainerId>,
     version: watch::Sender<u64>,
     engine: ArcSwap<EngineState>,
     misses: mpsc::Sender<Miss>,
@@ -49,6 +54,8 @@ impl Index {
         let index = Self {
             records: DashMap::new(),
             by_address: DashMap::new(),
+            by_namespace: DashMap::new(),
+            joining: DashSet::new(),
             version: watch::Sender::new(0),
             engine: ArcSwap::from_pointee(EngineState::Away("not asked yet".to_owned())),
             misses,
@@ -72,6 +79,21 @@ impl Index {
     pub fn at(&self, address: IpAddr) -> Vec<Arc<Record>> {
         let ids = self.by_address.get(&address).map(|ids| ids.clone()).unwrap_or_default();
         ids.iter().filter_map(|id| self.get(id)).collect()
+    }
+
+    /// Who lives in a network namespace.
+    pub fn within(&self, namespace: NamespaceId) -> Vec<Arc<Record>> {
+        let ids = self
+            .by_namespace
+            .get(&namespace)
+            .map(|ids| ids.clone())
+            .unwrap_or_default();
+        ids.iter().filter_map(|id| self.get(id)).collect()
+    }
+
+    /// Containers that are, or will be, in a network namespace that is not their own.
+    pub fn joining(&self) -> Vec<Arc<Record>> {
+        self.joining.iter().filter_map(|id| self.get(&id)).collect()
     }
 
     /// How it stands with the engine.
@@ -101,24 +123,34 @@ impl Index {
         if let Some(old) = old {
             for address in old.attachments.addresses() {
                 if !record.attachments.addresses().any(|it| it == address) {
-                    self.unlink(address, &id);
+                    unlink(&self.by_address, &address, &id);
                 }
             }
+            if let Some(namespace) = namespace(&old).filter(|it| Some(*it) != namespace(&record)) {
+                unlink(&self.by_namespace, &namespace, &id);
+            }
+        }
+        if record.definition.network_mode != NetworkMode::Own {
+            self.joining.insert(id.clone());
         }
         for address in record.attachments.addresses() {
-            let mut ids = self.by_address.entry(address).or_default();
-            if !ids.contains(&id) {
-                ids.push(id.clone());
-            }
+            link(&self.by_address, address, &id);
+        }
+        if let Some(namespace) = namespace(&record) {
+            link(&self.by_namespace, namespace, &id);
         }
         self.changed();
     }
 
     /// Forgets one container. For the writer.
     pub(super) fn remove(&self, id: &ContainerId) {
+        self.joining.remove(id);
         if let Some((_, old)) = self.records.remove(id) {
             for address in old.attachments.addresses() {
-                self.unlink(address, id);
+                unlink(&self.by_address, &address, id);
+            }
+            if let Some(namespace) = namespace(&old) {
+                unlink(&self.by_namespace, &namespace, id);
             }
             self.changed();
         }
@@ -130,15 +162,26 @@ impl Index {
         self.changed();
     }
 
-    /// Takes an address from one container, and from nobody else who holds it by now.
-    fn unlink(&self, address: IpAddr, id: &ContainerId) {
-        self.by_address.remove_if_mut(&address, |_, ids| {
-            ids.retain(|other| other != id);
-            ids.is_empty()
-        });
-    }
-
     fn changed(&self) {
         self.version.send_modify(|version| *version += 1);
     }
+}
+
+fn namespace(record: &Record) -> Option<NamespaceId> {
+    record.life.as_ref().map(|life| life.witness.namespace())
+}
+
+fn link<K: Eq + Hash>(map: &DashMap<K, Vec<ContainerId>>, key: K, id: &ContainerId) {
+    let mut ids = map.entry(key).or_default();
+    if !ids.contains(id) {
+        ids.push(id.clone());
+    }
+}
+
+/// Takes a key from one container, and from nobody else who holds it by now.
+fn unlink<K: Eq + Hash>(map: &DashMap<K, Vec<ContainerId>>, key: &K, id: &ContainerId) {
+    map.remove_if_mut(key, |_, ids| {
+        ids.retain(|other| other != id);
+        ids.is_empty()
+    });
 }

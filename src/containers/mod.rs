@@ -175,6 +175,11 @@ impl Attachments {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct CgroupId(pub u64);
 
+/// The kernel's id of a network namespace: the inode number of its file (namespaces(7)). Not used again while anything
+/// of ours is open in it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct NamespaceId(pub u64);
+
 /// What the kernel says of one TCP socket.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SocketEvidence {
@@ -202,6 +207,22 @@ pub trait Witness: Send + Sync + 'static {
 
     /// Whether `cgroup` is the container's or lies below it.
     fn holds(&self, cgroup: CgroupId) -> bool;
+
+    /// The container's network namespace; several containers may share one, or have the host's.
+    fn namespace(&self) -> NamespaceId;
+
+    /// Has the service listen inside the container's network namespace, for this life. Blocks for a moment; done twice it
+    /// does nothing. In the host's namespace there is nothing to be done.
+    ///
+    /// # Errors
+    /// Why not; the text is shown in `status`.
+    fn attach(&self) -> Result<(), String>;
+
+    /// Takes that away again, when no other life of the namespace wants it.
+    ///
+    /// # Errors
+    /// What is left, and why.
+    fn detach(&self) -> Result<(), String>;
 }
 
 /// One run of one container, from the start of its first process to its end. Connections, tokens and the instance
@@ -276,6 +297,8 @@ pub struct Record {
     pub life: Option<Arc<Life>>,
     /// Why there is no life although the engine says that it runs.
     pub no_life: Option<String>,
+    /// Why the service does not listen in its namespace although it should.
+    pub not_attached: Option<String>,
     /// What it is to see.
     pub instance: Arc<Instance>,
 }

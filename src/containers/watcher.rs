@@ -132,11 +132,12 @@ pub struct Network {
 
 /// The kernel's side of a container. Implemented by [`crate::caller`]; called on threads that may block.
 pub trait Kernel: Send + Sync + 'static {
-    /// Finds the container's first process and opens what proves its connections. `pid`: what the engine says it is.
+    /// Finds the container's first process and opens what proves its connections. `pid`: what the engine says it is;
+    /// `mode`: whose network namespace the engine says that it is in, if that is known yet.
     ///
     /// # Errors
     /// Why it is not there, or not yet; the text is shown in `status`.
-    fn birth(&self, id: &ContainerId, pid: Option<u32>) -> Result<Birth, String>;
+    fn birth(&self, id: &ContainerId, pid: Option<u32>, mode: Option<&NetworkMode>) -> Result<Birth, String>;
 }
 
 /// A life, as the kernel found it.
@@ -157,6 +158,8 @@ pub trait Instances: Send + Sync + 'static {
     fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance;
     /// Has credentials kept fresh until the hold is dropped.
     fn hold(&self, session: &RoleSession) -> Box<dyn Hold>;
+    /// Whether the service is to listen inside the containers' own network namespaces.
+    fn attaches(&self) -> bool;
     /// Whether what an image brought counts, too.
     fn image_labels_count(&self) -> bool;
     /// What our labels start with, with the dot.
@@ -221,6 +224,9 @@ struct Known {
     birth: Option<Birth>,
     life: Option<Arc<Life>>,
     no_life: Option<String>,
+    /// Whether the service was asked to listen in the namespace of the present life.
+    attached: bool,
+    not_attached: Option<String>,
     hold: Option<Box<dyn Hold>>,
     seen: SystemTime,
 }
@@ -237,6 +243,9 @@ impl KnownNetwork {
         self.subnets.iter().any(|subnet| within(address, *subnet))
     }
 }
+
+/// What came of an attempt to listen in a life's namespace, or to stop it.
+type Attached = (ContainerId, CgroupId, Result<(), String>);
 
 struct Awaited {
     since: Instant,
@@ -278,6 +287,7 @@ pub struct Watcher {
     awaited: HashMap<ContainerId, Awaited>,
     births: FuturesUnordered<BoxFuture<'static, (ContainerId, Result<Birth, String>)>>,
     ends: FuturesUnordered<BoxFuture<'static, (ContainerId, CgroupId)>>,
+    attachings: FuturesUnordered<BoxFuture<'static, Attached>>,
     waiters: Vec<Waiter>,
 }
 
@@ -317,6 +327,7 @@ impl Watcher {
             awaited: HashMap::new(),
             births: FuturesUnordered::new(),
             ends: FuturesUnordered::new(),
+            attachings: FuturesUnordered::new(),
             waiters: Vec::new(),
         }
     }
@@ -359,6 +370,7 @@ impl Watcher {
                 }
                 Some((id, birth)) = self.births.next(), if !self.births.is_empty() => self.born(id, birth),
                 Some((id, cgroup)) = self.ends.next(), if !self.ends.is_empty() => self.ended(&id, cgroup),
+                Some(attached) = self.attachings.next(), if !self.attachings.is_empty() => self.attached(attached),
                 Some(miss) = self.misses.recv() => self.missed(miss, connected),
                 Ok(()) = self.changed.changed() => {
                     let all: Vec<_> = self.known.keys().cloned().collect();
@@ -582,16 +594,14 @@ impl Watcher {
         let known = self.known(&id);
         known.running = running;
         known.definition = Some(definition);
-        known.no_life = elsewhere(&network_mode).map(str::to_owned).or(known.no_life.take());
         let (unborn, unnamed) = (known.life.is_none() && known.birth.is_none(), known.hostname.is_none());
-        if network_mode != NetworkMode::Own {
-            self.awaited.remove(&id);
-        }
         self.publish(&id);
         if unnamed || (running && unborn) {
             self.touch(Subject::Inspect(id.clone()));
         }
-        if running && unborn {
+        // Who joins another's network causes no event of its own between `create` and `start`, and asks before `start`.
+        let joins = matches!(network_mode, NetworkMode::Container(_));
+        if unborn && (running || joins) && !self.awaited.contains_key(&id) {
             self.expect(id);
         }
     }
@@ -607,6 +617,8 @@ impl Watcher {
             birth: None,
             life: None,
             no_life: None,
+            attached: false,
+            not_attached: None,
             hold: None,
             seen,
         })
@@ -661,9 +673,7 @@ impl Watcher {
     /// A container is about to run: look for its first process until it is there.
     fn expect(&mut self, id: ContainerId) {
         if let Some(known) = self.known.get(&id) {
-            let lives = known.life.as_ref().is_some_and(|life| life.alive());
-            let mode = known.definition.as_ref().map(|definition| &definition.network_mode);
-            if lives || mode.is_some_and(|mode| elsewhere(mode).is_some()) {
+            if known.life.as_ref().is_some_and(|life| life.alive()) {
                 return;
             }
         }
@@ -688,14 +698,17 @@ impl Watcher {
             }
             if !awaited.asked && awaited.next <= now {
                 awaited.asked = true;
-                due.push((id.clone(), known.and_then(|known| known.pid)));
+                let mode = known
+                    .and_then(|known| known.definition.as_ref())
+                    .map(|it| it.network_mode.clone());
+                due.push((id.clone(), known.and_then(|known| known.pid), mode));
             }
             true
         });
-        for (id, pid) in due {
+        for (id, pid, mode) in due {
             let kernel = self.kernel.clone();
             let ask = tokio::task::spawn_blocking(move || {
-                let birth = kernel.birth(&id, pid);
+                let birth = kernel.birth(&id, pid, mode.as_ref());
                 (id, birth)
             });
             // A look that panicked or was cancelled never comes back: the runtime is going down then.
@@ -754,6 +767,19 @@ impl Watcher {
         }
     }
 
+    fn attached(&mut self, (id, cgroup, done): Attached) {
+        let Some(known) = self.known.get_mut(&id) else { return };
+        // A life that ends meanwhile takes its namespace with it: that is no failure.
+        let Some(life) = known.life.as_ref().filter(|life| life.cgroup == cgroup && life.alive()) else {
+            return;
+        };
+        known.not_attached = done.err();
+        if let Some(why) = &known.not_attached {
+            warn!(container = %id, pid = life.pid, why, "the service does not listen inside the container");
+            self.publish(&id);
+        }
+    }
+
     fn ended(&mut self, id: &ContainerId, cgroup: CgroupId) {
         let Some(known) = self.known.get_mut(id) else { return };
         if known.life.as_ref().is_some_and(|life| life.cgroup == cgroup) {
@@ -806,9 +832,34 @@ impl Watcher {
             );
             debug!(container = %id, name = definition.name, pid = life.pid, cgroup = life.cgroup.0, "lives");
             known.life = Some(life);
+            (known.attached, known.not_attached) = (false, None);
         }
         if let Some(life) = &known.life {
             life.instance.store(instance.clone());
+            let wanted = self.instances.attaches() && instance.endpoint;
+            if known.attached != wanted {
+                known.attached = wanted;
+                let life = life.clone();
+                let attach = tokio::task::spawn_blocking(move || {
+                    let done = if wanted {
+                        life.witness.attach()
+                    } else {
+                        life.witness.detach()
+                    };
+                    (life.container.clone(), life.cgroup, done)
+                });
+                // One that panicked or was cancelled never comes back: the runtime is going down then.
+                self.attachings.push(
+                    async move {
+                        if let Ok(done) = attach.await {
+                            done
+                        } else {
+                            future::pending().await
+                        }
+                    }
+                    .boxed(),
+                );
+            }
             if let Some(hold) = &mut known.hold {
                 hold.started();
             }
@@ -818,6 +869,7 @@ impl Watcher {
             attachments: known.attachments.clone(),
             life: known.life.clone(),
             no_life: known.no_life.clone(),
+            not_attached: known.not_attached.clone(),
             instance,
         });
     }
@@ -896,15 +948,6 @@ async fn with_image(
         images.insert(row.image_id.clone(), labels.clone());
     }
     Ok((row, labels))
-}
-
-/// Why a container without a network namespace of its own is not served.
-fn elsewhere(mode: &NetworkMode) -> Option<&'static str> {
-    match mode {
-        NetworkMode::Own => None,
-        NetworkMode::Host => Some("is in the host's network: not served by this version"),
-        NetworkMode::Container(_) => Some("shares another container's network: not served by this version"),
-    }
 }
 
 /// Whether an address is in a subnet.

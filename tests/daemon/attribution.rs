@@ -3,10 +3,11 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use imds_router::caller::Via;
 use imds_router::containers::watcher::Event;
-use imds_router::containers::{CgroupId, NetworkId, SocketEvidence};
+use imds_router::containers::{CgroupId, NamespaceId, NetworkId, NetworkMode, SocketEvidence};
 
-use crate::script::{Daemon, endpoint, id, settings};
+use crate::script::{Daemon, HOST, endpoint, id, settings};
 
 const APP: &[(&str, &str)] = &[("imds.role", "app")];
 const OTHER: &[(&str, &str)] = &[("imds.role", "other")];
@@ -192,4 +193,102 @@ async fn an_address_that_no_event_has_told_is_looked_up() {
     daemon.kernel.start(&id(1));
     daemon.settle().await;
     assert_eq!(daemon.connect(1, address).get("/").await.unwrap().status, 200);
+}
+
+/// Starts a container that has no network namespace of its own. Answers its cgroup.
+fn join(daemon: &Daemon, number: u32, labels: &[(&str, &str)], mode: NetworkMode) -> CgroupId {
+    daemon.create(number, labels);
+    daemon.engine.world(|world| {
+        let container = world.containers.get_mut(&id(number)).unwrap();
+        (container.network_mode, container.running) = (mode, true);
+    });
+    daemon.engine.send(Event::Defined(id(number)));
+    daemon.kernel.start(&id(number))
+}
+
+/// What comes of a connection that `cgroup` makes in `namespace`.
+async fn asks(daemon: &Daemon, namespace: NamespaceId, cgroup: CgroupId) -> (u16, String) {
+    let client = daemon.client("169.254.169.254:0".parse().unwrap());
+    daemon
+        .kernel
+        .socket(CgroupId(namespace.0), client, SocketEvidence { state: 1, cgroup });
+    let reply = daemon
+        .dial_via(client, Via::Namespace(namespace))
+        .get(LIST)
+        .await
+        .expect("an answer");
+    (reply.status, reply.text())
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_shares_a_namespace_is_told_apart_by_who_made_the_socket() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    daemon.run(1, APP).await;
+    let owner = daemon.kernel.alive(&id(1)).unwrap();
+    let namespace = NamespaceId(owner.0);
+    let sharer = join(&daemon, 2, OTHER, NetworkMode::Container(id(1)));
+    let bare = join(&daemon, 3, &[], NetworkMode::Container(id(1)));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(asks(&daemon, namespace, owner).await, (200, "app".into()));
+    assert_eq!(asks(&daemon, namespace, sharer).await, (200, "other".into()));
+    assert_eq!(asks(&daemon, namespace, bare).await, (403, String::new()));
+    // A process of the host that has entered the namespace, or one of a container elsewhere.
+    for stranger in [CgroupId(1), CgroupId(owner.0 + 1_000)] {
+        assert_eq!(asks(&daemon, namespace, stranger).await, (403, String::new()));
+    }
+    // Over the host's bridge, the owner's address leads to all of them.
+    let address = daemon
+        .index
+        .get(&id(1))
+        .unwrap()
+        .attachments
+        .addresses()
+        .next()
+        .unwrap();
+    let client = daemon.client(SocketAddr::new(address, 0));
+    daemon.kernel.socket(
+        owner,
+        client,
+        SocketEvidence {
+            state: 1,
+            cgroup: sharer,
+        },
+    );
+    assert_eq!(daemon.dial(client).get(LIST).await.unwrap().text(), "other");
+    // The owner ends; who shares lives on in the namespace.
+    daemon.kill(1);
+    daemon.settle().await;
+    assert_eq!(asks(&daemon, namespace, sharer).await, (200, "other".into()));
+    assert_eq!(asks(&daemon, namespace, owner).await, (403, String::new()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn containers_in_the_hosts_network_are_themselves_and_host_processes_nobody() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    assert_eq!(asks(&daemon, HOST, CgroupId(1)).await, (403, String::new()));
+    let first = join(&daemon, 1, APP, NetworkMode::Host);
+    let second = join(&daemon, 2, OTHER, NetworkMode::Host);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(asks(&daemon, HOST, first).await, (200, "app".into()));
+    assert_eq!(asks(&daemon, HOST, second).await, (200, "other".into()));
+    assert_eq!(asks(&daemon, HOST, CgroupId(1)).await, (403, String::new()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_first_act_of_who_joins_a_namespace_waits_for_its_life() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    daemon.run(1, APP).await;
+    let namespace = NamespaceId(daemon.kernel.alive(&id(1)).unwrap().0);
+    daemon.create(2, OTHER);
+    daemon.engine.world(|world| {
+        world.containers.get_mut(&id(2)).unwrap().network_mode = NetworkMode::Container(id(1));
+    });
+    daemon.engine.send(Event::Defined(id(2)));
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    // Its process is there, and asks at once; the engine will say `start` later.
+    let sharer = daemon.kernel.start(&id(2));
+    assert_eq!(asks(&daemon, namespace, sharer).await, (200, "other".into()));
 }

@@ -13,7 +13,7 @@ use futures_util::stream::{BoxStream, StreamExt as _};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 use tokio::sync::{mpsc, watch};
 
-use imds_router::caller::Connection;
+use imds_router::caller::{Connection, Via};
 use imds_router::clock::Clock;
 use imds_router::config::{CredentialSource, Settings};
 use imds_router::containers::index::{EngineState, Index};
@@ -21,7 +21,8 @@ use imds_router::containers::watcher::{
     Birth, ContainerEngine, EngineError, Event, Hold, Inspection, Instances, Kernel, Network, Ports, Row, Watcher,
 };
 use imds_router::containers::{
-    Attachments, CgroupId, ContainerId, Definition, Endpoint, NetworkId, NetworkMode, SocketEvidence, Witness,
+    Attachments, CgroupId, ContainerId, Definition, Endpoint, NamespaceId, NetworkId, NetworkMode, SocketEvidence,
+    Witness,
 };
 use imds_router::credentials::broker::{Broker, CredentialProvider, Lease, Provided, ProviderError};
 use imds_router::credentials::{Credentials, RoleSession, Secret};
@@ -32,6 +33,8 @@ use imds_router::wire::token::{TokenAuthority, TokenKey};
 
 use crate::conformance::Reply;
 
+/// The host's own network namespace.
+pub const HOST: NamespaceId = NamespaceId(1);
 pub const WALL: Duration = Duration::from_secs(1_767_607_872);
 
 /// An id made of a number.
@@ -227,16 +230,25 @@ impl ScriptedKernel {
 struct ScriptedWitness {
     lives: Arc<Mutex<Lives>>,
     cgroup: CgroupId,
+    namespace: NamespaceId,
     alive: watch::Receiver<bool>,
 }
 
 impl Kernel for ScriptedKernel {
-    fn birth(&self, id: &ContainerId, _pid: Option<u32>) -> Result<Birth, String> {
+    fn birth(&self, id: &ContainerId, _pid: Option<u32>, mode: Option<&NetworkMode>) -> Result<Birth, String> {
         let lives = self.0.lock().unwrap();
         let (cgroup, alive) = lives.lives.get(id).ok_or("not there yet")?;
+        let namespace = match mode {
+            Some(NetworkMode::Host) => HOST,
+            Some(NetworkMode::Container(owner)) => {
+                NamespaceId(lives.lives.get(owner).ok_or("its network's owner does not run")?.0.0)
+            }
+            Some(NetworkMode::Own) | None => NamespaceId(cgroup.0),
+        };
         let witness = ScriptedWitness {
             lives: self.0.clone(),
             cgroup: *cgroup,
+            namespace,
             alive: alive.subscribe(),
         };
         Ok(Birth {
@@ -261,11 +273,29 @@ impl Witness for ScriptedWitness {
     }
 
     fn socket(&self, client: SocketAddr, _server: SocketAddr) -> std::io::Result<Option<SocketEvidence>> {
-        Ok(self.lives.lock().unwrap().sockets.get(&(self.cgroup, client)).copied())
+        Ok(self
+            .lives
+            .lock()
+            .unwrap()
+            .sockets
+            .get(&(CgroupId(self.namespace.0), client))
+            .copied())
     }
 
     fn holds(&self, cgroup: CgroupId) -> bool {
         self.cgroup == cgroup
+    }
+
+    fn namespace(&self) -> NamespaceId {
+        self.namespace
+    }
+
+    fn attach(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn detach(&self) -> Result<(), String> {
+        Ok(())
     }
 }
 
@@ -348,6 +378,10 @@ impl Instances for Resolver {
 
     fn hold(&self, session: &RoleSession) -> Box<dyn Hold> {
         Box::new(Held(self.broker.lease(session)))
+    }
+
+    fn attaches(&self) -> bool {
+        true
     }
 
     fn image_labels_count(&self) -> bool {
@@ -505,10 +539,16 @@ impl Daemon {
 
     /// A connection that arrives from `client`, whoever made it.
     pub fn dial(&self, client: SocketAddr) -> Client {
+        self.dial_via(client, Via::Bridge(5))
+    }
+
+    /// The same, accepted elsewhere.
+    pub fn dial_via(&self, client: SocketAddr, via: Via) -> Client {
         let (ours, theirs) = tokio::io::duplex(64 * 1024);
         let connection = Connection {
             client,
             server: "169.254.169.254:80".parse().unwrap(),
+            via,
         };
         tokio::spawn(server::serve(theirs, connection, self.service.clone()));
         Client { stream: ours }

@@ -9,18 +9,31 @@ use crate::conformance::{self, Mode, Token, check, rows};
 use crate::rig::{Client, Container, Daemon, Engine, Identity, NoReply, Rig, http, poll};
 
 const ACCOUNT: &str = "111122223333";
+const LIST: &str = "/latest/meta-data/iam/security-credentials/";
 
 pub fn trials(rig: &Rig) -> Vec<Trial> {
     let mut trials = Vec::new();
-    trials.extend(rig.in_each_view("identities::four_roles_by_four_sdks_tokens_optional", tokens_optional));
-    trials.extend(rig.in_each_view("identities::four_roles_by_four_sdks_tokens_required", tokens_required));
-    trials.push(rig.once("identities::conforms_with_tokens_optional", |engine| {
-        conforms(engine, Mode::Optional)
+    for attach in ["namespace", "host"] {
+        for tokens in ["optional", "required"] {
+            let name = format!("identities::four_roles_by_four_sdks::{attach}::tokens_{tokens}");
+            trials.extend(rig.each_view(&name, move |engine| four_roles(engine, attach, tokens)));
+        }
+        let name = format!("identities::sixty_first_acts::{attach}");
+        trials.extend(rig.each_view(&name, move |engine| sixty_first_acts(engine, attach)));
+        let name = format!("identities::host_network_and_shared_namespaces::{attach}");
+        trials.extend(rig.each_view(&name, move |engine| host_network_and_shared_namespaces(engine, attach)));
+    }
+    trials.push(rig.once("identities::conforms::namespace", |engine| {
+        conforms(engine, "namespace", Mode::Optional);
     }));
-    trials.push(rig.once("identities::conforms_with_tokens_required", |engine| {
-        conforms(engine, Mode::Required)
+    trials.push(rig.once("identities::conforms::host", |engine| {
+        conforms(engine, "host", Mode::Required)
     }));
-    trials.extend(rig.in_each_view("identities::sixty_first_acts", sixty_first_acts));
+    trials.extend(rig.in_each_view("identities::networks_that_lead_nowhere", networks_that_lead_nowhere));
+    trials.push(rig.once(
+        "identities::port_80_of_the_container_is_its_own",
+        port_80_of_the_container_is_its_own,
+    ));
     trials.push(rig.once("identities::a_token_outlives_the_daemon", a_token_outlives_the_daemon));
     trials.push(rig.once("identities::sts_that_is_away_is_no_role", sts_that_is_away_is_no_role));
     trials
@@ -30,18 +43,10 @@ fn host_name(engine: &Engine) -> String {
     engine.host("uname", &["-n"])
 }
 
-fn tokens_optional(engine: &Arc<Engine>) {
-    four_roles(engine, "optional");
-}
-
-fn tokens_required(engine: &Arc<Engine>) {
-    four_roles(engine, "required");
-}
-
-fn four_roles(engine: &Arc<Engine>, tokens: &str) {
+fn four_roles(engine: &Arc<Engine>, attach: &str, tokens: &str) {
     let moto = engine.moto();
     let config = format!(
-        "account_id = \"{ACCOUNT}\"\n[imds]\nhttp_tokens = \"{tokens}\"\n\
+        "account_id = \"{ACCOUNT}\"\n[serve]\nattach = \"{attach}\"\n[imds]\nhttp_tokens = \"{tokens}\"\n\
          [roles]\norders = \"arn:aws:iam::777788889999:role/service/orders\"\n[accounts]\nprod = \"444455556666\"\n"
     );
     let daemon = Daemon::start(engine, &config, &moto.daemon_environment());
@@ -105,10 +110,11 @@ fn four_roles(engine: &Arc<Engine>, tokens: &str) {
 }
 
 /// The conformance table, by curl in a container.
-fn conforms(engine: &Arc<Engine>, mode: Mode) {
+fn conforms(engine: &Arc<Engine>, attach: &str, mode: Mode) {
     let tokens = if mode == Mode::Required { "required" } else { "optional" };
     let moto = engine.moto();
-    let config = format!("account_id = \"{ACCOUNT}\"\n[imds]\nhttp_tokens = \"{tokens}\"\n");
+    let config =
+        format!("account_id = \"{ACCOUNT}\"\n[serve]\nattach = \"{attach}\"\n[imds]\nhttp_tokens = \"{tokens}\"\n");
     let daemon = Daemon::start(engine, &config, &moto.daemon_environment());
     let asks = |name| {
         let run = engine.run(name).label("imds.role", "app");
@@ -201,15 +207,12 @@ fn now() -> u64 {
 }
 
 /// Containers whose first act is to ask for their credentials, started side by side.
-fn sixty_first_acts(engine: &Arc<Engine>) {
+fn sixty_first_acts(engine: &Arc<Engine>, attach: &str) {
     const CONTAINERS: usize = 60;
     const AT_ONCE: usize = 4;
     let moto = engine.moto();
-    let daemon = Daemon::start(
-        engine,
-        &format!("account_id = \"{ACCOUNT}\""),
-        &moto.daemon_environment(),
-    );
+    let config = format!("account_id = \"{ACCOUNT}\"\n[serve]\nattach = \"{attach}\"");
+    let daemon = Daemon::start(engine, &config, &moto.daemon_environment());
     let network = engine.network("crowd", &[]);
     let names: Vec<_> = (0..CONTAINERS).map(|number| format!("first-act-{number}")).collect();
     let failures: Vec<String> = std::thread::scope(|scope| {
@@ -300,5 +303,169 @@ fn sts_that_is_away_is_no_role(engine: &Arc<Engine>) {
     assert_eq!(container.get("/latest/meta-data/instance-id", &[]).status, 200);
     let status = daemon.status();
     assert_eq!(status["containers"][0]["credentials"]["state"], "failed", "{status}");
+    daemon.stop();
+}
+
+/// Containers that share a network namespace, or have the host's, are told apart by who made the socket.
+fn host_network_and_shared_namespaces(engine: &Arc<Engine>, attach: &str) {
+    let moto = engine.moto();
+    let config = format!("account_id = \"{ACCOUNT}\"\n[serve]\nattach = \"{attach}\"");
+    let daemon = Daemon::start(engine, &config, &moto.daemon_environment());
+    let owner = engine.run("owner").label("imds.role", "owner").start();
+    let sharer = engine
+        .run("sharer")
+        .label("imds.role", "sharer")
+        .network("container:owner")
+        .start();
+    let bare = engine.run("bare-sharer").network("container:owner").start();
+    let first = engine
+        .run("first-on-host")
+        .label("imds.role", "first-on-host")
+        .network("host")
+        .start();
+    let second = engine
+        .run("second-on-host")
+        .label("imds.role", "second-on-host")
+        .network("host")
+        .start();
+    let host = host_name(engine);
+    for container in [&owner, &sharer, &first, &second] {
+        let expected = Identity::of_role(ACCOUNT, container.name(), &format!("{}@{host}", container.name()));
+        assert_eq!(Client::Boto3.whoami(container, moto, &[]), expected);
+        assert_eq!(container.get(LIST, &[]).body, container.name());
+    }
+    assert_eq!(bare.get(LIST, &[]).status, 403, "no label, no service");
+    // A process of the host is nobody, whatever else is on the host's network, and an intruder is nobody in a namespace.
+    let url = format!("{}{LIST}", http::IMDS);
+    let process = engine.request("GET", &url, &[]).expect("a refusal");
+    assert_eq!((process.status, process.body.as_str()), (403, ""));
+    let intruder = http::request(owner.intruder("curl"), "GET", &url, &[]).expect("a refusal");
+    assert_eq!((intruder.status, intruder.body.as_str()), (403, ""));
+    // First acts of both kinds.
+    for network in ["container:owner", "host"] {
+        for round in 0..5 {
+            let name = format!("joins-{round}");
+            first_act(engine, &name, network).unwrap_or_else(|why| panic!("{network}: {why}"));
+        }
+    }
+    let status = daemon.status();
+    let shown = status["containers"].as_array().expect("a list");
+    let sharer = shown.iter().find(|it| it["name"] == "sharer").expect("it is shown");
+    assert!(
+        sharer["problems"][0]
+            .as_str()
+            .is_some_and(|it| it.contains("share a boundary")),
+        "{sharer}"
+    );
+    daemon.stop();
+}
+
+/// Networks from which the host cannot be reached: attach `namespace` needs none.
+fn networks_that_lead_nowhere(engine: &Arc<Engine>) {
+    let moto = engine.moto();
+    let daemon = Daemon::start(
+        engine,
+        &format!("account_id = \"{ACCOUNT}\""),
+        &moto.daemon_environment(),
+    );
+    let internal = engine.network("inner", &["--internal"]);
+    let lonely = engine
+        .run("on-none")
+        .label("imds.role", "on-none")
+        .network("none")
+        .start();
+    let inner = engine
+        .run("on-internal")
+        .label("imds.role", "on-internal")
+        .network(internal.name())
+        .start();
+    // Newer engines give internal networks no default route.
+    let mut ip = inner.intruder("ip");
+    ip.args(["route", "del", "default"]);
+    let _ = crate::rig::Done::of(ip);
+    // A program that listens on no bridge at all.
+    engine.host("ip", &["link", "add", "lan7", "type", "veth", "peer", "name", "lan7p"]);
+    engine.host("ip", &["link", "set", "lan7", "up"]);
+    {
+        let lan = engine.network(
+            "lan",
+            &["--driver=macvlan", "--subnet=10.77.0.0/24", "--opt=parent=lan7"],
+        );
+        let macvlan = engine
+            .run("on-macvlan")
+            .label("imds.role", "on-macvlan")
+            .network(lan.name())
+            .start();
+        for container in [&lonely, &inner, &macvlan] {
+            let ask = "import boto3; print(boto3.Session().get_credentials().get_frozen_credentials().access_key)";
+            let key = container.exec(&[
+                &format!("{}/venv/bin/python", crate::rig::tools::directory().display()),
+                "-c",
+                ask,
+            ]);
+            let status = daemon.status();
+            let shown = status["containers"].as_array().expect("a list");
+            let shown = shown
+                .iter()
+                .find(|it| it["name"] == container.name())
+                .expect("it is shown");
+            assert_eq!(shown["credentials"]["key"], key.as_str(), "{}", container.name());
+            assert_eq!(container.get(LIST, &[]).body, container.name());
+        }
+    }
+    engine.host("ip", &["link", "del", "lan7"]);
+    daemon.stop();
+}
+
+/// An application listens on 0.0.0.0:80 in its container, before us and after us, and is published.
+fn port_80_of_the_container_is_its_own(engine: &Arc<Engine>) {
+    let moto = engine.moto();
+    let serve = [
+        "/usr/bin/python3",
+        "-m",
+        "http.server",
+        "80",
+        "--bind",
+        "0.0.0.0",
+        "--directory",
+        "/usr/share/doc/bash",
+    ];
+    let early = engine
+        .run("early")
+        .label("imds.role", "early")
+        .arg("--publish=8081:80")
+        .command(&serve)
+        .start();
+    let answers = |port: u16| {
+        engine
+            .request("GET", &format!("http://172.17.0.1:{port}/"), &[])
+            .is_ok()
+    };
+    let daemon = Daemon::start(
+        engine,
+        &format!("account_id = \"{ACCOUNT}\""),
+        &moto.daemon_environment(),
+    );
+    let late = engine
+        .run("late")
+        .label("imds.role", "late")
+        .arg("--publish=8082:80")
+        .command(&serve)
+        .start();
+    for (container, port) in [(&early, 8081), (&late, 8082)] {
+        poll(Duration::from_secs(5), "the application", || {
+            answers(port).then_some(())
+        });
+        poll(Duration::from_secs(5), "its role", || {
+            (container.get(LIST, &[]).body == container.name()).then_some(())
+        });
+        // And within the container, by every address but ours.
+        let own = container
+            .request("GET", "http://127.0.0.1/", &[])
+            .expect("the application");
+        assert_eq!(own.status, 200);
+        assert!(own.header("server").is_some_and(|it| it.contains("Python")), "{own:?}");
+        assert!(answers(port));
+    }
     daemon.stop();
 }

@@ -20,10 +20,6 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
         an_address_that_no_container_has,
     ));
     trials.push(rig.once("refusals::a_neighbour_in_the_lan", a_neighbour_in_the_lan));
-    trials.push(rig.once(
-        "refusals::host_network_and_shared_namespaces",
-        host_network_and_shared_namespaces,
-    ));
     trials.push(rig.once("refusals::a_token_of_another_container", a_token_of_another_container));
     trials.push(rig.once("refusals::a_role_of_the_image", a_role_of_the_image));
     trials.push(rig.once("refusals::bad_labels", bad_labels));
@@ -148,40 +144,6 @@ fn a_neighbour_in_the_lan(engine: &Arc<Engine>) {
     // 52: closed without a byte; 56: reset.
     assert!(["exit 52", "exit 56"].contains(&said.trim()), "{said}");
     assert_eq!(daemon.status()["refused_connections"]["foreign-interface"], 1);
-    daemon.stop();
-}
-
-fn host_network_and_shared_namespaces(engine: &Arc<Engine>) {
-    let moto = engine.moto();
-    let daemon = Daemon::start(engine, ACCOUNT, &moto.daemon_environment());
-    let owner = engine.run("owner").label("imds.role", "owner").start();
-    let on_host = engine
-        .run("on-host")
-        .label("imds.role", "on-host")
-        .network("host")
-        .start();
-    let sharer = engine
-        .run("sharer")
-        .label("imds.role", "sharer")
-        .network("container:owner")
-        .start();
-    for container in [&on_host, &sharer] {
-        assert_eq!(container.get(LIST, &[]).status, 403, "{}", container.name());
-    }
-    assert_eq!(owner.get(LIST, &[]).body, "owner");
-    let status = daemon.status();
-    assert!(
-        of(&status, "on-host")["problems"][0]
-            .as_str()
-            .is_some_and(|it| it.contains("host's network")),
-        "{status}"
-    );
-    assert!(
-        of(&status, "sharer")["problems"][0]
-            .as_str()
-            .is_some_and(|it| it.contains("shares")),
-        "{status}"
-    );
     daemon.stop();
 }
 

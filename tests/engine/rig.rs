@@ -114,6 +114,11 @@ impl Rig {
 
     /// The same trial in each view.
     pub fn in_each_view(&self, name: &str, trial: fn(&Arc<Engine>)) -> Vec<Trial> {
+        self.each_view(name, trial)
+    }
+
+    /// The same, for trials that carry parameters.
+    pub fn each_view(&self, name: &str, trial: impl Fn(&Arc<Engine>) + Copy + Send + 'static) -> Vec<Trial> {
         let views = self.views.iter();
         views
             .map(|view| self.in_view(*view, &format!("{name}::{}", view.name()), trial))
