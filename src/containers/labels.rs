@@ -163,15 +163,12 @@ pub fn read(labels: &BTreeMap<String, String>, settings: &Settings) -> (Containe
         };
         spec.labelled = true;
         match LABELS.iter().find(|known| known.name == name) {
-            Some(known) => {
-                if (known.read)(&mut spec, value).is_none() {
-                    errors.push(LabelError::BadValue {
-                        label: label.clone(),
-                        value: value.clone(),
-                        expected: known.expected.to_owned(),
-                    });
-                }
-            }
+            Some(known) if (known.read)(&mut spec, value).is_some() => {}
+            Some(known) => errors.push(LabelError::BadValue {
+                label: label.clone(),
+                value: value.clone(),
+                expected: known.expected.to_owned(),
+            }),
             None if settings.unknown_labels_are_errors => {
                 let mut nearest = Nearest::among(name, LABELS.iter().map(|known| known.name));
                 nearest.0 = nearest.0.map(|name| format!("{prefix}{name}"));

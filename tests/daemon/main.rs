@@ -1,5 +1,7 @@
 //! The daemon in process: every part but the outermost ports, with time that is paused.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic: that is how it fails")]
+
 #[path = "../conformance/mod.rs"]
 mod conformance;
 mod script;

@@ -1,0 +1,262 @@
+//! The built program, as people type it: what is wrong is said with its place, its value and what was expected, and the
+//! exit code says whose mistake it is. Needs neither root nor Docker.
+
+use std::fs;
+use std::process::{Command, Output};
+
+/// Wrong usage or configuration, as design and `--help` have it.
+const USAGE: i32 = 2;
+const FAILED: i32 = 1;
+
+/// The configuration of every call, in its working directory: errors can then be compared letter by letter.
+const FILE: &str = "imds.toml";
+
+struct Case {
+    name: &'static str,
+    config: Option<&'static str>,
+    variable: Option<(&'static str, &'static str)>,
+    arguments: &'static [&'static str],
+    /// All of stderr.
+    says: &'static str,
+}
+
+const fn file(name: &'static str, config: &'static str, says: &'static str) -> Case {
+    Case {
+        name,
+        config: Some(config),
+        variable: None,
+        arguments: &["serve", "--config", FILE],
+        says,
+    }
+}
+
+const fn variable(name: &'static str, value: &'static str, says: &'static str) -> Case {
+    Case {
+        name,
+        config: None,
+        variable: Some((name, value)),
+        arguments: &["serve"],
+        says,
+    }
+}
+
+const fn typed(name: &'static str, arguments: &'static [&'static str], says: &'static str) -> Case {
+    Case {
+        name,
+        config: None,
+        variable: None,
+        arguments,
+        says,
+    }
+}
+
+const WRONG: &[Case] = &[
+    file(
+        "unknown key",
+        "[docker]\nlabel_prefix = \"imds\"\n\n[serve]\nholt = \"200ms\"\n",
+        "imds-router: imds.toml, line 5: unknown key serve.holt; did you mean serve.hold?\n",
+    ),
+    file(
+        "unknown section",
+        "region = \"eu-west-1\"\n\n[credential]\nprofile = \"dev\"\n",
+        "imds-router: imds.toml, line 3: unknown key credential; did you mean credentials?\n",
+    ),
+    file(
+        "nothing near",
+        "[qqq]\n",
+        "imds-router: imds.toml, line 1: unknown key qqq\n",
+    ),
+    file(
+        "bad ARN",
+        "[roles]\nweb = \"arn:aws:iam::111122223333:role/web\"\norders = \"arn:aws:iam::12:role/orders\"\n",
+        "imds-router: imds.toml, line 3: roles.orders = \"arn:aws:iam::12:role/orders\": expected a role ARN\n",
+    ),
+    file(
+        "bad account",
+        "[accounts]\nprod = \"4444\"\n",
+        "imds-router: imds.toml, line 2: accounts.prod = \"4444\": expected an account id: 12 digits in quotes\n",
+    ),
+    file(
+        "duration without a unit",
+        "[credentials]\nduration = \"90\"\n",
+        "imds-router: imds.toml, line 2: credentials.duration = \"90\": \
+         expected a duration from 15m to 12h (STS's own bounds)\n",
+    ),
+    file(
+        "duration out of bounds",
+        "[credentials]\nduration = \"13h\"\n",
+        "imds-router: imds.toml, line 2: credentials.duration = \"13h\": \
+         expected a duration from 15m to 12h (STS's own bounds)\n",
+    ),
+    file(
+        "bad choice",
+        "[imds]\nhttp_tokens = \"require\"\n",
+        "imds-router: imds.toml, line 2: imds.http_tokens = \"require\": expected \"optional\" or \"required\"\n",
+    ),
+    file(
+        "relative path",
+        "[serve]\nadmin_socket = \"admin.sock\"\n",
+        "imds-router: imds.toml, line 2: serve.admin_socket = \"admin.sock\": expected an absolute path\n",
+    ),
+    file(
+        "not TOML",
+        "[serve\n",
+        "imds-router: imds.toml, line 1: not TOML: unclosed table, expected `]`\n",
+    ),
+    Case {
+        name: "what check reads",
+        config: Some("[serve]\nholt = \"200ms\"\n"),
+        variable: None,
+        arguments: &["check", "--config", FILE],
+        says: "imds-router: imds.toml, line 2: unknown key serve.holt; did you mean serve.hold?\n",
+    },
+    typed(
+        "no file",
+        &["serve", "--config", "nowhere.toml"],
+        "imds-router: cannot read the configuration nowhere.toml: No such file or directory (os error 2)\n\
+         hint: --config names another file; without one, all defaults hold\n",
+    ),
+    // A directory: root may read every file.
+    typed(
+        "unreadable file",
+        &["serve", "--config", "."],
+        "imds-router: cannot read the configuration .: Is a directory (os error 21)\n\
+         hint: --config names another file; without one, all defaults hold\n",
+    ),
+    variable(
+        "IMDS_ROUTER_SERVE_HOLD",
+        "5s",
+        "imds-router: variable IMDS_ROUTER_SERVE_HOLD: serve.hold = \"5s\": \
+         expected a duration from 50ms to 900ms: the strictest SDK gives up at 500ms, most at 1s\n",
+    ),
+    variable(
+        "IMDS_ROUTER_IMDS_HTTP_TOKEN",
+        "required",
+        "imds-router: variable IMDS_ROUTER_IMDS_HTTP_TOKEN: unknown key IMDS_ROUTER_IMDS_HTTP_TOKEN; \
+         did you mean IMDS_ROUTER_IMDS_HTTP_TOKENS?\n",
+    ),
+    variable(
+        "IMDS_ROUTER_CONFIG",
+        "nowhere.toml",
+        "imds-router: cannot read the configuration nowhere.toml: No such file or directory (os error 2)\n\
+         hint: --config names another file; without one, all defaults hold\n",
+    ),
+    typed(
+        "bad value of a flag",
+        &["serve", "--region", "europe"],
+        "imds-router: flag --region: region = \"europe\": expected an AWS region such as \"eu-west-1\"\n",
+    ),
+    typed(
+        "bad choice of a flag",
+        &["serve", "--log-format", "xml"],
+        "error: invalid value 'xml' for '--log-format <LOG_FORMAT>'\n  [possible values: text, json]\n\n\
+         For more information, try '--help'.\n",
+    ),
+    typed(
+        "unknown flag",
+        &["serve", "--offlien"],
+        "error: unexpected argument '--offlien' found\n\n  tip: a similar argument exists: '--offline'\n\n\
+         Usage: imds-router serve --offline\n\nFor more information, try '--help'.\n",
+    ),
+    typed(
+        "unknown verb",
+        &["serv"],
+        "error: unrecognized subcommand 'serv'\n\n  tip: a similar subcommand exists: 'serve'\n\n\
+         Usage: imds-router <COMMAND>\n\nFor more information, try '--help'.\n",
+    ),
+    typed(
+        "path that is none",
+        &["get", "/latest/a b"],
+        "imds-router: \"/latest/a b\" is not a path: expected visible characters without blanks\n",
+    ),
+];
+
+#[test]
+#[cfg(target_os = "linux")]
+fn what_is_wrong_is_said_with_place_value_and_expectation() {
+    let mut wrong = Vec::new();
+    for case in WRONG {
+        let directory = tempfile::tempdir().expect("there is room for temporary files");
+        if let Some(text) = case.config {
+            fs::write(directory.path().join(FILE), text).expect("the new directory is writable");
+        }
+        let mut command = imds_router(case.arguments);
+        command.current_dir(&directory).envs(case.variable);
+        let done = run(command);
+        let said = text(&done.stderr);
+        if done.status.code() != Some(USAGE) || said != case.says || !done.stdout.is_empty() {
+            wrong.push(format!(
+                "{}: {}\n{said}--- expected exit code {USAGE}, and:\n{}",
+                case.name, done.status, case.says
+            ));
+        }
+    }
+    assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn help_and_version_are_no_failure() {
+    let done = run(imds_router(&["--version"]));
+    assert!(done.status.success(), "{done:?}");
+    assert_eq!(
+        text(&done.stdout),
+        format!("imds-router {}\n", env!("CARGO_PKG_VERSION"))
+    );
+
+    let done = run(imds_router(&["--help"]));
+    assert!(done.status.success(), "{done:?}");
+    let help = text(&done.stdout);
+    for verb in ["serve", "check", "intercept", "status", "get"] {
+        assert!(
+            help.contains(&format!("\n  {verb} ")),
+            "{verb} is not in the help:\n{help}"
+        );
+        let done = run(imds_router(&[verb, "--help"]));
+        assert!(
+            done.status.success() && text(&done.stdout).contains("Usage: imds-router"),
+            "{done:?}"
+        );
+    }
+    assert!(
+        help.ends_with("Exit codes: 0 fine, 1 failed, 2 wrong usage or configuration.\n"),
+        "{help}"
+    );
+}
+
+#[test]
+fn status_without_a_daemon_says_what_to_do() {
+    let directory = tempfile::tempdir().expect("there is room for temporary files");
+    for flags in [&["status"][..], &["status", "--json"]] {
+        let mut command = imds_router(flags);
+        command.current_dir(&directory).args(["--admin", "admin.sock"]);
+        let done = run(command);
+        assert_eq!(done.status.code(), Some(FAILED), "{done:?}");
+        assert_eq!(text(&done.stdout), "");
+        assert_eq!(
+            text(&done.stderr),
+            "imds-router: no imds-router answers on admin.sock: No such file or directory (os error 2)\n\
+             hint: is `imds-router serve` running? --admin names another socket; sudo, if it belongs to root\n"
+        );
+    }
+}
+
+/// The program, in a clean environment. Should it ever take for right what a test holds for wrong, it must not begin to
+/// serve the machine that the test runs on, as root perhaps: its state has no place to be in, which it finds out first.
+fn imds_router(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_imds-router"));
+    command
+        .args(arguments)
+        .env_clear()
+        .env("IMDS_ROUTER_SERVE_STATE_DIR", "/dev/null/none");
+    command
+}
+
+fn run(mut command: Command) -> Output {
+    command
+        .output()
+        .unwrap_or_else(|e| panic!("cannot run {command:?}: {e}"))
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).expect("what it says is text")
+}
