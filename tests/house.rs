@@ -38,9 +38,10 @@ const MAP: &[(&str, &[&str])] = &[
     ("containers::docker", &["clock", "telemetry"]),
     ("containers::labels", &["config"]),
     ("containers::watcher", &["clock", "credentials", "instance"]),
-    // How a role is typed is settled by the settings' aliases.
-    ("credentials", &["config"]),
+    ("credentials", &[]),
     ("credentials::broker", &["clock"]),
+    // How a role is typed is settled by the settings' aliases.
+    ("credentials::naming", &["config"]),
     ("credentials::offline", &["clock"]),
     ("credentials::sts", &["telemetry"]),
     ("host", &[]),
@@ -51,19 +52,20 @@ const MAP: &[(&str, &[&str])] = &[
             "containers",
             "containers::labels",
             "credentials",
+            "credentials::naming",
             "credentials::offline",
             "metadata",
             "metadata::catalogue",
         ],
     ),
     ("metadata", &[]),
-    // Documents in the tree are written as the wire writes them.
-    ("metadata::catalogue", &["clock", "credentials", "wire::imds"]),
-    ("metadata::identity", &["clock", "wire::imds"]),
+    ("metadata::catalogue", &["clock", "credentials"]),
+    ("metadata::identity", &["clock"]),
     (
         "server",
         &[
             "caller",
+            "caller::connection",
             "clock",
             "containers",
             "containers::index",
@@ -78,7 +80,8 @@ const MAP: &[(&str, &[&str])] = &[
     ("telemetry", &[]),
     ("verbs", &["admin", "app", "cli", "config", "host::*", "telemetry"]),
     ("wire", &[]),
-    ("wire::imds", &["clock", "credentials"]),
+    // A credentials document is written as all documents are.
+    ("wire::imds", &["clock", "credentials", "metadata"]),
     ("wire::token", &["clock", "containers"]),
 ];
 
@@ -89,7 +92,11 @@ const WORDS: &[(&str, &[&str], &str)] = &[
         &[],
         "return an error; where it cannot fail, `expect` and say why",
     ),
-    ("unsafe", &["main.rs"], "find the safe way: rustix, or another process"),
+    (
+        "unsafe",
+        &["main.rs", "caller/connection.rs"],
+        "find the safe way: rustix, or another process",
+    ),
     (
         "SystemTime::now",
         &["clock.rs"],

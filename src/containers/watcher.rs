@@ -672,10 +672,9 @@ impl Watcher {
 
     /// A container is about to run: look for its first process until it is there.
     fn expect(&mut self, id: ContainerId) {
-        if let Some(known) = self.known.get(&id) {
-            if known.life.as_ref().is_some_and(|life| life.alive()) {
-                return;
-            }
+        let life = self.known.get(&id).and_then(|known| known.life.as_ref());
+        if life.is_some_and(|life| life.alive()) {
+            return;
         }
         let now = self.clock.now();
         let awaited = self.awaited.entry(id).or_insert(Awaited {

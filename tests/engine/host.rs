@@ -20,10 +20,11 @@ const OTHER_LISTENER: SocketAddrV4 = SocketAddrV4::new(ADDRESS, 51255);
 const PATIENCE: Duration = Duration::from_secs(5);
 
 type Outcome = Result<(), Failed>;
+type Case = (&'static str, fn() -> Outcome);
 
 /// All of them.
 pub fn trials() -> Vec<Trial> {
-    let all: [(&str, fn() -> Outcome); 21] = [
+    let all: [Case; 21] = [
         ("up_is_what_the_documentation_lists", up_is_what_the_documentation_lists),
         (
             "clients_reach_the_listener_and_keep_their_address",
