@@ -5,7 +5,7 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -45,6 +45,9 @@ const CONNECTIONS_PER_CONTAINER: u32 = 64;
 const CONNECTIONS_BEFORE_PROOF: usize = 256;
 /// The same from one interface: one network cannot crowd out the others.
 const CONNECTIONS_BEFORE_PROOF_PER_INTERFACE: usize = 32;
+/// A connection ends after so many requests, or so long: whatever changes, nobody keeps an old one for ever.
+const REQUESTS_PER_CONNECTION: u32 = 1_000;
+const CONNECTION_LIFE: Duration = Duration::from_secs(300);
 /// How long a connection is kept without a request; also how long a head may take.
 const IDLE: Duration = Duration::from_secs(15);
 /// The port that clients ask.
@@ -219,6 +222,8 @@ where
                 service: service.clone(),
                 caller,
                 first: Mutex::new(Some(deadline)),
+                end: service.clock.now() + CONNECTION_LIFE,
+                requests: AtomicU32::new(0),
                 verified: Mutex::default(),
             });
             let requests = http(stream, move |request| {
@@ -298,6 +303,9 @@ struct Session {
     caller: Caller,
     /// The deadline of the first request, which counts from the connection.
     first: Mutex<Option<Instant>>,
+    /// When the connection ends at the latest.
+    end: Instant,
+    requests: AtomicU32,
     /// The token that was good last, and the boot time in seconds until which it is: most clients send it again.
     verified: Mutex<Option<(Vec<u8>, u64)>>,
 }
@@ -316,7 +324,10 @@ impl Session {
         if !life.alive() {
             return Err(Ended);
         }
-        let reply = self.reply(&request, deadline).await;
+        let mut reply = self.reply(&request, deadline).await;
+        if self.requests.fetch_add(1, Ordering::Relaxed) + 1 >= REQUESTS_PER_CONNECTION || asked >= self.end {
+            reply = reply.last();
+        }
         // What took a while may be an answer to nobody, or to a life that has ended meanwhile.
         if !life.alive() {
             return Err(Ended);

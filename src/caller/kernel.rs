@@ -188,6 +188,19 @@ struct KernelWitness {
     namespace: Arc<Namespace>,
 }
 
+impl Drop for KernelWitness {
+    fn drop(&mut self) {
+        let mut door = self.namespace.door.lock().unwrap_or_else(PoisonError::into_inner);
+        door.wanted_by.remove(&self.cgroup);
+        if door.wanted_by.is_empty()
+            && let Some(serving) = door.serving.take()
+        {
+            // Who else lives there is not served; address and rules refuse until the namespace goes.
+            serving.abort();
+        }
+    }
+}
+
 impl KernelWitness {
     fn inside<T: Send>(&self, what: impl FnOnce(&dyn Doors) -> io::Result<T> + Send) -> io::Result<T> {
         let namespace = &self.namespace;

@@ -3,14 +3,16 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use netlink_bindings::rt_link;
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla as _};
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP};
 use netlink_packet_sock_diag::inet::nlas::Nla;
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
+use netlink_socket2::NetlinkSocket;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
 
 use crate::containers::{CgroupId, SocketEvidence};
@@ -21,13 +23,12 @@ const INET_DIAG_CGROUP_ID: u16 = 21;
 /// The kernel answers within the system call that asks; anything slower means that it will not.
 const ANSWER: Duration = Duration::from_millis(100);
 
-/// A `NETLINK_SOCK_DIAG` socket in one network namespace, and the interfaces that were there when it was opened.
-#[derive(Debug)]
+/// A `NETLINK_SOCK_DIAG` socket in one network namespace, and beside it one that knows the interfaces there. Both stay in
+/// the namespace that they were opened in, whoever uses them.
 pub struct DiagSocket {
     /// One question at a time: an answer carries no more than a sequence number.
-    socket: Mutex<(OwnedFd, u32)>,
-    /// Interfaces of the namespace: a socket that is bound to a device is found only with that device's number.
-    interfaces: Vec<u32>,
+    diag: Mutex<(OwnedFd, u32)>,
+    links: Mutex<NetlinkSocket>,
 }
 
 impl DiagSocket {
@@ -36,17 +37,19 @@ impl DiagSocket {
     /// # Errors
     /// When the kernel has no `inet_diag`, or no descriptor is left.
     pub fn open() -> io::Result<Self> {
-        let socket = rustix::net::socket_with(
+        let diag = rustix::net::socket_with(
             AddressFamily::NETLINK,
             SocketType::RAW,
             SocketFlags::CLOEXEC,
             Some(netlink::SOCK_DIAG),
         )?;
-        rustix::net::sockopt::set_socket_timeout(&socket, rustix::net::sockopt::Timeout::Recv, Some(ANSWER))?;
-        let interfaces = interfaces(&socket)?;
+        rustix::net::sockopt::set_socket_timeout(&diag, rustix::net::sockopt::Timeout::Recv, Some(ANSWER))?;
+        let mut links = NetlinkSocket::new();
+        // The first question opens the socket, which has to be here and now.
+        interfaces(&mut links)?;
         Ok(Self {
-            socket: Mutex::new((socket, 0)),
-            interfaces,
+            diag: Mutex::new((diag, 0)),
+            links: Mutex::new(links),
         })
     }
 
@@ -55,17 +58,21 @@ impl DiagSocket {
     /// # Errors
     /// When the kernel cannot be asked.
     pub fn find(&self, client: SocketAddr, server: SocketAddr) -> io::Result<Option<SocketEvidence>> {
-        for interface in &self.interfaces {
-            let found = self.ask(client, server, *interface)?;
-            if found.is_some() {
-                return Ok(found);
+        // 0 finds every socket that is bound to no device; nearly all are.
+        if let Some(found) = self.ask(client, server, 0)? {
+            return Ok(Some(found));
+        }
+        let links = interfaces(&mut self.links.lock().unwrap_or_else(PoisonError::into_inner))?;
+        for link in links {
+            if let Some(found) = self.ask(client, server, link)? {
+                return Ok(Some(found));
             }
         }
         Ok(None)
     }
 
     fn ask(&self, client: SocketAddr, server: SocketAddr, interface: u32) -> io::Result<Option<SocketEvidence>> {
-        let mut guard = self.socket.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut guard = self.diag.lock().unwrap_or_else(PoisonError::into_inner);
         let (socket, sequence) = &mut *guard;
         *sequence = sequence.wrapping_add(1);
         rustix::net::send(
@@ -161,14 +168,20 @@ fn canonical(address: IpAddr) -> IpAddr {
     address.to_canonical()
 }
 
-/// Numbers of the interfaces in the calling thread's namespace. First 0, which finds every socket that is bound to none.
-fn interfaces(socket: &OwnedFd) -> io::Result<Vec<u32>> {
-    // Two lines of heading, then `  eth0: numbers …` (proc_pid_net(5)).
-    let table = std::fs::read_to_string("/proc/thread-self/net/dev")?;
-    let names = table.lines().skip(2).filter_map(|line| line.split(':').next());
-    // One that vanishes meanwhile is nobody's.
-    let numbers = names.filter_map(|name| rustix::net::netdevice::name_to_index(socket, name.trim()).ok());
-    Ok(std::iter::once(0).chain(numbers).collect())
+/// Numbers of the interfaces in the namespace that `links` was opened in. A container makes as many as it likes: enough are
+/// enough.
+fn interfaces(links: &mut NetlinkSocket) -> io::Result<Vec<u32>> {
+    const MOST: usize = 32;
+    let request = rt_link::Request::new().op_getlink_dump(&rt_link::Ifinfomsg::new());
+    let mut reply = links.request(&request)?;
+    let mut numbers = Vec::new();
+    while let Some(answer) = reply.recv() {
+        let (head, _) = answer.map_err(|error| io::Error::other(error.to_string()))?;
+        if numbers.len() < MOST {
+            numbers.extend(u32::try_from(head.ifi_index));
+        }
+    }
+    Ok(numbers)
 }
 
 #[cfg(test)]

@@ -152,6 +152,13 @@ impl Reply {
         self.status
     }
 
+    /// As the last answer of its connection.
+    #[must_use]
+    pub fn last(mut self) -> Self {
+        self.close = true;
+        self
+    }
+
     /// With the time that the request's token has left.
     #[must_use]
     pub fn with_ttl(mut self, seconds: Option<u32>) -> Self {

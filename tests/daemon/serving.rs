@@ -117,6 +117,30 @@ async fn a_connection_answers_several_requests_the_first_a_404() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_connection_ends_after_a_thousand_requests_or_five_minutes() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    let address = daemon.run(1, APP).await;
+    let mut client = daemon.connect(1, address);
+    for request in 1..=1_000 {
+        let reply = client.get("/latest").await.unwrap();
+        assert_eq!(
+            reply.header("connection") == Some("close"),
+            request == 1_000,
+            "{request}"
+        );
+    }
+    assert!(client.closed().await);
+    let mut client = daemon.connect(1, address);
+    for _ in 0..30 {
+        assert_eq!(client.get("/latest").await.unwrap().header("connection"), None);
+        tokio::time::sleep(Duration::from_secs(10)).await;
+    }
+    assert_eq!(client.get("/latest").await.unwrap().header("connection"), Some("close"));
+    assert!(client.closed().await);
+}
+
+#[tokio::test(start_paused = true)]
 async fn without_label_403_and_without_role_metadata_only() {
     let daemon = Daemon::start(settings());
     daemon.synchronised().await;

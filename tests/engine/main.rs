@@ -2,6 +2,8 @@
 //! them out. How to write one is told in `rig.rs`; a new topic is a `mod` and a line in [`trials`].
 
 #[cfg(target_os = "linux")]
+mod cases;
+#[cfg(target_os = "linux")]
 #[path = "../conformance/mod.rs"]
 mod conformance;
 #[cfg(target_os = "linux")]
@@ -27,6 +29,7 @@ fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
     trials.extend(identities::trials(rig));
     trials.extend(refusals::trials(rig));
     trials.extend(upheaval::trials(rig));
+    trials.extend(cases::trials(rig));
     // Looks at what all the others have left in their logs.
     trials.extend(secrecy::trials(rig));
     trials

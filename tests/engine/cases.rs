@@ -1,0 +1,262 @@
+//! Every way to run a container and to reach the address from it: each is itself, by both attaches.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Trial;
+
+use crate::rig::{BOX, Container, Daemon, Engine, Rig, poll};
+
+const LIST: &str = "/latest/meta-data/iam/security-credentials/";
+
+pub fn trials(rig: &Rig) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for attach in ["namespace", "host"] {
+        let name = format!("cases::cgroups_and_process_namespaces::{attach}");
+        trials.extend(rig.each_view(&name, move |engine| cgroups_and_process_namespaces(engine, attach)));
+        let name = format!("cases::several_networks::{attach}");
+        trials.push(rig.once(&name, move |engine| several_networks(engine, attach)));
+        let name = format!("cases::a_socket_bound_to_a_device::{attach}");
+        trials.push(rig.once(&name, move |engine| a_socket_bound_to_a_device(engine, attach)));
+        let name = format!("cases::restarts::{attach}");
+        trials.push(rig.once(&name, move |engine| restarts(engine, attach)));
+    }
+    trials.extend(rig.in_each_view(
+        "cases::nothing_is_left_in_any_namespace",
+        nothing_is_left_in_any_namespace,
+    ));
+    trials.push(rig.once("cases::many_containers_after_a_kill", many_containers_after_a_kill));
+    trials
+}
+
+fn daemon(engine: &Arc<Engine>, attach: &str) -> Daemon {
+    let config = format!("account_id = \"111122223333\"\n[serve]\nattach = \"{attach}\"");
+    Daemon::start(engine, &config, &engine.moto().daemon_environment())
+}
+
+/// The container gets its own role, soon.
+fn is_itself(container: &Container) {
+    poll(
+        Duration::from_secs(5),
+        &format!("the role of {}", container.name()),
+        || {
+            let reply = container.request("GET", LIST, &[]).ok()?;
+            assert!(
+                reply.status != 200 || reply.body == container.name(),
+                "{reply:?} in {}",
+                container.name()
+            );
+            (reply.status == 200).then_some(())
+        },
+    );
+}
+
+fn cgroups_and_process_namespaces(engine: &Arc<Engine>, attach: &str) {
+    let daemon = daemon(engine, attach);
+    let run = |name: &str, option: &str| engine.run(name).label("imds.role", name).arg(option).start();
+    let parent = run("own-parent", "--cgroup-parent=/tenants/a");
+    let pid_host = run("pid-host", "--pid=host");
+    let private = run("private-cgroups", "--cgroupns=private");
+    let nested = run("nested", "--hostname=nested");
+    let pid_of_other = run("pid-of-other", "--pid=container:nested");
+    for container in [&parent, &pid_host, &private, &nested, &pid_of_other] {
+        is_itself(container);
+    }
+    // A process of the container in a cgroup below the container's, as systemd in a container makes them.
+    let below = engine.host("sh", &["-c", &format!(
+        "cgroup=$(awk '$9 == \"cgroup2\" || $8 == \"cgroup2\" {{ print $5; exit }}' /proc/self/mountinfo); \
+         cgroup=$(sed -n 's/^0:://p' /proc/{pid}/cgroup | sed \"s|^|$cgroup|\"); mkdir -p $cgroup/below; echo $cgroup/below",
+        pid = nested.pid()
+    )]);
+    let sleeper = nested.exec(&[
+        "sh",
+        "-c",
+        "(sleep 1; exec curl -s -o /tmp/got --max-time 3 \
+        http://169.254.169.254/latest/meta-data/iam/security-credentials/) >/dev/null 2>&1 & echo $!",
+    ]);
+    let host_pid = engine.host(
+        "sh",
+        &[
+            "-c",
+            &format!(
+                "for p in /proc/[0-9]*; do grep -qs \"^NSpid:.*[[:space:]]{sleeper}$\" $p/status && \
+         grep -qs {id} $p/cgroup && echo ${{p#/proc/}}; done; true",
+                id = nested.id()
+            ),
+        ],
+    );
+    engine.host("sh", &["-c", &format!("echo {host_pid} > {below}/cgroup.procs")]);
+    poll(Duration::from_secs(5), "the answer to the process below", || {
+        (nested.try_exec(&["cat", "/tmp/got"]).stdout == "nested").then_some(())
+    });
+    daemon.stop();
+    drop((pid_of_other, nested));
+    let _ = engine.host("sh", &["-c", &format!("rmdir {below} 2>/dev/null; true")]);
+}
+
+fn several_networks(engine: &Arc<Engine>, attach: &str) {
+    let daemon = daemon(engine, attach);
+    let (first, second) = (
+        engine.network("net-a", &[]),
+        engine.network("net-b", &["--subnet=10.99.7.0/24"]),
+    );
+    let closed = engine.network("net-closed", &["--opt=com.docker.network.bridge.enable_icc=false"]);
+    let container = engine
+        .run("roamer")
+        .label("imds.role", "roamer")
+        .network(first.name())
+        .start();
+    let apart = engine
+        .run("apart")
+        .label("imds.role", "apart")
+        .network(closed.name())
+        .start();
+    is_itself(&apart);
+    is_itself(&container);
+    engine.docker(&["network", "connect", second.name(), "roamer"]);
+    is_itself(&container);
+    engine.docker(&["network", "disconnect", first.name(), "roamer"]);
+    is_itself(&container);
+    // Its first address goes to somebody else at once.
+    let heir = engine
+        .run("heir")
+        .label("imds.role", "heir")
+        .network(first.name())
+        .start();
+    is_itself(&heir);
+    is_itself(&container);
+    engine.docker(&["network", "disconnect", second.name(), "roamer"]);
+    engine.docker(&["network", "connect", first.name(), "roamer"]);
+    is_itself(&container);
+    is_itself(&heir);
+    daemon.stop();
+}
+
+/// A client whose socket is bound to `eth0` (or an IPv6 socket that carries IPv4) is its container like any other.
+fn a_socket_bound_to_a_device(engine: &Arc<Engine>, attach: &str) {
+    let daemon = daemon(engine, attach);
+    let container = engine.run("bound").label("imds.role", "bound").start();
+    is_itself(&container);
+    let ask = |open: &str| {
+        let script = format!(
+            "import socket\n{open}\ns.sendall(b'GET {LIST} HTTP/1.1\\r\\nConnection: close\\r\\n\\r\\n')\n\
+             data = b''\nwhile chunk := s.recv(4096): data += chunk\nprint(data.decode().split('\\r\\n\\r\\n', 1)[1], end='')"
+        );
+        container.exec(&["/usr/bin/python3", "-c", &script])
+    };
+    let to_device = "s = socket.socket(); s.settimeout(3); s.setsockopt(socket.SOL_SOCKET, 25, b'eth0\\0'); \
+                     s.connect(('169.254.169.254', 80))";
+    // Inside a namespace the address is on the loopback, which such a socket does not use.
+    if attach == "host" {
+        assert_eq!(ask(to_device), "bound");
+    }
+    let mapped = "s = socket.socket(socket.AF_INET6); s.settimeout(3); s.connect(('::ffff:169.254.169.254', 80))";
+    assert_eq!(ask(mapped), "bound");
+    daemon.stop();
+}
+
+fn restarts(engine: &Arc<Engine>, attach: &str) {
+    let before = engine.run("before").label("imds.role", "before").start();
+    let daemon = daemon(engine, attach);
+    is_itself(&before);
+    for _ in 0..3 {
+        before.restart();
+        is_itself(&before);
+    }
+    engine.docker(&["pause", "before"]);
+    engine.docker(&["unpause", "before"]);
+    is_itself(&before);
+    let directory = daemon.directory().to_owned();
+    daemon.kill();
+    let config = format!("account_id = \"111122223333\"\n[serve]\nattach = \"{attach}\"");
+    let daemon = Daemon::start_in(engine, directory, &config, &engine.moto().daemon_environment());
+    is_itself(&before);
+    before.restart();
+    is_itself(&before);
+    daemon.stop();
+    before.request("GET", LIST, &[]).expect_err("nobody serves any more");
+}
+
+/// Addresses and rules of a container's network namespace.
+fn inside(container: &Container) -> String {
+    let list = |program: &str, arguments: &[&str]| {
+        let mut command = container.intruder(program);
+        command.args(arguments);
+        crate::rig::Done::of(command).ok()
+    };
+    let addresses = list("ip", &["-o", "-4", "addr"]);
+    format!("{addresses}\n{}", list("nft", &["list", "ruleset"]))
+}
+
+fn nothing_is_left_in_any_namespace(engine: &Arc<Engine>) {
+    let labelled = engine.run("labelled").label("imds.role", "labelled").start();
+    let lonely = engine
+        .run("lonely")
+        .label("imds.role", "lonely")
+        .network("none")
+        .start();
+    let bare = engine.run("bare").start();
+    let containers = [&labelled, &lonely, &bare];
+    let before = containers.map(inside);
+    let daemon = daemon(engine, "namespace");
+    is_itself(&labelled);
+    is_itself(&lonely);
+    assert!(inside(&labelled).contains("169.254.169.254") && inside(&labelled).contains("imds_router"));
+    assert_eq!(inside(&bare), before[2], "who is not served is not touched");
+    daemon.stop();
+    for (container, before) in containers.iter().zip(before) {
+        assert_eq!(inside(container), before, "{}", container.name());
+    }
+}
+
+/// kill -9, start again: everybody is served again within a second of the daemon's start.
+fn many_containers_after_a_kill(engine: &Arc<Engine>) {
+    const CONTAINERS: usize = 30;
+    let first = daemon(engine, "namespace");
+    let network = engine.network("many", &[]);
+    // Each asks again and again, and notes when it was served and when not.
+    let ask = "while true; do timeout 1 wget -q -O - http://169.254.169.254/latest/meta-data/iam/security-credentials/ \
+               > /tmp/now 2>/dev/null && cp /tmp/now /tmp/got || rm -f /tmp/got; sleep 0.05; done";
+    let containers: Vec<_> = (0..CONTAINERS)
+        .map(|number| {
+            let name = format!("many-{number}");
+            let run = engine
+                .run(&name)
+                .bare_image(BOX)
+                .label("imds.role", &name)
+                .network(network.name());
+            run.command(&["sh", "-c", ask]).start()
+        })
+        .collect();
+    let got = |container: &Container| container.try_exec(&["cat", "/tmp/got"]).stdout;
+    for container in &containers {
+        poll(Duration::from_secs(10), "the first answer", || {
+            (got(container) == container.name()).then_some(())
+        });
+    }
+    let directory = first.directory().to_owned();
+    first.kill();
+    for container in &containers {
+        poll(Duration::from_secs(10), "the refusal", || {
+            got(container).is_empty().then_some(())
+        });
+    }
+    let config = "account_id = \"111122223333\"\n[serve]\nattach = \"namespace\"";
+    let second = Daemon::start_in(engine, directory, config, &engine.moto().daemon_environment());
+    let started = Instant::now();
+    poll(Duration::from_secs(10), "all of them to be served again", || {
+        let status = second.status();
+        let shown = status["containers"].as_array().expect("a list");
+        let served = shown.iter().filter(|it| it["last_request"]["status"] == 200).count();
+        (served == CONTAINERS).then_some(())
+    });
+    println!(
+        "{CONTAINERS} containers served again {:?} after the daemon's start",
+        started.elapsed()
+    );
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    for container in &containers {
+        assert_eq!(got(container), container.name());
+    }
+    second.stop();
+}
