@@ -20,7 +20,10 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tracing::{error, info, warn};
 
-use crate::admin::{self, ContainerStatus, CredentialStatus, EngineStatus, Observatory, RequestStatus, Status};
+use crate::admin::{
+    self, ContainerStatus, CredentialStatus, EngineStatus, Explanation, Judgement, Observatory, RefusalStatus,
+    RequestStatus, Status,
+};
 use crate::caller::connection::{Interfaces, remember_ingress};
 use crate::caller::kernel::{Doors, HostKernel, KernelError};
 use crate::clock::{Clock, rfc3339_seconds};
@@ -36,7 +39,7 @@ use crate::credentials::{RoleSession, offline};
 use crate::host::apply::{Interception, clear};
 use crate::host::{HostError, LINK, Plan};
 use crate::instance::{FALLBACK_REGION, Instance, Role, Surroundings, resolve};
-use crate::server::{self, Service};
+use crate::server::{self, RefusedConnection, Service};
 use crate::telemetry::printable;
 use crate::wire::imds::credentials_document;
 use crate::wire::token::{TokenAuthority, TokenKey};
@@ -630,9 +633,146 @@ impl Observatory for Observer {
             refused_connections: refused.collect::<BTreeMap<_, _>>(),
         }
     }
+
+    fn explain(&self, container: &str) -> Option<Explanation> {
+        let record = self.meant(container)?;
+        let about = |refused: &RefusedConnection| match refused.refusal.container() {
+            Some(container) => *container == record.definition.id,
+            None => record
+                .attachments
+                .addresses()
+                .any(|address| address == refused.client.ip()),
+        };
+        let refused = self
+            .service
+            .last_refusals()
+            .into_iter()
+            .filter(about)
+            .map(|refused| RefusalStatus {
+                at: rfc3339_seconds(refused.at),
+                client: refused.client.to_string(),
+                reason: refused.refusal.reason().to_owned(),
+                evidence: refused.refusal.to_string(),
+            });
+        Some(Explanation {
+            id: record.definition.id.as_str().to_owned(),
+            name: record.definition.name.clone(),
+            steps: self.judge(&record),
+            refused: refused.collect(),
+        })
+    }
 }
 
 impl Observer {
+    /// The one container that is meant: by name, else by the beginning of its id, else by compose service.
+    fn meant(&self, container: &str) -> Option<Arc<Record>> {
+        let all = self.service.index.all();
+        let ways: [&dyn Fn(&Record) -> bool; 3] = [
+            &|record| record.definition.name == container,
+            &|record| container.len() >= 4 && record.definition.id.as_str().starts_with(container),
+            &|record| record.definition.service() == Some(container),
+        ];
+        let found = ways
+            .iter()
+            .map(|way| all.iter().filter(|record| way(record)).collect::<Vec<_>>());
+        let mut found = found.into_iter().find(|found| !found.is_empty())?;
+        if found.len() == 1 { found.pop().cloned() } else { None }
+    }
+
+    /// Every step that a request of the container meets, in its order.
+    fn judge(&self, record: &Record) -> Vec<Judgement> {
+        let mut steps = Vec::new();
+        let mut step = |step: &str, ok: bool, seen: String| {
+            steps.push(Judgement {
+                step: step.to_owned(),
+                ok,
+                seen,
+            });
+        };
+        let instance = &record.instance;
+        let status = self.container(record);
+        let engine = self.service.index.engine();
+        step(
+            "engine",
+            true,
+            match &*engine {
+                EngineState::Away(why) => format!("away ({why}); what is known of the container holds"),
+                EngineState::Synchronising => "synchronising".to_owned(),
+                EngineState::Synchronised => "synchronised".to_owned(),
+            },
+        );
+        match record.life.as_ref().filter(|life| life.alive()) {
+            Some(life) => step(
+                "life",
+                true,
+                format!(
+                    "first process {}, cgroup {}, network namespace {}, since {}",
+                    life.pid,
+                    life.cgroup.0,
+                    life.witness.namespace().0,
+                    rfc3339_seconds(life.started)
+                ),
+            ),
+            None => step(
+                "life",
+                false,
+                record.no_life.clone().unwrap_or_else(|| "it does not run".to_owned()),
+            ),
+        }
+        let addresses = status.addresses.join(" ");
+        match (&record.not_attached, self.resolver.attaches() && instance.endpoint) {
+            (Some(why), _) => step("attach", true, format!("over the host, because inside: {why}")),
+            (None, true) if record.definition.network_mode == NetworkMode::Host => {
+                step("attach", true, "over the host, whose network it has".to_owned());
+            }
+            (None, true) => step("attach", true, "inside its network namespace".to_owned()),
+            (None, false) => step("attach", true, format!("over the host, from {addresses}")),
+        }
+        let proof =
+            "an ESTABLISHED socket of exactly the connection, in that namespace, made by that cgroup or one below";
+        step("proof", true, format!("required on each connection: {proof}"));
+        step(
+            "endpoint",
+            instance.endpoint,
+            match instance.endpoint {
+                true => "enabled".to_owned(),
+                false => "disabled, or no label of ours: every request gets 403".to_owned(),
+            },
+        );
+        step(
+            "tokens",
+            true,
+            match instance.tokens_required {
+                true => "required: a request without an IMDSv2 token of this run of the container gets 401".to_owned(),
+                false => "optional: IMDSv1 is answered, too".to_owned(),
+            },
+        );
+        match &instance.role {
+            Role::None => step("role", false, "it asks for none: the role list is 404".to_owned()),
+            Role::Pending(why) | Role::Refused(why) => step("role", false, format!("none: {why}")),
+            Role::Session(session) => step("role", true, format!("{} as {}", session.role, session.session_name)),
+        }
+        if let Some(credentials) = &status.credentials {
+            let until = credentials
+                .until
+                .as_ref()
+                .map(|until| format!(" until {until}"))
+                .unwrap_or_default();
+            let fake = if credentials.fake { " (fake)" } else { "" };
+            let error = credentials
+                .error
+                .as_ref()
+                .map(|error| format!(", last try: {error}"))
+                .unwrap_or_default();
+            step(
+                "credentials",
+                credentials.state == "live",
+                format!("{}{until}{fake}{error}", credentials.state),
+            );
+        }
+        steps
+    }
+
     fn container(&self, record: &Record) -> ContainerStatus {
         let instance = &record.instance;
         let session = instance.role.session();

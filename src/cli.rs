@@ -47,6 +47,17 @@ pub enum Verb {
         #[arg(long, value_name = "PATH", env = "IMDS_ROUTER_SERVE_ADMIN_SOCKET", default_value = DEFAULT_ADMIN_SOCKET)]
         admin: PathBuf,
     },
+    /// Show how a request of a container is judged, step by step, and what was refused lately
+    Explain {
+        /// Name, beginning of the id, or compose service
+        container: String,
+        /// As JSON, with stable names
+        #[arg(long)]
+        json: bool,
+        /// The daemon's admin socket
+        #[arg(long, value_name = "PATH", env = "IMDS_ROUTER_SERVE_ADMIN_SOCKET", default_value = DEFAULT_ADMIN_SOCKET)]
+        admin: PathBuf,
+    },
     /// Ask the metadata service for a path, as an IMDSv2 client; works inside containers
     Get {
         /// Such as meta-data/instance-id, or /latest/meta-data/instance-id

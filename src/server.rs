@@ -3,11 +3,12 @@
 //!
 //! A client that leaves ends its own request and nothing else: what it waited for belongs to the broker and the watcher.
 
+use std::collections::VecDeque;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use hyper::Request;
@@ -27,7 +28,7 @@ use crate::caller::connection::{Interface, Interfaces, ingress};
 use crate::caller::{Caller, Connection, Refusal, Via, identify};
 use crate::clock::Clock;
 use crate::containers::index::Index;
-use crate::containers::{Life, NamespaceId};
+use crate::containers::{ContainerId, Life, NamespaceId};
 use crate::credentials::broker::{Broker, NoCredentials, Published};
 use crate::instance::{Instance, Role};
 use crate::metadata::Node;
@@ -345,8 +346,9 @@ impl Session {
         let life = self.caller.life();
         let instance = life.instance.load_full();
         if !instance.endpoint {
+            let hint = "this container has no imds label, or its endpoint is disabled";
             return Reply::refused(Refused::Disabled)
-                .with_hint("this container has no imds label, or its endpoint is disabled; ask: imds-router status");
+                .with_hint(&format!("{hint}; ask: imds-router explain {}", life.container));
         }
         match parse(request, &self.service.hosts) {
             Err(why) => Reply::refused(why),
@@ -397,19 +399,20 @@ impl Session {
             instance = self.decided(instance, deadline).await;
         }
         let modified = instance.last_modified.clone();
+        let container = &self.caller.life().container;
         match instance.view.get(path) {
             Some(Node::Dir(text) | Node::Text(text)) => Reply::value(text.clone(), modified),
             Some(Node::RoleList(role)) => match self.credentials(&instance, deadline).await {
                 Ok(_) => Reply::value(role.clone(), modified),
-                Err(why) => no_role(&why),
+                Err(why) => no_role(&why, container),
             },
             Some(Node::Credentials) => match self.credentials(&instance, deadline).await {
                 Ok(published) => Reply::value(published.body.0.clone(), modified),
-                Err(why) => no_role(&why),
+                Err(why) => no_role(&why, container),
             },
             None => match &instance.role {
-                Role::Refused(why) | Role::Pending(why) if path.starts_with(IAM) => no_role(why),
-                Role::None if path.starts_with(ROLE_LIST) => no_role("no role"),
+                Role::Refused(why) | Role::Pending(why) if path.starts_with(IAM) => no_role(why, container),
+                Role::None if path.starts_with(ROLE_LIST) => no_role("no role", container),
                 _ => Reply::refused(Refused::NotFound),
             },
         }
@@ -444,22 +447,38 @@ impl Session {
 const IAM: &str = "meta-data/iam";
 
 /// No role, or no credentials of it. 404 is what every SDK takes as "none here"; anything else stops some of them.
-fn no_role(why: &str) -> Reply {
-    let hint = printable(&format!("{why}; ask: imds-router status"), 160);
+fn no_role(why: &str, container: &ContainerId) -> Reply {
+    let hint = printable(&format!("{why}; ask: imds-router explain {container}"), 160);
     Reply::refused(Refused::NotFound).with_hint(&hint)
 }
 
-/// Counts refusals, and says some of them in the log: the evidence, at most once a second and reason.
+/// A connection that was refused, with the evidence that was seen. For the operator.
+#[derive(Clone, Debug)]
+pub struct RefusedConnection {
+    /// When.
+    pub at: SystemTime,
+    /// Where it came from.
+    pub client: SocketAddr,
+    /// Why.
+    pub refusal: Refusal,
+}
+
+/// Counts refusals, keeps the last of them, and says some in the log: the evidence, at most once a second and reason.
 struct Refusals {
     clock: Clock,
     seen: dashmap::DashMap<&'static str, (u64, u64)>,
+    last: Mutex<VecDeque<RefusedConnection>>,
 }
+
+/// Refusals that are kept for `explain`.
+const REFUSALS_KEPT: usize = 128;
 
 impl Refusals {
     fn new(clock: &Clock) -> Self {
         Self {
             clock: clock.clone(),
             seen: dashmap::DashMap::new(),
+            last: Mutex::default(),
         }
     }
 
@@ -473,18 +492,38 @@ impl Refusals {
             drop(seen);
             info!(reason = refusal.reason(), %client, so_far, "refused: {refusal}");
         }
-    }
-
-    fn counts(&self) -> Vec<(&'static str, u64)> {
-        let mut counts: Vec<_> = self.seen.iter().map(|entry| (*entry.key(), entry.value().0)).collect();
-        counts.sort_unstable();
-        counts
+        let mut last = self.last.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if last.len() == REFUSALS_KEPT {
+            last.pop_front();
+        }
+        last.push_back(RefusedConnection {
+            at: self.clock.wall(),
+            client,
+            refusal: refusal.clone(),
+        });
     }
 }
 
 impl Service {
     /// Refused connections so far, by reason.
     pub fn refusals(&self) -> Vec<(&'static str, u64)> {
-        self.refusals.counts()
+        let mut counts: Vec<_> = self
+            .refusals
+            .seen
+            .iter()
+            .map(|entry| (*entry.key(), entry.value().0))
+            .collect();
+        counts.sort_unstable();
+        counts
+    }
+
+    /// The last refused connections, the newest last.
+    pub fn last_refusals(&self) -> Vec<RefusedConnection> {
+        let last = self
+            .refusals
+            .last
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        last.iter().cloned().collect()
     }
 }

@@ -53,8 +53,16 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
                 .to_owned(),
         )))),
         Verb::Status { json, admin } => block_on(async move {
-            let status = admin::ask(&admin).await?;
+            let status = admin::ask_status(&admin).await?;
             let text = if json { serde_json::to_string_pretty(&status)? + "\n" } else { admin::render(&status) };
+            Ok(io::stdout().write_all(text.as_bytes())?)
+        })?,
+        Verb::Explain { container, json, admin } => block_on(async move {
+            let explanation = admin::ask_explanation(&admin, &container).await?;
+            let text = match json {
+                true => serde_json::to_string_pretty(&explanation)? + "\n",
+                false => admin::render_explanation(&explanation),
+            };
             Ok(io::stdout().write_all(text.as_bytes())?)
         })?,
         Verb::Get { path } => block_on(get(&path))?,

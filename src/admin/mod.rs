@@ -5,6 +5,7 @@
 //! | path | answer |
 //! |---|---|
 //! | `GET /status` | [`Status`] |
+//! | `GET /explain/CONTAINER` | [`Explanation`]; 404 if there is no such container |
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -111,10 +112,49 @@ pub struct RequestStatus {
     pub status: u16,
 }
 
+/// How a request of one container is judged, step by step, and what was refused lately. Stable, as [`Status`] is.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Explanation {
+    /// All 64 digits.
+    pub id: String,
+    /// Name.
+    pub name: String,
+    /// In the order in which a request meets them; the first that is not `ok` decides.
+    pub steps: Vec<Judgement>,
+    /// Connections that were refused and may have been this container's, the newest last.
+    pub refused: Vec<RefusalStatus>,
+}
+
+/// One step.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Judgement {
+    /// What is looked at.
+    pub step: String,
+    /// Whether a request gets past it.
+    pub ok: bool,
+    /// What is seen.
+    pub seen: String,
+}
+
+/// A refused connection.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct RefusalStatus {
+    /// When, in UTC.
+    pub at: String,
+    /// Address and port that it came from.
+    pub client: String,
+    /// Short name of the reason.
+    pub reason: String,
+    /// The evidence.
+    pub evidence: String,
+}
+
 /// Makes the answers.
 pub trait Observatory: Send + Sync + 'static {
     /// Everything at this moment.
     fn status(&self) -> Status;
+    /// One container: by name, by the beginning of its id, or by compose service. `None`: there is none, or several.
+    fn explain(&self, container: &str) -> Option<Explanation>;
 }
 
 /// Answers on the socket until the task is dropped.
@@ -136,12 +176,21 @@ pub async fn serve(listener: UnixListener, observatory: Arc<dyn Observatory>) {
 }
 
 fn answer(request: &Request<Incoming>, observatory: &dyn Observatory) -> Response<Full<Bytes>> {
-    let (status, body) = match (request.method(), request.uri().path()) {
-        (&Method::GET, "/status") => match serde_json::to_vec_pretty(&observatory.status()) {
-            Ok(body) => (StatusCode::OK, body),
-            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string().into_bytes()),
+    let path = percent_encoding::percent_decode_str(request.uri().path())
+        .decode_utf8_lossy()
+        .into_owned();
+    let json = |value: serde_json::Result<Vec<u8>>| match value {
+        Ok(body) => (StatusCode::OK, body),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string().into_bytes()),
+    };
+    let absent = || (StatusCode::NOT_FOUND, b"{}".to_vec());
+    let (status, body) = match (request.method(), path.strip_prefix("/explain/")) {
+        (&Method::GET, None) if path == "/status" => json(serde_json::to_vec_pretty(&observatory.status())),
+        (&Method::GET, Some(container)) => match observatory.explain(container) {
+            Some(explanation) => json(serde_json::to_vec_pretty(&explanation)),
+            None => absent(),
         },
-        _ => (StatusCode::NOT_FOUND, b"{}".to_vec()),
+        _ => absent(),
     };
     let mut response = Response::new(Full::new(body.into()));
     *response.status_mut() = status;
@@ -166,6 +215,15 @@ pub enum AskError {
         /// Why.
         source: io::Error,
     },
+    /// There is no such container.
+    #[error(
+        "no container, or more than one, is called {container:?}: expected a name, the beginning of an id, or a compose service\n\
+         hint: imds-router status lists them"
+    )]
+    NoContainer {
+        /// As typed.
+        container: String,
+    },
     /// Somebody listens who is not us.
     #[error("what listens on {path} does not answer as imds-router does: {what}")]
     Strange {
@@ -180,42 +238,91 @@ pub enum AskError {
 ///
 /// # Errors
 /// When none answers.
-pub async fn ask(path: &Path) -> Result<Status, AskError> {
-    let shown = path.display().to_string();
-    let stream = UnixStream::connect(path)
+pub async fn ask_status(socket: &Path) -> Result<Status, AskError> {
+    let strange = |what: String| AskError::Strange {
+        path: socket.display().to_string(),
+        what,
+    };
+    let (status, body) = ask(socket, "/status").await?;
+    if status != StatusCode::OK {
+        return Err(strange(format!("status {status}")));
+    }
+    serde_json::from_slice(&body).map_err(|error| strange(error.to_string()))
+}
+
+/// Asks a daemon how it judges a container.
+///
+/// # Errors
+/// When none answers, or knows no such container.
+pub async fn ask_explanation(socket: &Path, container: &str) -> Result<Explanation, AskError> {
+    let name = percent_encoding::utf8_percent_encode(container, percent_encoding::NON_ALPHANUMERIC);
+    let (status, body) = ask(socket, &format!("/explain/{name}")).await?;
+    if status == StatusCode::NOT_FOUND {
+        return Err(AskError::NoContainer {
+            container: container.to_owned(),
+        });
+    }
+    serde_json::from_slice(&body).map_err(|error| AskError::Strange {
+        path: socket.display().to_string(),
+        what: error.to_string(),
+    })
+}
+
+async fn ask(socket: &Path, path: &str) -> Result<(StatusCode, Bytes), AskError> {
+    let shown = socket.display().to_string();
+    let stream = UnixStream::connect(socket)
         .await
         .map_err(|source| AskError::Unreachable {
             path: shown.clone(),
             source,
         })?;
-    let strange = |what: String| AskError::Strange {
+    let strange = |error: &dyn std::error::Error| AskError::Strange {
         path: shown.clone(),
-        what,
+        what: error.to_string(),
     };
     let (mut client, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await
-        .map_err(|error| strange(error.to_string()))?;
+        .map_err(|error| strange(&error))?;
     let connection = tokio::spawn(connection);
-    let request = Request::get("/status")
+    let request = Request::get(path)
         .header(hyper::header::HOST, "imds-router")
         .body(Full::<Bytes>::default())
-        .map_err(|error| strange(error.to_string()))?;
-    let reply = client
-        .send_request(request)
-        .await
-        .map_err(|error| strange(error.to_string()))?;
+        .map_err(|error| strange(&error))?;
+    let reply = client.send_request(request).await.map_err(|error| strange(&error))?;
     let status = reply.status();
     let body = reply
         .into_body()
         .collect()
         .await
-        .map_err(|error| strange(error.to_string()))?
+        .map_err(|error| strange(&error))?
         .to_bytes();
     connection.abort();
-    if status != StatusCode::OK {
-        return Err(strange(format!("status {status}")));
+    Ok((status, body))
+}
+
+/// An explanation for people.
+pub fn render_explanation(explanation: &Explanation) -> String {
+    let mut text = format!(
+        "{} ({})\n",
+        printable(&explanation.name, 60),
+        &explanation.id[..explanation.id.len().min(12)]
+    );
+    for judgement in &explanation.steps {
+        let sign = if judgement.ok { "ok " } else { "NO " };
+        text.push_str(&format!(
+            "  {sign} {:<12} {}\n",
+            judgement.step,
+            printable(&judgement.seen, 400)
+        ));
     }
-    serde_json::from_slice(&body).map_err(|error| strange(error.to_string()))
+    for refusal in &explanation.refused {
+        let evidence = printable(&refusal.evidence, 400);
+        text.push_str(&format!(
+            "  refused at {} from {}: {evidence}\n",
+            refusal.at, refusal.client
+        ));
+    }
+    text
 }
 
 /// A status for people.

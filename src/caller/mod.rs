@@ -151,6 +151,22 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// The container that it is about, if it is about one.
+    pub fn container(&self) -> Option<&ContainerId> {
+        match self {
+            Self::NoLife { container, .. }
+            | Self::NoSocket { container, .. }
+            | Self::NotEstablished { container, .. }
+            | Self::ForeignCgroup { container, .. }
+            | Self::Unasked { container, .. } => Some(container),
+            Self::ForeignInterface(_)
+            | Self::Host(_)
+            | Self::UnknownAddress(_)
+            | Self::NotSynchronised
+            | Self::Ambiguous => None,
+        }
+    }
+
     /// A short name, for counters and logs.
     pub fn reason(&self) -> &'static str {
         match self {

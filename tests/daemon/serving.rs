@@ -337,7 +337,7 @@ async fn a_denied_role_is_no_role_and_says_so_to_its_container_only() {
     let reply = daemon.connect(1, address).get(ROLE_LIST).await.unwrap();
     assert_eq!(reply.status, 404);
     let hint = reply.header("x-imds-router-hint").unwrap();
-    assert_eq!(hint, "role denied by sts; ask: imds-router status");
+    assert_eq!(hint, "role denied by sts; ask: imds-router explain 000000000000");
 }
 
 #[tokio::test(start_paused = true)]

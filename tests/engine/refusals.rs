@@ -95,6 +95,24 @@ fn host_processes_and_intruders(engine: &Arc<Engine>) {
     let refused = daemon.status()["refused_connections"].clone();
     assert_eq!(refused["host"], 1, "{refused}");
     assert_eq!(refused["foreign-cgroup"], 1, "{refused}");
+    let explained = daemon.cli(&["explain", "victim"]).ok();
+    assert!(
+        explained.contains("ok  role         arn:aws:iam::111122223333:role/victim as victim@"),
+        "{explained}"
+    );
+    assert!(
+        explained.contains("was made by cgroup"),
+        "the intruder's evidence: {explained}"
+    );
+    let explained: Value =
+        serde_json::from_str(&daemon.cli(&["explain", "--json", &victim.id()[..8]]).ok()).expect("JSON");
+    assert_eq!(explained["refused"][0]["reason"], "foreign-cgroup", "{explained}");
+    assert!(
+        daemon
+            .cli(&["explain", "nobody"])
+            .fails()
+            .contains("is called \"nobody\"")
+    );
     assert_eq!(victim.get(LIST, &[]).body, "victim");
     daemon.stop();
 }
