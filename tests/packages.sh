@@ -52,13 +52,15 @@ allow_services() {
     if [[ -e $kept_policy ]]; then as_root mv "$kept_policy" "$policy"; fi
 }
 
-# In a shell of its own, since the trap is: whatever ends it, services may start again.
+# In a shell of its own, since the trap is: whatever ends it, services may start again. What apt says is of interest only
+# when it fails.
 apt_install() (
     trap allow_services EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM
     forbid_services
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 install -y --no-install-recommends "$@" >&2
+    said=$(as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "$@" 2>&1) ||
+        { echo "$said" >&2; die "apt-get install $* failed; the reason is above"; }
 )
 
 install_missing() { # FIND: a function that fills `missing`
