@@ -63,6 +63,17 @@ pub fn start(format: LogFormat, level: Option<&str>) -> Result<(), String> {
     Ok(())
 }
 
+/// An error with its causes, outermost first.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
 /// Text from outside, fit for a terminal and a log: control characters, line ends and bidirectional overrides escaped,
 /// cut after `most` characters.
 pub fn printable(text: &str, most: usize) -> String {

@@ -29,7 +29,7 @@ const MAP: &[(&str, &[&str])] = &[
     ),
     ("caller", &["containers", "containers::index"]),
     // The real kernel behind the watcher's port.
-    ("caller::kernel", &["containers", "containers::watcher"]),
+    ("caller::kernel", &["containers", "containers::watcher", "telemetry"]),
     ("cli", &["config", "telemetry"]),
     ("clock", &[]),
     ("config", &["credentials"]),

@@ -20,6 +20,7 @@ use super::namespace::open_in;
 use super::socket::DiagSocket;
 use crate::containers::watcher::{Birth, Kernel};
 use crate::containers::{CgroupId, ContainerId, NamespaceId, NetworkMode, SocketEvidence, Witness};
+use crate::telemetry::with_causes;
 
 /// How the service comes to listen inside a network namespace, and leaves it. `open` and `close` are called on a thread
 /// that is inside.
@@ -246,7 +247,7 @@ impl Witness for KernelWitness {
         }
         let mut door = self.namespace.door.lock().unwrap_or_else(PoisonError::into_inner);
         if door.serving.is_none() {
-            let listener = self.inside(Doors::open).map_err(|error| chain(&error))?;
+            let listener = self.inside(Doors::open).map_err(|error| with_causes(&error))?;
             door.serving = Some(self.namespace.doors.serve(listener, self.namespace.id));
         }
         door.wanted_by.insert(self.cgroup);
@@ -261,16 +262,6 @@ impl Witness for KernelWitness {
         if let Some(serving) = door.serving.take() {
             serving.abort();
         }
-        self.inside(Doors::close).map_err(|error| chain(&error))
+        self.inside(Doors::close).map_err(|error| with_causes(&error))
     }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

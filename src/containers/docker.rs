@@ -24,6 +24,7 @@ use tracing::{debug, warn};
 use super::watcher::{ContainerEngine, EngineError, Event, Inspection, Network, Row};
 use super::{ContainerId, Endpoint, NetworkId, NetworkMode};
 use crate::clock::Clock;
+use crate::telemetry::{printable, with_causes};
 
 /// Where Docker listens when nobody says otherwise.
 pub const DEFAULT_HOST: &str = "unix:///var/run/docker.sock";
@@ -88,13 +89,7 @@ impl Engine {
 }
 
 fn failed(error: Error) -> EngineError {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(&error);
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    EngineError(crate::telemetry::printable(&text, 300))
+    EngineError(printable(&with_causes(&error), 300))
 }
 
 /// `None` for what the engine says is not there.

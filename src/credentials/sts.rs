@@ -13,7 +13,7 @@ use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
 
 use super::broker::{CredentialProvider, Provided, ProviderError};
 use super::{Credentials, RoleSession, Secret};
-use crate::telemetry::printable;
+use crate::telemetry::{printable, with_causes};
 
 /// A call of STS that has not ended after this is given up; requests never wait for it.
 const OPERATION_TIMEOUT: Duration = Duration::from_secs(10);
@@ -121,13 +121,13 @@ impl Sts {
             let message = printable(answer.err().message().unwrap_or("no message"), MESSAGE_CHARACTERS);
             return classify(code, message);
         }
-        let message = printable(&chain(&error), MESSAGE_CHARACTERS);
+        let message = printable(&with_causes(&error), MESSAGE_CHARACTERS);
         let base = match self.base.credentials_provider() {
             Some(provider) => provider
                 .provide_credentials()
                 .await
                 .map(drop)
-                .map_err(|error| chain(&error)),
+                .map_err(|error| with_causes(&error)),
             None => Err("the AWS configuration names no credentials".to_owned()),
         };
         match base {
@@ -158,18 +158,6 @@ fn classify(code: String, message: String) -> ProviderError {
         | "MissingAuthenticationToken" => ProviderError::NoBase(format!("{code}: {message}")),
         _ => ProviderError::Denied { code, message },
     }
-}
-
-/// An error with its causes, outermost first.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 impl CredentialProvider for Sts {

@@ -18,6 +18,28 @@ pub enum Token {
     Text(&'static str),
 }
 
+/// The tokens that a client of the table holds.
+pub struct Tokens {
+    pub good: String,
+    pub foreign: String,
+    pub expired: String,
+}
+
+impl Tokens {
+    /// The headers of a row's request.
+    pub fn headers<'a>(&'a self, row: &Row) -> Vec<(&'a str, &'a str)> {
+        let token = match row.token {
+            Token::None => None,
+            Token::Good => Some(self.good.as_str()),
+            Token::Foreign => Some(self.foreign.as_str()),
+            Token::Expired => Some(self.expired.as_str()),
+            Token::Text(text) => Some(text),
+        };
+        let token = token.map(|token| ("X-aws-ec2-metadata-token", token));
+        row.headers.iter().copied().chain(token).collect()
+    }
+}
+
 /// A request and what must come back.
 #[derive(Clone, Debug)]
 pub struct Row {

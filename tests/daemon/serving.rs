@@ -6,7 +6,7 @@ use std::time::Duration;
 use imds_router::config::{HttpTokens, Settings};
 use imds_router::credentials::broker::ProviderError;
 
-use crate::conformance::{Mode, Token, check, rows};
+use crate::conformance::{Mode, Tokens, check, rows};
 use crate::script::{Daemon, SECRET, SESSION_TOKEN, WALL, id, settings};
 
 const ROLE_LIST: &str = "/latest/meta-data/iam/security-credentials/";
@@ -34,17 +34,10 @@ async fn conforms(mode: Mode) {
     let foreign = daemon.connect(2, other).token(60).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     let good = daemon.connect(1, address).token(600).await;
+    let tokens = Tokens { good, foreign, expired };
     let mut failures = Vec::new();
     for row in rows(mode) {
-        let token = match row.token {
-            Token::None => None,
-            Token::Good => Some(good.as_str()),
-            Token::Foreign => Some(foreign.as_str()),
-            Token::Expired => Some(expired.as_str()),
-            Token::Text(text) => Some(text),
-        };
-        let mut headers = row.headers.to_vec();
-        headers.extend(token.map(|token| ("X-aws-ec2-metadata-token", token)));
+        let headers = tokens.headers(&row);
         let reply = daemon
             .connect(1, address)
             .send(row.method, row.path, &headers)

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use libtest_mimic::Trial;
 
-use crate::conformance::{self, Mode, Token, check, rows};
+use crate::conformance::{self, Mode, Tokens, check, rows};
 use crate::rig::{Client, Container, Daemon, Engine, Identity, NoReply, Rig, http, poll};
 
 const ACCOUNT: &str = "111122223333";
@@ -125,18 +125,15 @@ fn conforms(engine: &Arc<Engine>, attach: &str, mode: Mode) {
     let expired = container.put("/latest/api/token", &[(ttl, "1")]).body;
     let foreign = other.token();
     std::thread::sleep(Duration::from_millis(1_100));
-    let good = container.token();
+    let tokens = Tokens {
+        good: container.token(),
+        foreign,
+        expired,
+    };
+    let good = tokens.good.as_str();
     let mut failures = Vec::new();
     for row in rows(mode) {
-        let token = match row.token {
-            Token::None => None,
-            Token::Good => Some(good.as_str()),
-            Token::Foreign => Some(foreign.as_str()),
-            Token::Expired => Some(expired.as_str()),
-            Token::Text(text) => Some(text),
-        };
-        let mut headers = row.headers.to_vec();
-        headers.extend(token.map(|token| ("X-aws-ec2-metadata-token", token)));
+        let headers = tokens.headers(&row);
         let reply = match container.request(row.method, row.path, &headers) {
             Ok(reply) => as_table(reply),
             Err(NoReply { why, .. }) => {
@@ -164,8 +161,8 @@ fn conforms(engine: &Arc<Engine>, attach: &str, mode: Mode) {
     );
     let two_hosts = "GET / HTTP/1.1\r\nHost: 169.254.169.254\r\nHost: 169.254.169.254\r\n\r\n";
     assert!(container.raw(two_hosts).starts_with("HTTP/1.1 403 "));
-    crawl(&container, &good, "/latest/");
-    crawl(&container, &good, "/2021-03-23/");
+    crawl(&container, good, "/latest/");
+    crawl(&container, good, "/2021-03-23/");
     daemon.stop();
 }
 

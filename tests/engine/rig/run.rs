@@ -225,7 +225,13 @@ pub fn end_namespace(name: &str) -> Vec<String> {
         left.push(format!("{name}: processes that do not die: {:?}", inside(name)));
     }
     for id in &containers {
-        remove_cgroups(&format!("docker/{id}"));
+        // A process that has just been killed keeps its cgroup for a moment.
+        let gone = poll_quietly(Duration::from_secs(5), || {
+            remove_cgroups(&format!("docker/{id}")).then_some(())
+        });
+        if gone.is_none() {
+            left.push(format!("{name}: the cgroup of container {id}"));
+        }
     }
     // The parent that Docker made, unless another Docker of this machine uses it: only an empty one can be removed.
     remove_cgroups("docker");
@@ -313,8 +319,8 @@ fn containers_of(name: &str) -> Vec<String> {
         .collect()
 }
 
-/// Removes an empty cgroup, and the empty ones below it, from every hierarchy.
-fn remove_cgroups(path: &str) {
+/// Removes an empty cgroup, and the empty ones below it, from every hierarchy. Whether it is nowhere any more.
+fn remove_cgroups(path: &str) -> bool {
     fn remove(directory: &Path) {
         for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -325,12 +331,15 @@ fn remove_cgroups(path: &str) {
     }
     let root = Path::new("/sys/fs/cgroup");
     let hierarchies = fs::read_dir(root).into_iter().flatten().flatten();
+    let mut gone = true;
     for hierarchy in hierarchies.map(|entry| entry.path()).chain([root.to_owned()]) {
         let cgroup = hierarchy.join(path);
         if path == "docker" {
-            let _ = fs::remove_dir(cgroup); // itself alone: below it may be another engine's containers
+            let _ = fs::remove_dir(&cgroup); // itself alone: below it may be another engine's containers
         } else {
             remove(&cgroup);
         }
+        gone &= !cgroup.exists();
     }
+    gone
 }
