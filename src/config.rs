@@ -160,10 +160,35 @@ pub struct Key {
     read: fn(&mut Settings, &Typed) -> Option<()>,
 }
 
-/// A value as typed: text, or several.
-struct Typed(Vec<String>);
+/// A value as typed: text, or several. Whether it was a number matters where leading zeros do.
+struct Typed(Vec<String>, Form);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Text,
+    Number,
+    Table,
+}
 
 impl Typed {
+    fn of(text: &str) -> Self {
+        Self(vec![text.to_owned()], Form::Text)
+    }
+
+    /// As a message shows it.
+    fn shown(&self) -> String {
+        if self.1 == Form::Table {
+            "a table".to_owned()
+        } else {
+            self.0.join(",")
+        }
+    }
+
+    /// An account id: a number may have lost its leading zeros.
+    fn account(&self) -> Option<&str> {
+        self.text().filter(|text| self.1 == Form::Text && is_account_id(text))
+    }
+
     fn text(&self) -> Option<&str> {
         match self.0.as_slice() {
             [one] if !one.is_empty() => Some(one),
@@ -234,11 +259,7 @@ pub const KEYS: &[Key] = &[
         default: "the base identity's",
         expected: "12 digits in quotes",
         about: "Account of roles that are given by name.",
-        read: |s, v| {
-            v.text()
-                .filter(|it| is_account_id(it))
-                .map(|it| s.account_id = Some(it.to_owned()))
-        },
+        read: |s, v| v.account().map(|it| s.account_id = Some(it.to_owned())),
     },
     Key {
         path: "docker.host",
@@ -591,24 +612,17 @@ pub fn load(sources: &Sources) -> Result<Settings, ConfigError> {
                     nearest: Nearest::among(name, names.iter().map(String::as_str)),
                 }
             })?;
-            let several = key.path == "imds.hosts";
-            let typed = if several {
-                value.split(',').map(|it| it.trim().to_owned()).collect()
-            } else {
-                vec![value.clone()]
+            let typed = match key.path {
+                "imds.hosts" => Typed(value.split(',').map(|it| it.trim().to_owned()).collect(), Form::Text),
+                _ => Typed::of(value),
             };
-            set(&mut settings, key, &Typed(typed), Origin::Variable(name.clone()))?;
+            set(&mut settings, key, &typed, Origin::Variable(name.clone()))?;
         }
     }
     for (flag, path, value) in &sources.flags {
         // A flag that names no key is a mistake of this program, not of its user; the test of the table holds it.
         if let Some(key) = KEYS.iter().find(|key| key.path == *path) {
-            set(
-                &mut settings,
-                key,
-                &Typed(vec![value.clone()]),
-                Origin::Flag((*flag).to_owned()),
-            )?;
+            set(&mut settings, key, &Typed::of(value), Origin::Flag((*flag).to_owned()))?;
         }
     }
     Ok(settings)
@@ -623,7 +637,7 @@ fn set(settings: &mut Settings, key: &Key, value: &Typed, origin: Origin) -> Res
     (key.read)(settings, value).ok_or_else(|| ConfigError::BadValue {
         origin,
         key: key.path.to_owned(),
-        value: value.0.join(","),
+        value: value.shown(),
         expected: key.expected.to_owned(),
     })
 }
@@ -650,6 +664,14 @@ fn read_file(settings: &mut Settings, path: &Path, text: &str) -> Result<(), Con
                         None => read_key(settings, &format!("{name}.{key}"), value.get_ref(), origin)?,
                     }
                 }
+            }
+            value if section || table.is_some() => {
+                return Err(ConfigError::BadValue {
+                    origin,
+                    key: name.to_owned(),
+                    value: typed(value).shown(),
+                    expected: format!("a section: a line [{name}], and its keys below"),
+                });
             }
             value => read_key(settings, name, value, origin)?,
         }
@@ -678,15 +700,19 @@ fn read_key(settings: &mut Settings, path: &str, value: &DeValue<'_>, origin: Or
 }
 
 fn typed(value: &DeValue<'_>) -> Typed {
+    let number = |text: String| Typed(vec![text], Form::Number);
     match value {
-        DeValue::Array(items) => Typed(items.iter().flat_map(|item| typed(item.get_ref()).0).collect()),
-        DeValue::String(text) => Typed(vec![text.clone().into_owned()]),
-        DeValue::Boolean(value) => Typed(vec![value.to_string()]),
-        DeValue::Integer(value) => Typed(vec![value.to_string()]),
-        DeValue::Float(value) => Typed(vec![value.to_string()]),
-        DeValue::Datetime(value) => Typed(vec![value.to_string()]),
+        DeValue::Array(items) => Typed(
+            items.iter().flat_map(|item| typed(item.get_ref()).0).collect(),
+            Form::Text,
+        ),
+        DeValue::String(text) => Typed::of(text),
+        DeValue::Boolean(value) => Typed::of(&value.to_string()),
+        DeValue::Integer(value) => number(value.to_string()),
+        DeValue::Float(value) => number(value.to_string()),
+        DeValue::Datetime(value) => Typed::of(&value.to_string()),
         // Nothing takes a table; no text makes every reader say what it expected.
-        DeValue::Table(_) => Typed(Vec::new()),
+        DeValue::Table(_) => Typed(Vec::new(), Form::Table),
     }
 }
 
@@ -703,9 +729,11 @@ fn read_entry(
         ("roles", Some(text)) => RoleArn::parse(text)
             .map(|arn| settings.roles.insert(name.to_owned(), arn))
             .is_some(),
-        ("accounts", Some(text)) if is_account_id(text) => {
-            settings.accounts.insert(name.to_owned(), text.to_owned());
-            true
+        ("accounts", _) => {
+            let account = value.account().map(str::to_owned);
+            account
+                .map(|account| settings.accounts.insert(name.to_owned(), account))
+                .is_some()
         }
         _ => false,
     };
@@ -715,7 +743,7 @@ fn read_entry(
     Err(ConfigError::BadValue {
         origin,
         key: format!("{table}.{name}"),
-        value: value.0.join(","),
+        value: value.shown(),
         expected: expected.to_owned(),
     })
 }
@@ -739,7 +767,7 @@ mod tests {
     fn every_documented_default_that_can_be_typed_is_the_default() {
         for key in KEYS {
             let mut settings = Settings::default();
-            if (key.read)(&mut settings, &Typed(vec![key.default.to_owned()])).is_some()
+            if (key.read)(&mut settings, &Typed::of(key.default)).is_some()
                 && !matches!(key.path, "credentials.profile" | "credentials.default_role")
             {
                 assert_eq!(settings, Settings::default(), "{}", key.path);
@@ -823,6 +851,26 @@ prod = "444455556666"
             (
                 "[credentials]\nsession_name = \"{containr}\"",
                 "c.toml, line 2: credentials.session_name = \"{containr}\": expected text with {container}, {project}, {service}, {id} and {host}",
+            ),
+        ] {
+            assert_eq!(read(text).unwrap_err(), message);
+        }
+        for (text, message) in [
+            (
+                "serve = 3",
+                "c.toml, line 1: serve = \"3\": expected a section: a line [serve], and its keys below",
+            ),
+            (
+                "[imds]\nhttp_tokens = {a = 1}",
+                "c.toml, line 2: imds.http_tokens = \"a table\": expected \"optional\" or \"required\"",
+            ),
+            (
+                "[accounts]\nprod = 444455556666",
+                "c.toml, line 2: accounts.prod = \"444455556666\": expected an account id: 12 digits in quotes",
+            ),
+            (
+                "account_id = 444455556666",
+                "c.toml, line 1: account_id = \"444455556666\": expected 12 digits in quotes",
             ),
         ] {
             assert_eq!(read(text).unwrap_err(), message);

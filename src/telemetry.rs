@@ -38,6 +38,11 @@ pub enum LogFormat {
 
 /// The filter for a level as typed; `None` when it is not one.
 fn filter(level: &str) -> Option<EnvFilter> {
+    // Anything else that is one word would be taken for the name of a crate, and silence all others.
+    const LEVELS: &[&str] = &["error", "warn", "info", "debug", "trace", "off"];
+    if !level.contains('=') && !LEVELS.contains(&level) {
+        return None;
+    }
     let mut filter = EnvFilter::builder().parse(level).ok()?;
     for name in CAPPED {
         filter = filter.add_directive(format!("{name}=info").parse().ok()?);
@@ -112,5 +117,7 @@ mod tests {
         assert!(filter("trace").is_some());
         assert!(filter("imds_router=debug").is_some());
         assert!(filter("imds_router=loud").is_none());
+        assert!(filter("loud").is_none());
+        assert!(filter("").is_none());
     }
 }

@@ -139,16 +139,16 @@ fn intercept(what: Intercept) -> Result<(), Failure> {
 const GET_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// An IMDSv2 client that needs nothing: a token, then the path; the value on stdout as it is.
-async fn get(path: &str) -> Result<(), Failure> {
-    let path = match path.trim_start_matches('/') {
+async fn get(typed: &str) -> Result<(), Failure> {
+    if typed.is_empty() || !typed.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(usage(Said(format!(
+            "{typed:?} is not a path: expected visible characters without blanks"
+        ))));
+    }
+    let path = match typed.trim_start_matches('/') {
         path if path.starts_with("latest") || path.starts_with(|c: char| c.is_ascii_digit()) => format!("/{path}"),
         path => format!("/latest/{path}"),
     };
-    if !path.bytes().all(|b| b.is_ascii_graphic()) {
-        return Err(usage(Said(format!(
-            "{path:?} is not a path: expected visible characters without blanks"
-        ))));
-    }
     let answer = async {
         let token = ask("PUT /latest/api/token", "X-aws-ec2-metadata-token-ttl-seconds: 60").await?;
         let token = match token.status {
