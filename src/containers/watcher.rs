@@ -413,7 +413,10 @@ impl Watcher {
         match event {
             Event::Defined(id) => {
                 self.touch(Subject::Container(id.clone()));
-                self.touch(Subject::Inspect(id));
+                self.touch(Subject::Inspect(id.clone()));
+                // Engines since 28 tell of its network only when its first instruction is about to run; its first process
+                // is there long before.
+                self.expect(id);
             }
             Event::Started(id) => {
                 if let Some(known) = self.known.get_mut(&id) {
@@ -585,7 +588,7 @@ impl Watcher {
     }
 
     fn define(&mut self, (row, image_labels): ReadRow) {
-        let (id, network_mode, running) = (row.id.clone(), row.network_mode.clone(), row.running);
+        let (id, running) = (row.id.clone(), row.running);
         let definition = row.define(
             image_labels,
             self.instances.image_labels_count(),
@@ -599,9 +602,7 @@ impl Watcher {
         if unnamed || (running && unborn) {
             self.touch(Subject::Inspect(id.clone()));
         }
-        // Who joins another's network causes no event of its own between `create` and `start`, and asks before `start`.
-        let joins = matches!(network_mode, NetworkMode::Container(_));
-        if unborn && (running || joins) && !self.awaited.contains_key(&id) {
+        if running && unborn && !self.awaited.contains_key(&id) {
             self.expect(id);
         }
     }

@@ -197,12 +197,10 @@ async fn an_address_that_no_event_has_told_is_looked_up() {
 
 /// Starts a container that has no network namespace of its own. Answers its cgroup.
 fn join(daemon: &Daemon, number: u32, labels: &[(&str, &str)], mode: NetworkMode) -> CgroupId {
-    daemon.create(number, labels);
-    daemon.engine.world(|world| {
-        let container = world.containers.get_mut(&id(number)).unwrap();
-        (container.network_mode, container.running) = (mode, true);
-    });
-    daemon.engine.send(Event::Defined(id(number)));
+    daemon.create_in(number, labels, mode);
+    daemon
+        .engine
+        .world(|world| world.containers.get_mut(&id(number)).unwrap().running = true);
     daemon.kernel.start(&id(number))
 }
 
@@ -282,11 +280,7 @@ async fn the_first_act_of_who_joins_a_namespace_waits_for_its_life() {
     daemon.synchronised().await;
     daemon.run(1, APP).await;
     let namespace = NamespaceId(daemon.kernel.alive(&id(1)).unwrap().0);
-    daemon.create(2, OTHER);
-    daemon.engine.world(|world| {
-        world.containers.get_mut(&id(2)).unwrap().network_mode = NetworkMode::Container(id(1));
-    });
-    daemon.engine.send(Event::Defined(id(2)));
+    daemon.create_in(2, OTHER, NetworkMode::Container(id(1)));
     tokio::time::sleep(Duration::from_millis(200)).await;
     // Its process is there, and asks at once; the engine will say `start` later.
     let sharer = daemon.kernel.start(&id(2));

@@ -482,9 +482,15 @@ impl Daemon {
 
     /// `create`: the container is known, with its labels. Answers the address that it will have.
     pub fn create(&self, number: u32, labels: &[(&str, &str)]) -> SocketAddr {
+        self.create_in(number, labels, NetworkMode::Own)
+    }
+
+    /// The same, in whose network namespace.
+    pub fn create_in(&self, number: u32, labels: &[(&str, &str)], network_mode: NetworkMode) -> SocketAddr {
         let labels = labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         let container = Container {
             labels,
+            network_mode,
             ..Container::default()
         };
         self.engine
