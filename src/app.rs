@@ -26,6 +26,7 @@ use crate::admin::{
 };
 use crate::caller::connection::{Interfaces, remember_ingress};
 use crate::caller::kernel::{Doors, HostKernel, KernelError};
+use crate::caller::socket::DiagSocket;
 use crate::clock::{Clock, rfc3339_seconds};
 use crate::config::{Attach, CredentialSource, Settings};
 use crate::containers::docker::{DEFAULT_HOST, Engine};
@@ -61,6 +62,9 @@ pub enum AppError {
     /// No cgroup v2.
     #[error("callers cannot be proven on this host")]
     Proof(#[from] KernelError),
+    /// No sock_diag.
+    #[error("the kernel cannot be asked about connections (sock_diag)\nhint: modprobe -a inet_diag tcp_diag")]
+    Diag(#[source] io::Error),
     /// No port is free.
     #[error("cannot listen on {IMDS_ADDRESS}, ports {DEFAULT_PORT} to {}", DEFAULT_PORT + PORTS - 1)]
     Listen(#[source] io::Error),
@@ -125,6 +129,7 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
     let settings = &resolver.settings;
 
     let (index, misses) = Index::new();
+    let own_ends = Box::new(DiagSocket::open().map_err(AppError::Diag)?);
     let service = Service::new(
         index.clone(),
         broker.clone(),
@@ -132,6 +137,7 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
         clock.clone(),
         settings.hold,
         settings.hosts.clone(),
+        own_ends,
     );
     let kernel = HostKernel::new(Arc::new(HostDoors {
         service: service.clone(),

@@ -25,7 +25,7 @@ use tracing::{debug, info, trace, warn};
 
 #[cfg(target_os = "linux")]
 use crate::caller::connection::{Interface, Interfaces, ingress};
-use crate::caller::{Caller, Connection, Refusal, Via, identify};
+use crate::caller::{Caller, Connection, OwnEnds, Refusal, Via, identify, other_end};
 use crate::clock::Clock;
 use crate::containers::index::Index;
 use crate::containers::{ContainerId, Life, NamespaceId};
@@ -68,6 +68,8 @@ pub struct Service {
     pub hold: Duration,
     /// More names that are accepted in `Host`.
     pub hosts: Vec<String>,
+    /// Our ends of connections.
+    pub own_ends: Box<dyn OwnEnds>,
     before_proof: Gate,
     versions: Bytes,
     refusals: Refusals,
@@ -82,6 +84,7 @@ impl Service {
         clock: Clock,
         hold: Duration,
         hosts: Vec<String>,
+        own_ends: Box<dyn OwnEnds>,
     ) -> Arc<Self> {
         Arc::new(Self {
             index,
@@ -91,6 +94,7 @@ impl Service {
             clock,
             hold,
             hosts,
+            own_ends,
             before_proof: Gate::new(),
             versions: version_list().into(),
         })
@@ -168,11 +172,21 @@ pub async fn accept_on_host(
     accept(&listener, &service, via).await;
 }
 
+/// The loopback's number: the first interface of every network namespace (`LOOPBACK_IFINDEX`, net/flow.h).
+#[cfg(target_os = "linux")]
+const LOOPBACK: u32 = 1;
+
 /// Accepts inside a container's network namespace until the task is dropped.
+#[cfg(target_os = "linux")]
 pub async fn accept_inside(listener: tokio::net::TcpListener, namespace: NamespaceId, service: Arc<Service>) {
-    accept(&listener, &service, |_, _| Some(Via::Namespace(namespace))).await;
+    let via = |stream: &TcpStream, _| {
+        // Who lives here comes over the loopback; anything else was sent in from outside.
+        (ingress(stream).ok()? == LOOPBACK).then_some(Via::Namespace(namespace))
+    };
+    accept(&listener, &service, via).await;
 }
 
+#[cfg(target_os = "linux")]
 async fn accept(
     listener: &tokio::net::TcpListener,
     service: &Arc<Service>,
@@ -190,6 +204,7 @@ async fn accept(
                     // The rules swap the port: the client knows nothing of ours.
                     server: SocketAddr::new(local.ip().to_canonical(), IMDS_PORT),
                     via,
+                    own: SocketAddr::new(local.ip().to_canonical(), local.port()),
                 };
                 tokio::spawn(serve(stream, connection, service.clone()));
             }
@@ -222,6 +237,7 @@ where
             let session = Arc::new(Session {
                 service: service.clone(),
                 caller,
+                connection,
                 first: Mutex::new(Some(deadline)),
                 end: service.clock.now() + CONNECTION_LIFE,
                 requests: AtomicU32::new(0),
@@ -251,9 +267,9 @@ where
     }
 }
 
-/// The life of a connection has ended: nothing is said any more.
+/// The life of a connection has ended, or its other end is not who it was: nothing is said any more.
 #[derive(Debug, thiserror::Error)]
-#[error("the container has ended")]
+#[error("nobody is at the other end any more who was proven")]
 struct Ended;
 
 /// HTTP/1.1 on one connection.
@@ -302,6 +318,7 @@ impl Drop for Counted {
 struct Session {
     service: Arc<Service>,
     caller: Caller,
+    connection: Connection,
     /// The deadline of the first request, which counts from the connection.
     first: Mutex<Option<Instant>>,
     /// When the connection ends at the latest.
@@ -323,6 +340,10 @@ impl Session {
             .take();
         let deadline = first.unwrap_or(asked + self.service.hold);
         if !life.alive() {
+            return Err(Ended);
+        }
+        if let Err(refusal) = other_end(&self.caller, self.connection, self.service.own_ends.as_ref()) {
+            self.service.refusals.note(&refusal, self.connection.client);
             return Err(Ended);
         }
         let mut reply = self.reply(&request, deadline).await;

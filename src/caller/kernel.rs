@@ -7,6 +7,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use dashmap::DashMap;
@@ -108,6 +109,7 @@ impl HostKernel {
             diag,
             doors: self.doors.clone(),
             door: Mutex::default(),
+            listens: AtomicBool::new(false),
         });
         // Two births at once in one namespace: the second finds the first one's.
         let mut entry = self.namespaces.entry(first.namespace).or_default();
@@ -164,6 +166,8 @@ struct Namespace {
     diag: DiagSocket,
     doors: Arc<dyn Doors>,
     door: Mutex<Door>,
+    /// Whether the door is open, or being opened: from then on nobody in it is heard over a bridge.
+    listens: AtomicBool,
 }
 
 /// The service inside a namespace: there while somebody in it wants it.
@@ -240,6 +244,10 @@ impl Witness for KernelWitness {
         self.namespace.id
     }
 
+    fn listens_inside(&self) -> bool {
+        self.namespace.listens.load(Ordering::Acquire)
+    }
+
     fn attach(&self) -> Result<(), String> {
         // The host's own listener serves who is in the host's network.
         if self.namespace.is_host {
@@ -247,7 +255,11 @@ impl Witness for KernelWitness {
         }
         let mut door = self.namespace.door.lock().unwrap_or_else(PoisonError::into_inner);
         if door.serving.is_none() {
-            let listener = self.inside(Doors::open).map_err(|error| with_causes(&error))?;
+            self.namespace.listens.store(true, Ordering::Release);
+            let listener = self.inside(Doors::open).map_err(|error| {
+                self.namespace.listens.store(false, Ordering::Release);
+                with_causes(&error)
+            })?;
             door.serving = Some(self.namespace.doors.serve(listener, self.namespace.id));
         }
         door.wanted_by.insert(self.cgroup);
@@ -262,6 +274,8 @@ impl Witness for KernelWitness {
         if let Some(serving) = door.serving.take() {
             serving.abort();
         }
-        self.inside(Doors::close).map_err(|error| with_causes(&error))
+        self.inside(Doors::close).map_err(|error| with_causes(&error))?;
+        self.namespace.listens.store(false, Ordering::Release);
+        Ok(())
     }
 }

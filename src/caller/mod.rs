@@ -15,12 +15,16 @@
 //!   to, or below, the cgroup of a verified first process of the namespace: not that of a host process that entered it,
 //!   and of several containers in one namespace exactly the one. Whoever passes a descriptor on delegates; that is its
 //!   maker's business.
+//! * **The byte counters of both ends** (over a bridge, on every request; [`other_end`]). An ESTABLISHED socket of the same
+//!   addresses and ports need not be the other end of *this* connection: a neighbour that can send packets puts a request
+//!   into an idle one, or resets our end and takes the addresses over. Then one end has received what the other never sent.
 //! * **The life.** The first process's pidfd, looked at again on every request.
 //!
 //! What is left:
 //!
 //! * Attach `host`: answers cross the bridge that the container is on. A neighbour on the same bridge with `NET_RAW` can
-//!   divert an answer in transit while all of this is true. It identifies; it does not keep secret. Attach `namespace`,
+//!   divert an answer in transit while all of this is true, and one that sits in the middle of a connection can change what
+//!   is asked and answered within its lengths. It identifies who connected; it does not keep secret. Attach `namespace`,
 //!   `--cap-drop NET_RAW`, or networks of their own close that.
 //! * Containers that share a network namespace share a boundary: whoever has `NET_RAW` in it reads along.
 
@@ -41,7 +45,7 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use crate::containers::index::{EngineState, Index};
-use crate::containers::{CgroupId, ContainerId, Life, NamespaceId, NetworkMode, Record, SocketEvidence};
+use crate::containers::{CgroupId, ContainerId, Counters, Life, NamespaceId, NetworkMode, Record, SocketEvidence};
 
 /// `TCP_ESTABLISHED` (include/net/tcp_states.h).
 const ESTABLISHED: u8 = 1;
@@ -55,6 +59,8 @@ pub struct Connection {
     pub server: SocketAddr,
     /// Where it was accepted.
     pub via: Via,
+    /// Our end's own address: with the port that we listen on.
+    pub own: SocketAddr,
 }
 
 /// Where a connection was accepted: it decides who may have made it.
@@ -137,6 +143,26 @@ pub enum Refusal {
         /// The maker's.
         cgroup: CgroupId,
     },
+    /// It came over a bridge, but its container is heard inside its own network namespace.
+    #[error(
+        "{container} is heard inside its network namespace only; this came over a bridge: another sender uses its address"
+    )]
+    HeardInside {
+        /// The container.
+        container: ContainerId,
+    },
+    /// The container's socket has not sent what we have received, or the like: it is not the other end.
+    #[error(
+        "the socket of {container} is not the other end of this connection: it counts {theirs:?}, our end {ours:?}"
+    )]
+    NotTheOtherEnd {
+        /// The container.
+        container: ContainerId,
+        /// What its socket has counted.
+        theirs: Counters,
+        /// What our end has counted.
+        ours: Counters,
+    },
     /// The kernel could not be asked.
     #[error("the kernel could not be asked about {container}: {error}")]
     Unasked {
@@ -158,6 +184,8 @@ impl Refusal {
             | Self::NoSocket { container, .. }
             | Self::NotEstablished { container, .. }
             | Self::ForeignCgroup { container, .. }
+            | Self::HeardInside { container }
+            | Self::NotTheOtherEnd { container, .. }
             | Self::Unasked { container, .. } => Some(container),
             Self::ForeignInterface(_)
             | Self::Host(_)
@@ -178,6 +206,8 @@ impl Refusal {
             Self::NoSocket { .. } => "no-socket",
             Self::NotEstablished { .. } => "not-established",
             Self::ForeignCgroup { .. } => "foreign-cgroup",
+            Self::HeardInside { .. } => "heard-inside",
+            Self::NotTheOtherEnd { .. } => "not-the-other-end",
             Self::Unasked { .. } => "kernel",
             Self::Ambiguous => "ambiguous",
         }
@@ -214,6 +244,77 @@ pub async fn identify(index: &Index, connection: Connection, deadline: Instant) 
                 return Err(if unknown && !synchronised { Refusal::NotSynchronised } else { refusal });
             }
         }
+    }
+}
+
+/// The daemon's own ends of its connections, as the kernel counts them. Implemented on the real kernel and by a script.
+pub trait OwnEnds: Send + Sync + 'static {
+    /// What our end of the connection between `own` and `client` has counted. `Ok(None)`: there is no such connection.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    fn counters(&self, own: SocketAddr, client: SocketAddr) -> std::io::Result<Option<Counters>>;
+}
+
+/// Shows, for one request, that the proven socket is the other end of *this* connection. Asked before each answer.
+///
+/// Inside a namespace only its own sockets are heard, so there is nothing to show. Over a bridge, who can send packets can
+/// learn the numbers of an open connection, put a request into it, or reset our end and connect anew with the same
+/// addresses and ports, while the container's socket stays ESTABLISHED. But then the two ends do not agree on how many
+/// bytes went which way.
+///
+/// # Errors
+/// When they do not agree, or cannot be compared.
+pub fn other_end(caller: &Caller, connection: Connection, own: &dyn OwnEnds) -> Result<(), Refusal> {
+    if matches!(connection.via, Via::Namespace(_)) {
+        return Ok(());
+    }
+    let container = || caller.life.container.clone();
+    let unasked = |error: String| Refusal::Unasked {
+        container: container(),
+        error,
+    };
+    let ours = || {
+        let counters = own
+            .counters(connection.own, connection.client)
+            .map_err(|error| unasked(error.to_string()))?;
+        counters.ok_or_else(|| unasked("our end is gone".to_owned()))
+    };
+    if caller.life.witness.listens_inside() {
+        return Err(Refusal::HeardInside { container: container() });
+    }
+    // Bytes may be on their way meanwhile. Counters only grow: what must be less is read before, what must be more after.
+    let before = ours()?;
+    let theirs = caller.life.witness.socket(connection.client, connection.server);
+    let after = ours()?;
+    let theirs = match theirs.map_err(|error| unasked(error.to_string()))? {
+        None => {
+            return Err(Refusal::NoSocket {
+                container: container(),
+                address: connection.client.ip(),
+            });
+        }
+        Some(socket) if socket.state != ESTABLISHED => {
+            return Err(Refusal::NotEstablished {
+                container: container(),
+                state: socket.state,
+            });
+        }
+        Some(socket) => socket.counters,
+    };
+    let agree = before.received <= theirs.sent
+        && before.acked <= theirs.received
+        && theirs.received <= after.sent
+        // The client counts its SYN.
+        && theirs.acked.saturating_sub(1) <= after.received;
+    if agree {
+        Ok(())
+    } else {
+        Err(Refusal::NotTheOtherEnd {
+            container: container(),
+            theirs,
+            ours: after,
+        })
     }
 }
 
@@ -284,6 +385,11 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
             }
             continue;
         };
+        // A socket inside such a namespace leads to the listener there: it proves nothing of what crosses a bridge.
+        if matches!(connection.via, Via::Bridge(_)) && life.witness.listens_inside() {
+            refusal = Refusal::HeardInside { container };
+            continue;
+        }
         let namespace = life.witness.namespace();
         let at = asked
             .iter()

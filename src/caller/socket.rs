@@ -15,7 +15,8 @@ use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, Stat
 use netlink_socket2::NetlinkSocket;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
 
-use crate::containers::{CgroupId, SocketEvidence};
+use super::OwnEnds;
+use crate::containers::{CgroupId, Counters, SocketEvidence};
 
 /// `INET_DIAG_CGROUP_ID` (linux/inet_diag.h, since 5.8): the id of the socket's cgroup, 8 bytes, native order.
 const INET_DIAG_CGROUP_ID: u16 = 21;
@@ -102,7 +103,7 @@ fn request(client: SocketAddr, server: SocketAddr, interface: u32, sequence: u32
     let request = InetRequest {
         family: if client.is_ipv4() { AF_INET } else { AF_INET6 },
         protocol: IPPROTO_TCP,
-        extensions: ExtensionFlags::empty(),
+        extensions: ExtensionFlags::INFO,
         // The kernel ignores it in an exact look-up: the answer's state is what counts.
         states: StateFlags::all(),
         socket_id: SocketId {
@@ -139,11 +140,20 @@ fn answer(
                 Nla::Other(other) if other.kind() == INET_DIAG_CGROUP_ID => cgroup_id(other),
                 _ => None,
             });
-            match cgroup {
-                Some(cgroup) if exact => Ok(Some(SocketEvidence {
+            let info = response.nlas.iter().find_map(|nla| match nla {
+                Nla::TcpInfo(info) => counters(info),
+                _ => None,
+            });
+            match (cgroup, info) {
+                (Some(cgroup), Some(counters)) if exact => Ok(Some(SocketEvidence {
                     state: response.header.state,
                     cgroup,
+                    counters,
                 })),
+                (_, None) if exact => Err(io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    "the kernel does not count a connection's bytes: Linux 4.19 or newer is needed",
+                )),
                 _ => Ok(None),
             }
         }
@@ -152,6 +162,26 @@ fn answer(
             _ => Err(error.to_io()),
         },
         _ => Ok(None),
+    }
+}
+
+/// Reads `struct tcp_info` (linux/tcp.h): fields were only ever added at its end.
+fn counters(info: &[u8]) -> Option<Counters> {
+    const BYTES_ACKED: usize = 120;
+    const BYTES_RECEIVED: usize = 128;
+    const BYTES_SENT: usize = 200;
+    const BYTES_RETRANS: usize = 208;
+    let field = |at: usize| Some(u64::from_ne_bytes(*info.get(at..)?.first_chunk()?));
+    Some(Counters {
+        sent: field(BYTES_SENT)?.saturating_sub(field(BYTES_RETRANS)?),
+        received: field(BYTES_RECEIVED)?,
+        acked: field(BYTES_ACKED)?,
+    })
+}
+
+impl OwnEnds for DiagSocket {
+    fn counters(&self, own: SocketAddr, client: SocketAddr) -> io::Result<Option<Counters>> {
+        Ok(self.ask(own, client, 0)?.map(|socket| socket.counters))
     }
 }
 
@@ -198,6 +228,17 @@ mod tests {
         let found = diag.find(from, to).unwrap().expect("the connection is there");
         assert_eq!(found.state, 1);
         assert_ne!(found.cgroup.0, 0);
+        // Both ends count the same, but for the SYN of who connected.
+        let (mut accepted, mut client) = (listener.accept().unwrap().0, client);
+        std::io::Write::write_all(&mut client, b"12345").unwrap();
+        std::io::Read::read_exact(&mut accepted, &mut [0; 5]).unwrap();
+        std::io::Write::write_all(&mut accepted, b"123").unwrap();
+        std::io::Read::read_exact(&mut client, &mut [0; 3]).unwrap();
+        let theirs = diag.find(from, to).unwrap().unwrap().counters;
+        let ours = diag.counters(to, from).unwrap().unwrap();
+        assert_eq!((theirs.sent, theirs.received), (5, 3));
+        assert_eq!((ours.sent, ours.received), (3, 5));
+        assert!(theirs.acked <= 6 && ours.acked <= 3);
         assert_eq!(diag.find(SocketAddr::new(from.ip(), 1), to).unwrap(), None);
         // A listener is not a connection to it.
         assert_eq!(diag.find(to, SocketAddr::new(to.ip(), 9)).unwrap(), None);

@@ -180,6 +180,17 @@ pub struct CgroupId(pub u64);
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct NamespaceId(pub u64);
 
+/// What one end of a TCP connection has counted, in bytes (`struct tcp_info`, linux/tcp.h).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Counters {
+    /// Sent, each byte once: `tcpi_bytes_sent` without `tcpi_bytes_retrans`.
+    pub sent: u64,
+    /// Received in order: `tcpi_bytes_received`.
+    pub received: u64,
+    /// Sent, and acknowledged by the other end: `tcpi_bytes_acked`. Who connected counts its SYN as one byte.
+    pub acked: u64,
+}
+
 /// What the kernel says of one TCP socket.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SocketEvidence {
@@ -187,6 +198,8 @@ pub struct SocketEvidence {
     pub state: u8,
     /// The cgroup of the process that created the socket.
     pub cgroup: CgroupId,
+    /// What it has sent and received.
+    pub counters: Counters,
 }
 
 /// What the kernel holds of one life: asked, never believed from anybody else. Implemented by [`crate::caller`] on the
@@ -210,6 +223,9 @@ pub trait Witness: Send + Sync + 'static {
 
     /// The container's network namespace; several containers may share one, or have the host's.
     fn namespace(&self) -> NamespaceId;
+
+    /// Whether the service listens inside the namespace now: then whoever lives there is heard there and nowhere else.
+    fn listens_inside(&self) -> bool;
 
     /// Has the service listen inside the container's network namespace, for this life. Blocks for a moment; done twice it
     /// does nothing. In the host's namespace there is nothing to be done.

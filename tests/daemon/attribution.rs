@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use imds_router::caller::Via;
 use imds_router::containers::watcher::Event;
-use imds_router::containers::{CgroupId, NamespaceId, NetworkId, NetworkMode, SocketEvidence};
+use imds_router::containers::{CgroupId, Counters, NamespaceId, NetworkId, NetworkMode, SocketEvidence};
 
 use crate::script::{Daemon, HOST, endpoint, id, settings};
 
@@ -38,7 +38,15 @@ async fn an_address_alone_proves_nothing() {
     refused(&daemon, daemon.client(address)).await;
     for state in 2..=12 {
         let client = daemon.client(address);
-        daemon.kernel.socket(cgroup, client, SocketEvidence { state, cgroup });
+        daemon.kernel.socket(
+            cgroup,
+            client,
+            SocketEvidence {
+                state,
+                cgroup,
+                counters: Default::default(),
+            },
+        );
         refused(&daemon, client).await;
     }
     let client = daemon.client(address);
@@ -48,6 +56,7 @@ async fn an_address_alone_proves_nothing() {
         SocketEvidence {
             state: 1,
             cgroup: CgroupId(1),
+            counters: Default::default(),
         },
     );
     refused(&daemon, client).await;
@@ -58,6 +67,75 @@ async fn an_address_alone_proves_nothing() {
     );
     // And the container itself is served all along.
     assert_eq!(daemon.connect(1, address).get("/").await.unwrap().status, 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_socket_that_is_not_the_other_end_gets_no_answer() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    let address = daemon.run(1, APP).await;
+    let cgroup = daemon.kernel.alive(&id(1)).unwrap();
+    let counters = |sent, received, acked| Counters { sent, received, acked };
+    for (theirs, ours, answered) in [
+        // A first request of 100 bytes, acknowledged or not yet; a second one after an answer of 300.
+        (counters(100, 0, 1), counters(0, 100, 0), true),
+        (counters(100, 0, 101), counters(0, 100, 0), true),
+        (counters(200, 300, 101), counters(300, 200, 300), true),
+        (counters(200, 300, 101), counters(300, 200, 0), true),
+        // A request that the container has not sent was put into its idle connection.
+        (counters(100, 300, 101), counters(300, 200, 300), false),
+        (counters(0, 0, 1), counters(0, 100, 0), false),
+        // Our end was reset and connected anew, or was closed and the container never heard of it.
+        (counters(100, 300, 101), counters(0, 90, 0), false),
+        // Somebody else has acknowledged what the container never received.
+        (counters(200, 0, 101), counters(300, 200, 300), false),
+        // Somebody else has acknowledged to the container what we never received.
+        (counters(200, 0, 201), counters(0, 100, 0), false),
+    ] {
+        let client = daemon.client(address);
+        daemon.kernel.socket(
+            cgroup,
+            client,
+            SocketEvidence {
+                state: 1,
+                cgroup,
+                counters: theirs,
+            },
+        );
+        daemon.kernel.own_end(client, ours);
+        let reply = daemon.dial(client).get(LIST).await;
+        assert_eq!(
+            reply.is_some_and(|reply| reply.status == 200),
+            answered,
+            "{theirs:?} {ours:?}"
+        );
+    }
+    assert_eq!(daemon.service.refusals(), [("not-the-other-end", 5)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_is_heard_inside_is_not_heard_over_a_bridge() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    let address = daemon.run(1, APP).await;
+    let cgroup = daemon.kernel.alive(&id(1)).unwrap();
+    let mut kept = daemon.connect(1, address);
+    assert_eq!(kept.get("/").await.unwrap().status, 200);
+    // A socket to the listener inside stands for no connection over the bridge.
+    daemon.kernel.listen_inside(NamespaceId(cgroup.0));
+    assert!(kept.get("/").await.is_none());
+    let client = daemon.client(address);
+    daemon.kernel.socket(
+        cgroup,
+        client,
+        SocketEvidence {
+            state: 1,
+            cgroup,
+            counters: Counters::default(),
+        },
+    );
+    refused(&daemon, client).await;
+    assert_eq!(asks(&daemon, NamespaceId(cgroup.0), cgroup).await, (200, "app".into()));
 }
 
 #[tokio::test(start_paused = true)]
@@ -85,9 +163,15 @@ async fn two_candidates_at_one_address_are_told_apart_by_the_kernel() {
     let client = daemon.client(address);
     for number in [1, 2] {
         let cgroup = daemon.kernel.alive(&id(number)).unwrap();
-        daemon
-            .kernel
-            .socket(cgroup, client, SocketEvidence { state: 1, cgroup });
+        daemon.kernel.socket(
+            cgroup,
+            client,
+            SocketEvidence {
+                state: 1,
+                cgroup,
+                counters: Default::default(),
+            },
+        );
     }
     refused(&daemon, client).await;
 }
@@ -197,19 +281,25 @@ async fn an_address_that_no_event_has_told_is_looked_up() {
 
 /// Starts a container that has no network namespace of its own. Answers its cgroup.
 fn join(daemon: &Daemon, number: u32, labels: &[(&str, &str)], mode: NetworkMode) -> CgroupId {
-    daemon.create_in(number, labels, mode);
+    daemon.create_in(number, labels, mode.clone());
     daemon
         .engine
         .world(|world| world.containers.get_mut(&id(number)).unwrap().running = true);
-    daemon.kernel.start(&id(number))
+    daemon.kernel.start_in(&id(number), &mode)
 }
 
 /// What comes of a connection that `cgroup` makes in `namespace`.
 async fn asks(daemon: &Daemon, namespace: NamespaceId, cgroup: CgroupId) -> (u16, String) {
     let client = daemon.client("169.254.169.254:0".parse().unwrap());
-    daemon
-        .kernel
-        .socket(CgroupId(namespace.0), client, SocketEvidence { state: 1, cgroup });
+    daemon.kernel.socket(
+        CgroupId(namespace.0),
+        client,
+        SocketEvidence {
+            state: 1,
+            cgroup,
+            counters: Default::default(),
+        },
+    );
     let reply = daemon
         .dial_via(client, Via::Namespace(namespace))
         .get(LIST)
@@ -251,6 +341,7 @@ async fn who_shares_a_namespace_is_told_apart_by_who_made_the_socket() {
         SocketEvidence {
             state: 1,
             cgroup: sharer,
+            counters: Default::default(),
         },
     );
     assert_eq!(daemon.dial(client).get(LIST).await.unwrap().text(), "other");
@@ -283,6 +374,6 @@ async fn the_first_act_of_who_joins_a_namespace_waits_for_its_life() {
     daemon.create_in(2, OTHER, NetworkMode::Container(id(1)));
     tokio::time::sleep(Duration::from_millis(200)).await;
     // Its process is there, and asks at once; the engine will say `start` later.
-    let sharer = daemon.kernel.start(&id(2));
+    let sharer = daemon.kernel.start_in(&id(2), &NetworkMode::Container(id(1)));
     assert_eq!(asks(&daemon, namespace, sharer).await, (200, "other".into()));
 }

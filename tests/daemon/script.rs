@@ -1,6 +1,6 @@
 //! A daemon in process: engine, kernel and STS as told, connections in memory, time that is paused.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -13,7 +13,7 @@ use futures_util::stream::{BoxStream, StreamExt as _};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 use tokio::sync::{mpsc, watch};
 
-use imds_router::caller::{Connection, Via};
+use imds_router::caller::{Connection, OwnEnds, Via};
 use imds_router::clock::Clock;
 use imds_router::config::{CredentialSource, Settings};
 use imds_router::containers::index::{EngineState, Index};
@@ -21,8 +21,8 @@ use imds_router::containers::watcher::{
     Birth, ContainerEngine, EngineError, Event, Hold, Inspection, Instances, Kernel, Network, Ports, Row, Watcher,
 };
 use imds_router::containers::{
-    Attachments, CgroupId, ContainerId, Definition, Endpoint, NamespaceId, NetworkId, NetworkMode, SocketEvidence,
-    Witness,
+    Attachments, CgroupId, ContainerId, Counters, Definition, Endpoint, NamespaceId, NetworkId, NetworkMode,
+    SocketEvidence, Witness,
 };
 use imds_router::credentials::broker::{Broker, CredentialProvider, Lease, Provided, ProviderError};
 use imds_router::credentials::{Credentials, RoleSession, Secret};
@@ -191,9 +191,13 @@ impl ContainerEngine for ScriptedEngine {
 
 #[derive(Default)]
 struct Lives {
-    lives: HashMap<ContainerId, (CgroupId, watch::Sender<bool>)>,
+    lives: HashMap<ContainerId, (CgroupId, NamespaceId, watch::Sender<bool>)>,
     /// Sockets, by the life in whose namespace they are.
     sockets: HashMap<(CgroupId, SocketAddr), SocketEvidence>,
+    /// Our ends, where they are not all zero.
+    own: HashMap<SocketAddr, Counters>,
+    /// Namespaces in which the service listens.
+    inside: HashSet<NamespaceId>,
     next: u64,
 }
 
@@ -201,29 +205,61 @@ struct Lives {
 pub struct ScriptedKernel(Arc<Mutex<Lives>>);
 
 impl ScriptedKernel {
-    /// A container's first process starts; a former one has ended.
+    /// A container's first process starts, in a network namespace of its own; a former one has ended.
     pub fn start(&self, id: &ContainerId) -> CgroupId {
+        self.start_in(id, &NetworkMode::Own)
+    }
+
+    /// The same, in whose network namespace.
+    pub fn start_in(&self, id: &ContainerId, mode: &NetworkMode) -> CgroupId {
         self.end(id);
         let mut lives = self.0.lock().unwrap();
         lives.next += 1;
         let cgroup = CgroupId(1_000 + lives.next);
-        lives.lives.insert(id.clone(), (cgroup, watch::Sender::new(true)));
+        let namespace = match mode {
+            NetworkMode::Own => NamespaceId(cgroup.0),
+            NetworkMode::Host => HOST,
+            NetworkMode::Container(owner) => lives.lives[owner].1,
+        };
+        lives
+            .lives
+            .insert(id.clone(), (cgroup, namespace, watch::Sender::new(true)));
         cgroup
     }
 
     pub fn end(&self, id: &ContainerId) {
-        if let Some((_, alive)) = self.0.lock().unwrap().lives.remove(id) {
+        if let Some((_, _, alive)) = self.0.lock().unwrap().lives.remove(id) {
             alive.send_replace(false);
         }
     }
 
     pub fn alive(&self, id: &ContainerId) -> Option<CgroupId> {
-        self.0.lock().unwrap().lives.get(id).map(|(cgroup, _)| *cgroup)
+        self.0.lock().unwrap().lives.get(id).map(|(cgroup, ..)| *cgroup)
     }
 
     /// Puts a socket into the namespace of a life.
     pub fn socket(&self, namespace: CgroupId, client: SocketAddr, evidence: SocketEvidence) {
         self.0.lock().unwrap().sockets.insert((namespace, client), evidence);
+    }
+}
+
+impl ScriptedKernel {
+    /// What our end of a connection has counted.
+    pub fn own_end(&self, client: SocketAddr, counters: Counters) {
+        self.0.lock().unwrap().own.insert(client, counters);
+    }
+
+    /// The service listens inside a namespace from now on.
+    pub fn listen_inside(&self, namespace: NamespaceId) {
+        self.0.lock().unwrap().inside.insert(namespace);
+    }
+}
+
+impl OwnEnds for ScriptedKernel {
+    fn counters(&self, _own: SocketAddr, client: SocketAddr) -> std::io::Result<Option<Counters>> {
+        Ok(Some(
+            self.0.lock().unwrap().own.get(&client).copied().unwrap_or_default(),
+        ))
     }
 }
 
@@ -237,18 +273,14 @@ struct ScriptedWitness {
 impl Kernel for ScriptedKernel {
     fn birth(&self, id: &ContainerId, _pid: Option<u32>, mode: Option<&NetworkMode>) -> Result<Birth, String> {
         let lives = self.0.lock().unwrap();
-        let (cgroup, alive) = lives.lives.get(id).ok_or("not there yet")?;
-        let namespace = match mode {
-            Some(NetworkMode::Host) => HOST,
-            Some(NetworkMode::Container(owner)) => {
-                NamespaceId(lives.lives.get(owner).ok_or("its network's owner does not run")?.0.0)
-            }
-            Some(NetworkMode::Own) | None => NamespaceId(cgroup.0),
-        };
+        let (cgroup, namespace, alive) = lives.lives.get(id).ok_or("not there yet")?;
+        if *namespace == HOST && mode != Some(&NetworkMode::Host) {
+            return Err("its first process is in the host's network namespace".to_owned());
+        }
         let witness = ScriptedWitness {
             lives: self.0.clone(),
             cgroup: *cgroup,
-            namespace,
+            namespace: *namespace,
             alive: alive.subscribe(),
         };
         Ok(Birth {
@@ -288,6 +320,10 @@ impl Witness for ScriptedWitness {
 
     fn namespace(&self) -> NamespaceId {
         self.namespace
+    }
+
+    fn listens_inside(&self) -> bool {
+        self.lives.lock().unwrap().inside.contains(&self.namespace)
     }
 
     fn attach(&self) -> Result<(), String> {
@@ -445,11 +481,12 @@ impl Daemon {
             changed: changes,
         };
         let watcher = Watcher::new(ports, index.clone(), misses, clock.clone());
+        let own_ends = Box::new(kernel.clone());
         Self {
             engine,
             kernel,
             sts,
-            service: Service::new(index.clone(), broker, tokens, clock.clone(), hold, hosts),
+            service: Service::new(index.clone(), broker, tokens, clock.clone(), hold, hosts, own_ends),
             index,
             clock,
             changed,
@@ -534,7 +571,15 @@ impl Daemon {
     pub fn connect(&self, number: u32, address: SocketAddr) -> Client {
         let cgroup = self.kernel.alive(&id(number)).expect("it runs");
         let client = self.client(address);
-        self.kernel.socket(cgroup, client, SocketEvidence { state: 1, cgroup });
+        self.kernel.socket(
+            cgroup,
+            client,
+            SocketEvidence {
+                state: 1,
+                cgroup,
+                counters: Default::default(),
+            },
+        );
         self.dial(client)
     }
 
@@ -555,6 +600,7 @@ impl Daemon {
             client,
             server: "169.254.169.254:80".parse().unwrap(),
             via,
+            own: "169.254.169.254:51254".parse().unwrap(),
         };
         tokio::spawn(server::serve(theirs, connection, self.service.clone()));
         Client { stream: ours }

@@ -278,7 +278,11 @@ async fn play(steps: Vec<(Happens, Told)>) {
                 daemon.kernel.socket(
                     cgroup,
                     client,
-                    imds_router::containers::SocketEvidence { state: 1, cgroup },
+                    imds_router::containers::SocketEvidence {
+                        state: 1,
+                        cgroup,
+                        counters: Default::default(),
+                    },
                 );
                 let path = "/latest/meta-data/iam/security-credentials/";
                 if let Some(reply) = daemon.dial(client).get(path).await
