@@ -20,7 +20,7 @@ BROADCAST = b"\xff" * 6
 # Of the attacker's own making: its kernel takes what is sent to it for somebody else's, and neither answers nor forwards.
 MADE_UP = bytes.fromhex("026600000066")
 
-Segment = collections.namedtuple("Segment", "source target source_port target_port flags seq ack data mac")
+Segment = collections.namedtuple("Segment", "source target source_port target_port flags seq ack data packet")
 
 
 def mac(text):
@@ -114,6 +114,16 @@ class Wire:
         head = head[:10] + struct.pack("!H", checksum(head)) + head[12:]
         self.frame(target_mac or self.gateway_mac, source_mac or self.own_mac, 0x0800, head + payload)
 
+    def forward(self, segment, source_mac, target_mac):
+        """Passes a segment on as it is; what is caught on a virtual link has no checksum yet."""
+        packet = segment.packet
+        length = (packet[0] & 15) * 4
+        tcp = packet[length : struct.unpack("!H", packet[2:4])[0]]
+        tcp = tcp[:16] + b"\0\0" + tcp[18:]
+        total = checksum(packet[12:20] + struct.pack("!BBH", 0, 6, len(tcp)) + tcp)
+        tcp = tcp[:16] + struct.pack("!H", total) + tcp[18:]
+        self.frame(target_mac, source_mac, 0x0800, packet[:length] + tcp)
+
     def segments(self, seconds):
         """Every TCP segment that comes in meanwhile; None now and then, so that the caller can do something else."""
         end = time.monotonic() + seconds
@@ -134,7 +144,7 @@ class Wire:
             tcp = packet[length : struct.unpack("!H", packet[2:4])[0]]
             source_port, target_port, seq, ack, offset, flags = struct.unpack("!HHIIBB", tcp[:14])
             addresses = socket.inet_ntoa(packet[12:16]), socket.inet_ntoa(packet[16:20])
-            yield Segment(*addresses, source_port, target_port, flags, seq, ack, tcp[(offset >> 4) * 4 :], frame[6:12])
+            yield Segment(*addresses, source_port, target_port, flags, seq, ack, tcp[(offset >> 4) * 4 :], packet)
 
     def drain(self):
         """Forgets what has come in so far."""

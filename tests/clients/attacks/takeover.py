@@ -147,7 +147,8 @@ def middle():
         if time.monotonic() - poisoned > 0.1:
             both_believe()
             poisoned = time.monotonic()
-        if not segment or (segment.source, segment.source_port) != (told.victim, told.port) or segment.target_port != told.server_port:
+        # Whatever port it is for: the host's own rules may have swapped it on the bridge.
+        if not segment or segment[:3] != (told.victim, told.server, told.port):
             continue
         if segment.flags & SYN:
             back = (told.server, told.victim, told.server_port, told.port)
