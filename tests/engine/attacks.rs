@@ -36,6 +36,10 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
             "attacks::connections_that_the_victim_has_open",
             connections_that_the_victim_has_open,
         ),
+        rig.once(
+            "attacks::packets_sent_into_the_victims_namespace",
+            packets_sent_into_the_victims_namespace,
+        ),
         rig.once("attacks::net_admin", net_admin),
         rig.once(
             "attacks::kept_alive_beyond_its_owners_death",
@@ -238,7 +242,7 @@ fn a_neighbour_sends_as_the_victim(engine: &Arc<Engine>) {
         assert_works(&name, &control);
 
         let (mut loot, mut asked) = (Value::Null, Value::Null);
-        for part in parts(rounds(6)) {
+        for part in parts(rounds(4)) {
             let victim = field.victim_asks();
             let tries = part.to_string();
             let one = field.attack("impersonate", Target::Daemon, &[&["--tries", &tries], how].concat());
@@ -416,6 +420,61 @@ fn add(all: &mut Value, one: Value) {
             }
         }
     }
+}
+
+/// Where the service listens inside the victim's namespace, other links of that namespace lead to it, too.
+fn packets_sent_into_the_victims_namespace(engine: &Arc<Engine>) {
+    let field = Field::new(engine, &[]);
+    // A stand-in in the victim's own namespace.
+    let mut naive = field.victim.exec_command(&[]);
+    naive.args([
+        "/usr/bin/python3",
+        "/opt/clients/attacks/naive.py",
+        "--port",
+        NAIVE_PORT,
+    ]);
+    let nobody = {
+        let address: std::net::Ipv4Addr = field.address.parse().expect("an address");
+        let [a, b, c, _] = address.octets();
+        std::net::Ipv4Addr::new(a, b, c, 250)
+    };
+    naive.arg(format!("{nobody}={VICTIM}"));
+    let _inside = engine.background(&mut naive, "naive-inside");
+    let url = format!("http://{}:{NAIVE_PORT}{LIST}", field.address);
+    poll(Duration::from_secs(5), "the stand-in inside", || {
+        field.neighbour.request("GET", &url, &[]).ok()
+    });
+    let victim = field.victim_is();
+    let into = ["--server", &field.address, "--ports", NAIVE_PORT, "--tries", "1"];
+    let control = attack(&field.neighbour, "intrude", &[&victim[..], &into].concat());
+    report("intrude", field.attach, Target::Naive, &control);
+    assert_works("intrude", &control);
+
+    let mut loot = Value::Null;
+    for part in parts(rounds(1).min(50)) {
+        let asking = field.victim_asks();
+        // Every port that listens there, the service's own among them, and the one that clients use.
+        let listening = field.victim.exec(&["sh", "-c", "cat /proc/net/tcp"]);
+        let mut ports: Vec<String> = listening
+            .lines()
+            .filter(|line| line.contains(" 0A "))
+            .filter_map(|line| line.split_whitespace().nth(1)?.split_once(':'))
+            .filter_map(|(_, port)| Some(u16::from_str_radix(port, 16).ok()?.to_string()))
+            .filter(|port| port != NAIVE_PORT)
+            .collect();
+        ports.push("80".to_owned());
+        println!("ports tried in the victim's namespace: {}", ports.join(", "));
+        let (tries, ports) = (part.to_string(), ports.join(","));
+        let into = ["--ports", &ports, "--tries", &tries];
+        add(
+            &mut loot,
+            attack(&field.neighbour, "intrude", &[&victim[..], &into].concat()),
+        );
+        assert_own(&asking.stop(&field.victim), 3);
+    }
+    report("intrude", field.attach, Target::Daemon, &loot);
+    assert_nothing("intrude", &loot);
+    field.stop();
 }
 
 fn net_admin(engine: &Arc<Engine>) {
@@ -630,7 +689,7 @@ fn squatting(engine: &Arc<Engine>) {
         );
     }
     for share in [&[][..], &["--share"]] {
-        for part in parts(rounds(2)) {
+        for part in parts(rounds(1)) {
             squat_over_kills(engine, attach, &victim, share, part);
         }
     }

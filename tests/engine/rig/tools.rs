@@ -55,6 +55,7 @@ pub fn prepare() -> Result<(), String> {
                 "attacks/impersonate.py",
                 include_str!("../../clients/attacks/impersonate.py"),
             ),
+            ("attacks/intrude.py", include_str!("../../clients/attacks/intrude.py")),
             ("attacks/life.py", include_str!("../../clients/attacks/life.py")),
             ("attacks/naive.py", include_str!("../../clients/attacks/naive.py")),
             (
