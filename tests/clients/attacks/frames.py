@@ -268,7 +268,8 @@ class Loot:
         self.tells += told
         if not bare_refusal:
             self.bytes += len(answer)
-            self.sample = self.sample or answer[-160:].decode("latin-1")
+            # Its end may be a secret, and this is printed.
+            self.sample = self.sample or answer[:60].decode("latin-1")
 
     def print(self):
         """One line: bytes are those of answers that say more than a bare 403."""
