@@ -2,7 +2,11 @@
 //! them out. How to write one is told in `rig.rs`; a new topic is a `mod` and a line in [`trials`].
 
 #[cfg(target_os = "linux")]
+mod attacks;
+#[cfg(target_os = "linux")]
 mod cases;
+#[cfg(target_os = "linux")]
+mod churn;
 #[cfg(target_os = "linux")]
 #[path = "../conformance/mod.rs"]
 mod conformance;
@@ -30,6 +34,8 @@ fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
     trials.extend(refusals::trials(rig));
     trials.extend(upheaval::trials(rig));
     trials.extend(cases::trials(rig));
+    trials.extend(attacks::trials(rig));
+    trials.extend(churn::trials(rig));
     // Looks at what all the others have left in their logs.
     trials.extend(secrecy::trials(rig));
     trials

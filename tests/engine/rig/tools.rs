@@ -45,10 +45,28 @@ pub fn prepare() -> Result<(), String> {
         }
     }
     let write = || -> std::io::Result<()> {
-        fs::create_dir_all(scripts())?;
+        fs::create_dir_all(scripts().join("attacks"))?;
         for (name, text) in [
             ("whoami.py", include_str!("../../clients/whoami.py")),
             ("whoami.mjs", include_str!("../../clients/whoami.mjs")),
+            ("attacks/divert.py", include_str!("../../clients/attacks/divert.py")),
+            ("attacks/frames.py", include_str!("../../clients/attacks/frames.py")),
+            (
+                "attacks/impersonate.py",
+                include_str!("../../clients/attacks/impersonate.py"),
+            ),
+            ("attacks/intrude.py", include_str!("../../clients/attacks/intrude.py")),
+            ("attacks/life.py", include_str!("../../clients/attacks/life.py")),
+            ("attacks/naive.py", include_str!("../../clients/attacks/naive.py")),
+            (
+                "attacks/net_admin.py",
+                include_str!("../../clients/attacks/net_admin.py"),
+            ),
+            ("attacks/slow.py", include_str!("../../clients/attacks/slow.py")),
+            ("attacks/squat.py", include_str!("../../clients/attacks/squat.py")),
+            ("attacks/takeover.py", include_str!("../../clients/attacks/takeover.py")),
+            ("attacks/tricks.py", include_str!("../../clients/attacks/tricks.py")),
+            ("attacks/victim.py", include_str!("../../clients/attacks/victim.py")),
         ] {
             fs::write(scripts().join(name), text)?;
         }

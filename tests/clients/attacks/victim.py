@@ -1,0 +1,129 @@
+"""What the victim of an attack does: nothing that an ordinary client would not do.
+
+victim.py ask    asks for its credentials again and again until --stop is there; prints what it got
+victim.py hold   brings one connection into a state and keeps it so until --stop is there; prints "ready"
+"""
+
+import argparse
+import json
+import os
+import socket
+import sys
+import time
+
+from frames import request_for, status, whole
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("what", choices=["ask", "hold"])
+parser.add_argument("--role", default="victim")
+parser.add_argument("--server", default="169.254.169.254")
+parser.add_argument("--server-port", type=int, default=80)
+parser.add_argument("--stop", default="/tmp/stop")
+parser.add_argument("--pause", type=float, default=0.02)
+parser.add_argument("--bind", default="", help="the address to come from")
+parser.add_argument("--port", type=int, default=0, help="the port to come from")
+parser.add_argument(
+    "--state",
+    choices=["established", "silent", "close-wait", "time-wait", "connecting", "closing", "asking-last"],
+    default="established",
+)
+told = parser.parse_args()
+end = time.monotonic() + 120  # whatever becomes of whoever started us
+ROLE = f"/latest/meta-data/iam/security-credentials/"
+
+
+def keep_alive(path):
+    return f"GET {path} HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n".encode()
+
+
+def connected(timeout):
+    link = socket.socket()
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    link.settimeout(timeout)
+    if told.bind or told.port:
+        link.bind((told.bind, told.port))
+    link.connect((told.server, told.server_port))
+    return link
+
+
+def answer(link):
+    got = b""
+    while not whole(got):
+        more = link.recv(65536)
+        if not more:
+            break
+        got += more
+    return got
+
+
+def ask():
+    counts = {"own": 0, "foreign": 0, "refused": 0, "unanswered": 0, "sample": ""}
+    while not os.path.exists(told.stop) and time.monotonic() < end:
+        try:
+            with connected(0.5) as link:
+                link.sendall(keep_alive(ROLE))
+                got = answer(link)
+            body = got.partition(b"\r\n\r\n")[2].decode("latin-1")
+            if status(got) == 200:
+                kind = "own" if body == told.role else "foreign"
+            else:
+                kind = "refused" if got else "unanswered"
+            if kind != "own":
+                counts["sample"] = counts["sample"] or got[:120].decode("latin-1")
+        except OSError:
+            kind = "unanswered"
+        counts[kind] += 1
+        time.sleep(told.pause)
+    print(json.dumps(counts), flush=True)
+
+
+def stay():
+    print("ready", flush=True)
+    while not os.path.exists(told.stop) and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def hold():
+    if told.state == "connecting":
+        # Somebody takes the answer to our SYN: this goes on until it times out. Nobody is told so.
+        print("ready", flush=True)
+        link = None
+        try:
+            link = connected(6)
+        except OSError as error:
+            print(error, file=sys.stderr)
+        while not os.path.exists(told.stop) and time.monotonic() < end:
+            time.sleep(0.01)
+        return
+    link = connected(3)
+    if told.state == "silent":
+        stay()
+        return
+    if told.state == "asking-last":
+        # The answer, and the end of the connection, are for others to see.
+        print("ready", flush=True)
+        while not os.path.exists(told.stop + ".go") and time.monotonic() < end:
+            time.sleep(0.005)
+        link.sendall(request_for(told.role, ROLE))
+        stay()
+        return
+    request = request_for(told.role, ROLE) if told.state == "close-wait" else keep_alive(ROLE)
+    link.sendall(request)
+    got = answer(link)
+    if status(got) != 200:
+        sys.exit(f"the victim itself got {got[:200]!r}")
+    if told.state == "time-wait":
+        link.close()
+        time.sleep(0.1)
+    elif told.state == "closing":
+        print("ready", flush=True)
+        while not os.path.exists(told.stop + ".go") and time.monotonic() < end:
+            time.sleep(0.005)
+        link.close()
+    elif told.state == "close-wait":
+        # The server has closed; a pool of connections notices when it wants to use this one again.
+        time.sleep(0.1)
+    stay()
+
+
+ask() if told.what == "ask" else hold()

@@ -1,0 +1,781 @@
+//! Attacks, with real packets, on a real engine: what a neighbour, an intruder or a squatter gets of the victim's answers.
+//!
+//! Each attack runs three times over: against the daemon, where it must get nothing; against a stand-in for servers that
+//! trust a source address ([`naive`](Field::naive)), where it must get something, or it proves nothing; and while the
+//! victim asks on, which must get its own role and no other.
+//!
+//! `IMDS_TRIALS_ROUNDS` is how often each tries, `IMDS_TRIALS_ATTACH` how the daemon is attached.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use libtest_mimic::Trial;
+use serde_json::Value;
+
+use crate::rig::hostile::{Program, attack, last_line, on_host};
+use crate::rig::{Attach, Background, Container, Daemon, Engine, Network, Rig, poll, rounds};
+
+const LIST: &str = "/latest/meta-data/iam/security-credentials/";
+const VICTIM: &str = "victim";
+/// Where the stand-in listens, on the bridge's gateway.
+const NAIVE_PORT: &str = "8181";
+
+pub fn trials(rig: &Rig) -> Vec<Trial> {
+    vec![
+        rig.once(
+            "attacks::a_neighbour_sends_as_the_victim",
+            a_neighbour_sends_as_the_victim,
+        ),
+        rig.once("attacks::answers_diverted", answers_diverted),
+        rig.once(
+            "attacks::ports_that_the_victim_has_left",
+            ports_that_the_victim_has_left,
+        ),
+        rig.once(
+            "attacks::connections_that_the_victim_has_open",
+            connections_that_the_victim_has_open,
+        ),
+        rig.once(
+            "attacks::packets_sent_into_the_victims_namespace",
+            packets_sent_into_the_victims_namespace,
+        ),
+        rig.once("attacks::net_admin", net_admin),
+        rig.once(
+            "attacks::kept_alive_beyond_its_owners_death",
+            kept_alive_beyond_its_owners_death,
+        ),
+        rig.once("attacks::a_token_over_a_restart", a_token_over_a_restart),
+        rig.once(
+            "attacks::processes_of_the_host_in_the_namespace",
+            processes_of_the_host_in_the_namespace,
+        ),
+        rig.once("attacks::squatting_beside_a_killed_daemon", squatting),
+        rig.once("attacks::requests_that_no_client_makes", requests_that_no_client_makes),
+    ]
+}
+
+/// A bridge with a victim, a neighbour with Docker's default rights, the daemon, and the stand-in.
+struct Field {
+    attach: Attach,
+    daemon: Option<Daemon>,
+    _naive: Background,
+    victim: Container,
+    neighbour: Container,
+    address: String,
+    mac: String,
+    gateway: String,
+    ports: AtomicU32,
+    // After its containers.
+    _network: Network,
+}
+
+/// Whom an attack is made on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Target {
+    Daemon,
+    Naive,
+}
+
+impl Field {
+    #[track_caller]
+    fn new(engine: &Arc<Engine>, neighbours_options: &[&str]) -> Field {
+        let attach = Attach::of_this_run();
+        // Of its own: whatever is poisoned goes with it.
+        let network = engine.network("battlefield", &[]);
+        let daemon = Daemon::start(engine, &attach.config(), &engine.moto().daemon_environment());
+        let victim = engine
+            .run("victim")
+            .label("imds.role", VICTIM)
+            .network(network.name())
+            .start();
+        let mut neighbour = engine
+            .run("neighbour")
+            .label("imds.role", "attacker")
+            .network(network.name());
+        for option in neighbours_options {
+            neighbour = neighbour.arg(option);
+        }
+        let neighbour = neighbour.start();
+        let address = victim.address(network.name()).to_string();
+        let mac = victim.inspect("{{range .NetworkSettings.Networks}}{{.MacAddress}}{{end}}");
+        let naive = on_host(engine, "naive", &["--port", NAIVE_PORT, &format!("{address}={VICTIM}")]);
+        let field = Field {
+            attach,
+            daemon: Some(daemon),
+            _naive: naive,
+            gateway: victim.gateway().to_string(),
+            victim,
+            neighbour,
+            address,
+            mac,
+            // Below those that the kernel gives away by itself.
+            ports: AtomicU32::new(20_000),
+            _network: network,
+        };
+        assert_eq!(field.victim.get(LIST, &[]).body, VICTIM);
+        assert_eq!(field.neighbour.get(LIST, &[]).body, "attacker");
+        let url = format!("http://{}:{NAIVE_PORT}{LIST}", field.gateway);
+        poll(
+            Duration::from_secs(5),
+            "the stand-in to take the victim for itself",
+            || (field.victim.request("GET", &url, &[]).ok()?.body == VICTIM).then_some(()),
+        );
+        field
+    }
+
+    /// A port of the victim that no trial has used: what became of a connection that was taken is in nobody's way.
+    fn new_port(&self) -> String {
+        self.ports.fetch_add(1, Ordering::Relaxed).to_string()
+    }
+
+    fn server(&self, target: Target) -> [&str; 4] {
+        match target {
+            Target::Daemon => ["--server", "169.254.169.254", "--server-port", "80"],
+            Target::Naive => ["--server", &self.gateway, "--server-port", NAIVE_PORT],
+        }
+    }
+
+    fn victim_is(&self) -> [&str; 4] {
+        ["--victim", &self.address, "--victim-mac", &self.mac]
+    }
+
+    /// Lets the neighbour run an attack.
+    #[track_caller]
+    fn attack(&self, name: &str, target: Target, more: &[&str]) -> Value {
+        let arguments = [&self.victim_is()[..], &self.server(target), more].concat();
+        attack(&self.neighbour, name, &arguments)
+    }
+
+    /// The victim asks the daemon until it is told to stop.
+    #[track_caller]
+    fn victim_asks(&self) -> Program {
+        Program::start(&self.victim, "victim", &["ask"])
+    }
+
+    /// The neighbour's own address and credentials go on working, and so do the victim's: poison goes by and by.
+    #[track_caller]
+    fn everybody_is_served(&self) {
+        for (container, role) in [(&self.victim, VICTIM), (&self.neighbour, "attacker")] {
+            poll(Duration::from_secs(10), &format!("{role} to be served again"), || {
+                let body = container.request("GET", LIST, &[]).ok()?.body;
+                assert!(body.is_empty() || body == role, "{role} got {body}");
+                (body == role).then_some(())
+            });
+        }
+    }
+
+    #[track_caller]
+    fn stop(mut self) {
+        self.everybody_is_served();
+        if let Some(daemon) = self.daemon.take() {
+            daemon.stop();
+        }
+    }
+}
+
+/// Parts that one program can do: none of a trial may take longer than 90 s.
+fn parts(all: u32) -> impl Iterator<Item = u32> {
+    const PART: u32 = 25;
+    (0..all.div_ceil(PART)).map(move |part| PART.min(all - part * PART))
+}
+
+fn number(row: &Value, name: &str) -> u64 {
+    row[name]
+        .as_u64()
+        .unwrap_or_else(|| panic!("no number {name} in {row}"))
+}
+
+/// Says what an attack got, in a form that the figures can be taken from.
+fn report(attack: &str, attach: Attach, target: Target, loot: &Value) {
+    let number = |name: &str| number(loot, name);
+    println!(
+        "attack {attack} | {} | {} tries, {} connections, {} answers {}, {} bytes beyond a 403, {} telling",
+        match target {
+            Target::Daemon => format!("attach {}", attach.name()),
+            Target::Naive => "stand-in".to_owned(),
+        },
+        number("tries"),
+        number("connections"),
+        number("answers"),
+        loot["statuses"],
+        number("bytes"),
+        number("tells"),
+    );
+}
+
+#[track_caller]
+fn assert_nothing(attack: &str, loot: &Value) {
+    assert_eq!(
+        (number(loot, "bytes"), number(loot, "tells")),
+        (0, 0),
+        "{attack}: the attacker has an answer that is the victim's: {loot}"
+    );
+}
+
+#[track_caller]
+fn assert_works(attack: &str, loot: &Value) {
+    assert!(
+        number(loot, "tells") > 0,
+        "{attack}: gets nothing of a server that trusts addresses, so it proves nothing: {loot}"
+    );
+}
+
+/// What a victim that asked all along got: its own role, `at_least` times, and no other.
+#[track_caller]
+fn assert_own(asked: &str, at_least: u64) -> Value {
+    let asked = last_line(asked);
+    assert_eq!(number(&asked, "foreign"), 0, "the victim got another's role: {asked}");
+    assert!(
+        number(&asked, "own") >= at_least,
+        "the victim was not served while it was attacked: {asked}"
+    );
+    asked
+}
+
+fn a_neighbour_sends_as_the_victim(engine: &Arc<Engine>) {
+    let field = Field::new(engine, &[]);
+    for how in [&[][..], &["--talk"], &["--arp"], &["--arp", "--mac", "own"]] {
+        let name = format!("impersonate {}", how.join(" "));
+        let control = field.attack("impersonate", Target::Naive, &[&["--tries", "4"], how].concat());
+        report(&name, field.attach, Target::Naive, &control);
+        assert_works(&name, &control);
+
+        let (mut loot, mut asked) = (Value::Null, Value::Null);
+        for part in parts(rounds(4)) {
+            let victim = field.victim_asks();
+            let tries = part.to_string();
+            let one = field.attack("impersonate", Target::Daemon, &[&["--tries", &tries], how].concat());
+            add(&mut loot, one);
+            // It asks on after the attack: whatever was poisoned, it is served in the end.
+            field.everybody_is_served();
+            add(&mut asked, assert_own(&victim.stop(&field.victim), 3));
+        }
+        report(&name, field.attach, Target::Daemon, &loot);
+        println!("the victim meanwhile: {asked}");
+        assert_nothing(&name, &loot);
+        assert!(
+            field.attach != Attach::Host || number(&loot, "connections") > 0,
+            "{name}: not one handshake with the daemon's host, so nothing was tried: {loot}"
+        );
+    }
+    field.stop();
+}
+
+/// What is read of the answers that the victim asks for. Attach `host` cannot keep them from whoever may send raw frames on
+/// the bridge, and says so: there it is counted.
+fn answers_diverted(engine: &Arc<Engine>) {
+    let field = Field::new(engine, &[]);
+    // The victim asks about 40 times a second.
+    let seconds = (1.0 + f64::from(rounds(6)) * 0.1).to_string();
+    for how in ["arp", "fdb"] {
+        let name = format!("divert {how}");
+        for target in [Target::Naive, Target::Daemon] {
+            let asking = [&["ask"][..], &field.server(target)].concat();
+            let victim = Program::start(&field.victim, "victim", &asking);
+            let loot = field.attack("divert", target, &["--how", how, "--seconds", &seconds]);
+            report(&name, field.attach, target, &loot);
+            let asked = last_line(&victim.stop(&field.victim));
+            println!("the victim meanwhile: {asked}");
+            assert_eq!(number(&asked, "foreign"), 0, "{asked}");
+            match (target, field.attach) {
+                (Target::Naive, _) => assert_works(&name, &loot),
+                (Target::Daemon, Attach::Host) => {}
+                (Target::Daemon, Attach::Namespace | Attach::Auto) => {
+                    assert_nothing(&name, &loot);
+                    assert!(number(&asked, "own") > 5, "{asked}");
+                }
+            }
+        }
+    }
+    // The same, further: the victim's connection ends at the neighbour, one of the neighbour's goes on in its name.
+    let loot = field.taken_over("middle", "connecting");
+    if field.attach != Attach::Host {
+        assert_nothing("in the middle", &loot);
+    }
+    field.stop();
+}
+
+/// Ports that the victim's sockets still hold, half-open or half-closed, used by the neighbour.
+fn ports_that_the_victim_has_left(engine: &Arc<Engine>) {
+    let field = Field::new(engine, &[]);
+    for state in ["close-wait", "time-wait"] {
+        for target in [Target::Naive, Target::Daemon] {
+            let name = format!("re-use {state}");
+            let mut loot = Value::Null;
+            for part in parts(rounds(4)) {
+                let text = field.new_port();
+                let holder = field.victim_holds(state, &text, target);
+                let how = ["--port", &text, "--tries", &part.to_string(), "--patience", "0.3"];
+                add(&mut loot, field.attack("impersonate", target, &how));
+                holder.stop(&field.victim);
+            }
+            report(&name, field.attach, target, &loot);
+            match target {
+                Target::Daemon => assert_nothing(&name, &loot),
+                Target::Naive => assert_works(&name, &loot),
+            }
+        }
+    }
+    // SYN_SENT, and FIN_WAIT.
+    for (how, state) in [("half-open", "connecting"), ("deaf", "closing")] {
+        let loot = field.taken_over(how, state);
+        assert_nothing(how, &loot);
+    }
+    field.stop();
+}
+
+/// Connections that the victim keeps open, as pools do. Its socket is ESTABLISHED and its own; whether the server's end of it
+/// is the one that a neighbour talks to is another question.
+fn connections_that_the_victim_has_open(engine: &Arc<Engine>) {
+    let field = Field::new(engine, &[]);
+    let all = [
+        ("inject", "established"),
+        ("inject", "silent"),
+        ("reset", "established"),
+        ("reset", "silent"),
+        ("deaf", "asking-last"),
+    ]
+    .map(|(how, state)| (format!("{how}, the victim {state}"), field.taken_over(how, state)));
+    // All figures first.
+    for (name, loot) in &all {
+        assert_nothing(name, loot);
+    }
+    field.stop();
+}
+
+impl Field {
+    /// The victim has a connection in a certain state. It comes from its address on the bridge, even where the service is
+    /// inside its namespace: what a neighbour can say, too.
+    #[track_caller]
+    fn victim_holds(&self, state: &str, port: &str, target: Target) -> Program {
+        let how = ["hold", "--state", state, "--bind", &self.address, "--port", port];
+        Program::start(&self.victim, "victim", &[&how[..], &self.server(target)].concat())
+    }
+
+    /// One connection of the victim, which the neighbour takes from it: first from the stand-in, where it must work, then from
+    /// the daemon: what came of it.
+    #[track_caller]
+    fn taken_over(&self, how: &str, state: &str) -> Value {
+        let name = format!("take over {how}, the victim {state}");
+        let mut all = Value::Null;
+        for (target, times) in [(Target::Naive, 1), (Target::Daemon, rounds(2))] {
+            all = Value::Null;
+            for _ in 0..times {
+                let text = self.new_port();
+                let taking = [
+                    &self.victim_is()[..],
+                    &self.server(target),
+                    &["--how", how, "--port", &text, "--seconds", "4"],
+                ]
+                .concat();
+                let take = || Program::start(&self.neighbour, "takeover", &taking);
+                let (holder, taker) = match state {
+                    // The attacker is there before the victim's connection is.
+                    "connecting" => {
+                        let taker = take();
+                        (self.victim_holds(state, &text, target), taker)
+                    }
+                    "established" | "silent" => (self.victim_holds(state, &text, target), take()),
+                    // The attacker listens before the victim goes on.
+                    _ => {
+                        let holder = self.victim_holds(state, &text, target);
+                        let taker = take();
+                        holder.go(&self.victim);
+                        (holder, taker)
+                    }
+                };
+                add(&mut all, last_line(&taker.end()));
+                holder.stop(&self.victim);
+            }
+            report(&name, self.attach, target, &all);
+            if target == Target::Naive {
+                assert_works(&name, &all);
+            }
+        }
+        self.everybody_is_served();
+        all
+    }
+}
+
+/// Sums up what single tries got.
+fn add(all: &mut Value, one: Value) {
+    let Some(sum) = all.as_object_mut() else {
+        *all = one;
+        return;
+    };
+    for (name, value) in one.as_object().into_iter().flatten() {
+        match (sum.get(name).cloned(), value) {
+            (Some(Value::Number(before)), Value::Number(more)) => {
+                let total = before.as_u64().unwrap_or_default() + more.as_u64().unwrap_or_default();
+                sum.insert(name.clone(), total.into());
+            }
+            (Some(mut before @ Value::Object(_)), Value::Object(_)) => {
+                add(&mut before, value.clone());
+                sum.insert(name.clone(), before);
+            }
+            (Some(Value::String(before)), _) if !before.is_empty() => {}
+            _ => {
+                sum.insert(name.clone(), value.clone());
+            }
+        }
+    }
+}
+
+/// Where the service listens inside the victim's namespace, other links of that namespace lead to it, too.
+fn packets_sent_into_the_victims_namespace(engine: &Arc<Engine>) {
+    let field = Field::new(engine, &[]);
+    // A stand-in in the victim's own namespace.
+    let mut naive = field.victim.exec_command(&[]);
+    naive.args([
+        "/usr/bin/python3",
+        "/opt/clients/attacks/naive.py",
+        "--port",
+        NAIVE_PORT,
+    ]);
+    let nobody = {
+        let address: std::net::Ipv4Addr = field.address.parse().expect("an address");
+        let [a, b, c, _] = address.octets();
+        std::net::Ipv4Addr::new(a, b, c, 250)
+    };
+    naive.arg(format!("{nobody}={VICTIM}"));
+    let _inside = engine.background(&mut naive, "naive-inside");
+    let url = format!("http://{}:{NAIVE_PORT}{LIST}", field.address);
+    poll(Duration::from_secs(5), "the stand-in inside", || {
+        field.neighbour.request("GET", &url, &[]).ok()
+    });
+    let victim = field.victim_is();
+    let into = ["--server", &field.address, "--ports", NAIVE_PORT, "--tries", "1"];
+    let control = attack(&field.neighbour, "intrude", &[&victim[..], &into].concat());
+    report("intrude", field.attach, Target::Naive, &control);
+    assert_works("intrude", &control);
+
+    let mut loot = Value::Null;
+    for part in parts(rounds(1).min(50)) {
+        let asking = field.victim_asks();
+        // Every port that listens there, the service's own among them, and the one that clients use.
+        let listening = field.victim.exec(&["sh", "-c", "cat /proc/net/tcp"]);
+        let mut ports: Vec<String> = listening
+            .lines()
+            .filter(|line| line.contains(" 0A "))
+            .filter_map(|line| line.split_whitespace().nth(1)?.split_once(':'))
+            .filter_map(|(_, port)| Some(u16::from_str_radix(port, 16).ok()?.to_string()))
+            .filter(|port| port != NAIVE_PORT)
+            .collect();
+        ports.push("80".to_owned());
+        println!("ports tried in the victim's namespace: {}", ports.join(", "));
+        let (tries, ports) = (part.to_string(), ports.join(","));
+        let into = ["--ports", &ports, "--tries", &tries];
+        add(
+            &mut loot,
+            attack(&field.neighbour, "intrude", &[&victim[..], &into].concat()),
+        );
+        assert_own(&asking.stop(&field.victim), 3);
+    }
+    report("intrude", field.attach, Target::Daemon, &loot);
+    assert_nothing("intrude", &loot);
+    field.stop();
+}
+
+fn net_admin(engine: &Arc<Engine>) {
+    for mac in [&[][..], &["--mac"]] {
+        let field = Field::new(engine, &["--cap-add=NET_ADMIN"]);
+        let name = format!("NET_ADMIN {}", mac.join(" "));
+        let (mut loot, mut asked) = (Value::Null, Value::Null);
+        for part in parts(rounds(4)) {
+            let victim = field.victim_asks();
+            let tries = part.to_string();
+            let one = field.attack("net_admin", Target::Daemon, &[&["--tries", &tries], mac].concat());
+            add(&mut loot, one);
+            field.everybody_is_served();
+            add(&mut asked, assert_own(&victim.stop(&field.victim), 1));
+        }
+        let control = field.attack("net_admin", Target::Naive, &[&["--tries", "4"], mac].concat());
+        report(&name, field.attach, Target::Daemon, &loot);
+        report(&name, field.attach, Target::Naive, &control);
+        println!("the victim meanwhile: {asked}");
+        assert_works(&name, &control);
+        if field.attach == Attach::Host {
+            assert_nothing(&name, &loot);
+        } else {
+            // Whatever address it takes, it asks inside its own namespace, as itself: it has no role of the victim's name.
+            assert_eq!(number(&loot, "tells"), 0, "{name}: {loot}");
+            let own = loot["statuses"].as_object().into_iter().flatten();
+            let harmless = own.clone().all(|(status, _)| status == "403" || status == "404");
+            assert!(harmless, "{name}: neither refused nor itself: {loot}");
+        }
+        field.stop();
+    }
+}
+
+/// The owner vanished without a word, so that the server still has its connection, and its address is another's by now. A
+/// neighbour puts a request into that connection.
+fn kept_alive_beyond_its_owners_death(engine: &Arc<Engine>) {
+    const ADDRESS: &str = "172.31.77.10";
+    let attach = Attach::of_this_run();
+    let network = engine.network("inheritance", &["--subnet", "172.31.77.0/24"]);
+    let daemon = Daemon::start(engine, &attach.config(), &engine.moto().daemon_environment());
+    let _naive = on_host(engine, "naive", &["--port", NAIVE_PORT, &format!("{ADDRESS}={VICTIM}")]);
+    let neighbour = engine.run("neighbour").network(network.name()).start();
+    for (target, times) in [(Target::Naive, 1), (Target::Daemon, rounds(2))] {
+        let mut all = Value::Null;
+        for round in 0..times {
+            let there = |name: &str, role: &str| {
+                let start = engine.run(name).label("imds.role", role).network(network.name());
+                start.arg("--ip").arg(ADDRESS).start()
+            };
+            let owner = there(&format!("owner-{round}"), VICTIM);
+            let gateway = owner.gateway().to_string();
+            let server = match target {
+                Target::Daemon => ["--server", "169.254.169.254", "--server-port", "80"],
+                Target::Naive => ["--server", &gateway, "--server-port", NAIVE_PORT],
+            };
+            let mac = owner.inspect("{{range .NetworkSettings.Networks}}{{.MacAddress}}{{end}}");
+            let port = (43_000 + round).to_string();
+            let holding = [
+                &["hold", "--state", "established", "--bind", ADDRESS, "--port", &port][..],
+                &server,
+            ];
+            let holder = Program::start(&owner, "victim", &holding.concat());
+            // Its link first: the FIN of its death gets nowhere.
+            engine.docker(&["network", "disconnect", "--force", network.name(), owner.id()]);
+            owner.kill();
+            let heir = there(&format!("heir-{round}"), "heir");
+            let taking = [
+                &[
+                    "--victim",
+                    ADDRESS,
+                    "--victim-mac",
+                    &mac,
+                    "--how",
+                    "inject",
+                    "--port",
+                    &port,
+                ][..],
+                &server,
+            ];
+            add(&mut all, attack(&neighbour, "takeover", &taking.concat()));
+            if target == Target::Daemon {
+                poll(Duration::from_secs(5), "the heir to be served", || {
+                    (heir.request("GET", LIST, &[]).ok()?.body == "heir").then_some(())
+                });
+            }
+            drop(holder);
+        }
+        let name = "a dead owner's connection";
+        report(name, attach, target, &all);
+        match target {
+            Target::Naive => assert_works(name, &all),
+            Target::Daemon => assert_nothing(name, &all),
+        }
+    }
+    daemon.stop();
+}
+
+fn a_token_over_a_restart(engine: &Arc<Engine>) {
+    let attach = Attach::of_this_run();
+    let daemon = Daemon::start(engine, &attach.config(), &engine.moto().daemon_environment());
+    let owner = engine.run("owner").label("imds.role", "owner").start();
+    let times = rounds(2);
+    for _ in 0..times {
+        let token = owner.token();
+        let headers = [("X-aws-ec2-metadata-token", token.as_str())];
+        assert_eq!(owner.get(LIST, &headers).body, "owner", "it is a good token");
+        owner.restart();
+        let reply = owner.get(LIST, &headers);
+        assert_eq!(
+            (reply.status, reply.body.as_str()),
+            (401, ""),
+            "a token outlives the life that it was given to"
+        );
+        assert_eq!(owner.get(LIST, &[]).body, "owner");
+    }
+    println!(
+        "attack token over a restart | attach {} | {times} tries, 0 taken",
+        attach.name()
+    );
+    daemon.stop();
+}
+
+/// A process of the host in the victim's network, by itself and in a cgroup that is called like the victim's.
+fn processes_of_the_host_in_the_namespace(engine: &Arc<Engine>) {
+    let field = Field::new(engine, &[]);
+    let tries = rounds(4);
+    let script = |directory: &str, url: &str| {
+        format!(
+            "root=/sys/fs/cgroup
+             [ ! -e $root/unified/cgroup.procs ] || root=$root/unified
+             directory='{directory}'
+             if [ -n \"$directory\" ]; then
+                 # Whoever has a delegated cgroup names what is in it as it likes.
+                 mkdir -p \"$root/$directory\"
+                 echo 0 > \"$root/$directory/cgroup.procs\"
+             fi
+             for try in $(seq {tries}); do
+                 nsenter --net=/proc/{pid}/ns/net curl -s -o /dev/null -w '%{{http_code}} %{{size_download}}\\n' \
+                     --max-time 2 --noproxy '*' '{url}'
+             done
+             if [ -n \"$directory\" ]; then
+                 echo 0 > \"$root/cgroup.procs\"
+                 rmdir -p --ignore-fail-on-non-empty \"$root/$directory\" 2>/dev/null || true
+             fi",
+            pid = field.victim.pid(),
+        )
+    };
+    let id = field.victim.id();
+    let naive = format!("http://{}:{NAIVE_PORT}{LIST}", field.gateway);
+    let daemon = format!("http://169.254.169.254{LIST}");
+    for (name, directory) in [
+        ("a process of the host that has entered", String::new()),
+        (
+            "a cgroup named like the victim's",
+            format!("imds-trial-delegated/docker-{id}.scope"),
+        ),
+        (
+            "a cgroup named like the victim's, nested",
+            format!("imds-trial-delegated/docker/{id}/docker-{id}.scope"),
+        ),
+    ] {
+        let victim = field.victim_asks();
+        let control = engine.host("sh", &["-ec", &script(&directory, &naive)]);
+        assert!(control.lines().all(|it| it.starts_with("200 ")), "{name}: {control}");
+        let got = engine.host("sh", &["-ec", &script(&directory, &daemon)]);
+        let refused = got.lines().filter(|it| *it == "403 0").count();
+        println!(
+            "attack {name} | attach {} | {tries} tries, {refused} bare 403",
+            field.attach.name()
+        );
+        assert_eq!(
+            refused,
+            usize::try_from(tries).expect("few"),
+            "{name}: every line is to be a bare 403: {got}"
+        );
+        assert_own(&victim.stop(&field.victim), 3);
+    }
+    field.stop();
+}
+
+/// A host-network container that wants our address and port while the daemon dies and comes back.
+fn squatting(engine: &Arc<Engine>) {
+    let attach = Attach::of_this_run();
+    let victim = engine.run("victim").label("imds.role", VICTIM).start();
+    let gateway = victim.gateway().to_string();
+    // The control: a server that shares its port, as the squatter does.
+    {
+        let _naive = on_host(
+            engine,
+            "naive",
+            &["--reuse", "--listen", &gateway, "--port", NAIVE_PORT, "x=y"],
+        );
+        let url = format!("http://{gateway}:{NAIVE_PORT}/");
+        poll(Duration::from_secs(5), "the stand-in", || {
+            victim.request("GET", &url, &[]).ok()
+        });
+        let squatter = engine.run("squatter").network("host").start();
+        let mut squat = Program::start(
+            &squatter,
+            "squat",
+            &["--share", "--address", &gateway, "--port", NAIVE_PORT],
+        );
+        squat.wait_for("bound");
+        for _ in 0..30 {
+            let _ = victim.request("GET", &url, &[]);
+        }
+        let counts = last_line(&squat.stop(&squatter));
+        println!("attack squat | stand-in | {} of 30 requests", counts["taken"]);
+        assert!(
+            number(&counts, "taken") > 0,
+            "a squatter gets nothing of a shared port: {counts}"
+        );
+    }
+    for share in [&[][..], &["--share"]] {
+        for part in parts(rounds(1)) {
+            squat_over_kills(engine, attach, &victim, share, part);
+        }
+    }
+}
+
+fn squat_over_kills(engine: &Arc<Engine>, attach: Attach, victim: &Container, share: &[&str], times: u32) {
+    let moto = engine.moto();
+    let squatter = engine.run("squatter").network("host").start();
+    let mut daemon = Daemon::start(engine, &attach.config(), &moto.daemon_environment());
+    let listening = daemon.status()["listening"].as_str().unwrap_or_default().to_owned();
+    let port = listening.rsplit(':').next().unwrap_or_default().to_owned();
+    assert!(!port.is_empty(), "status does not say where it listens");
+    let mut squat = Program::start(&squatter, "squat", &[share, &["--port", &port]].concat());
+    let asking = Program::start(victim, "victim", &["ask", "--pause", "0.005"]);
+    let served = |what: &str| {
+        poll(Duration::from_secs(5), what, || {
+            let body = victim.request("GET", LIST, &[]).ok()?.body;
+            assert_ne!(body, "stolen", "the squatter answers the victim");
+            (body == VICTIM).then_some(())
+        });
+    };
+    served("the daemon");
+    for _ in 0..times {
+        let directory = daemon.directory().to_owned();
+        daemon.kill();
+        squat.wait_for("bound");
+        let reply = victim.request("GET", LIST, &[]);
+        assert!(reply.is_err(), "nobody is there to answer: {reply:?}");
+        daemon = Daemon::start_in(engine, directory, &attach.config(), &moto.daemon_environment());
+        served("the next daemon, beside a squatter");
+    }
+    let asked = assert_own(&asking.stop(victim), 3);
+    let counts = last_line(&squat.stop(&squatter));
+    println!(
+        "attack squat {} | attach {} | {times} kills, bound after {} refusals ({}), {} requests taken; the victim: {asked}",
+        share.join(" "),
+        attach.name(),
+        counts["refused"],
+        counts["why"].as_str().unwrap_or_default(),
+        counts["taken"]
+    );
+    assert_eq!(
+        number(&counts, "taken"),
+        0,
+        "the squatter was asked by the victim: {counts}"
+    );
+    assert!(
+        number(&counts, "refused") > 0,
+        "the squatter came in beside a living daemon: {counts}"
+    );
+    daemon.stop();
+}
+
+fn requests_that_no_client_makes(engine: &Arc<Engine>) {
+    let field = Field::new(engine, &[]);
+    let arguments = ["--own", "attacker", "--role", VICTIM, "--victim", &field.address];
+    let control = attack(
+        &field.neighbour,
+        "tricks",
+        &[&arguments[..], &field.server(Target::Naive)].concat(),
+    );
+    println!(
+        "attack tricks | stand-in | {} tries, {} tell of the victim",
+        control["tries"], control["tells"]
+    );
+    assert!(
+        number(&control, "tells") > 10,
+        "a server that believes everything tells nothing: {control}"
+    );
+    let loot = attack(
+        &field.neighbour,
+        "tricks",
+        &[&arguments[..], &field.server(Target::Daemon)].concat(),
+    );
+    println!(
+        "attack tricks | attach {} | {} tries, {} tell of the victim",
+        field.attach.name(),
+        loot["tries"],
+        loot["tells"]
+    );
+    let complaints: Vec<&str> = loot["complaints"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
+    assert!(complaints.is_empty(), "{}", complaints.join("\n"));
+    field.stop();
+}
