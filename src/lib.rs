@@ -19,8 +19,9 @@
 //! | [`app`] | puts the parts together; nobody sees it |
 //!
 //! # The flows
-//! * *Connection*: accept → candidates by address → proof by the kernel → [`caller::Caller`] or refusal.
-//! * *Request*: is the life still alive → parse → token → look-up in the tree → for a role, the broker → reply.
+//! * *Connection*: accept, inside a container's network namespace or on the host → candidates by namespace or by address →
+//!   proof by the kernel → [`caller::Caller`] or refusal.
+//! * *Request*: is the life still alive, and at the other end → parse → token → look-up in the tree → for a role, the broker → reply.
 //! * *Event*: the one [`containers::watcher::Watcher`] looks up what an event names, resolves the instance anew, and
 //!   replaces the record; the kernel begins and ends lives.
 //!

@@ -216,7 +216,7 @@ fn many_containers_after_a_kill(engine: &Arc<Engine>) {
     let network = engine.network("many", &[]);
     // Each asks again and again, and notes when it was served and when not.
     let ask = "while true; do timeout 1 wget -q -O - http://169.254.169.254/latest/meta-data/iam/security-credentials/ \
-               > /tmp/now 2>/dev/null && cp /tmp/now /tmp/got || rm -f /tmp/got; sleep 0.05; done";
+               > /tmp/now 2>/dev/null && mv /tmp/now /tmp/got || rm -f /tmp/got; sleep 0.05; done";
     let containers: Vec<_> = (0..CONTAINERS)
         .map(|number| {
             let name = format!("many-{number}");
@@ -256,7 +256,15 @@ fn many_containers_after_a_kill(engine: &Arc<Engine>) {
     );
     assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
     for container in &containers {
-        assert_eq!(got(container), container.name());
+        poll(Duration::from_secs(5), "its own answer", || {
+            let got = got(container);
+            assert!(
+                got.is_empty() || got == container.name(),
+                "{got} in {}",
+                container.name()
+            );
+            (!got.is_empty()).then_some(())
+        });
     }
     second.stop();
 }

@@ -309,7 +309,7 @@ fn the_engine_is_killed_under_load(engine: &Arc<Engine>) {
     // One shell of the container's own, many requests: it must not need the engine, which will be away.
     let load = format!(
         "n=0; bad=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); \
-         [ \"$(curl -s --max-time 1 --noproxy '*' {IMDS})\" = known ] || bad=$((bad+1)); done; echo $n $bad > /tmp/result"
+         [ \"$(curl -s --max-time 1 --noproxy '*' {IMDS})\" = known ] || bad=$((bad+1)); done; echo $n $bad > /tmp/sum; mv /tmp/sum /tmp/result"
     );
     known.exec(&["sh", "-c", &format!("({load}) >/dev/null 2>&1 &")]);
     for round in 0..2 {
