@@ -221,7 +221,8 @@ fn assert_works(attack: &str, loot: &Value) {
     );
 }
 
-/// What a victim that asked all along got: its own role, `at_least` times, and no other.
+/// What a victim that asked all along got: its own role, `at_least` times, and no other. How often it could ask depends on
+/// how long the attack took, so that is not counted on: that it is served in the end is asked for apart.
 #[track_caller]
 fn assert_own(asked: &str, at_least: u64) -> Value {
     let asked = last_line(asked);
@@ -249,7 +250,7 @@ fn a_neighbour_sends_as_the_victim(engine: &Arc<Engine>) {
             add(&mut loot, one);
             // It asks on after the attack: whatever was poisoned, it is served in the end.
             field.everybody_is_served();
-            add(&mut asked, assert_own(&victim.stop(&field.victim), 3));
+            add(&mut asked, assert_own(&victim.stop(&field.victim), 1));
         }
         report(&name, field.attach, Target::Daemon, &loot);
         println!("the victim meanwhile: {asked}");
@@ -650,7 +651,7 @@ fn processes_of_the_host_in_the_namespace(engine: &Arc<Engine>) {
             usize::try_from(tries).expect("few"),
             "{name}: every line is to be a bare 403: {got}"
         );
-        assert_own(&victim.stop(&field.victim), 3);
+        assert_own(&victim.stop(&field.victim), 1);
     }
     field.stop();
 }
