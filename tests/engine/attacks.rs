@@ -471,7 +471,7 @@ fn packets_sent_into_the_victims_namespace(engine: &Arc<Engine>) {
             &mut loot,
             attack(&field.neighbour, "intrude", &[&victim[..], &into].concat()),
         );
-        assert_own(&asking.stop(&field.victim), 3);
+        assert_own(&asking.stop(&field.victim), 1);
     }
     report("intrude", field.attach, Target::Daemon, &loot);
     assert_nothing("intrude", &loot);
@@ -722,7 +722,7 @@ fn squat_over_kills(engine: &Arc<Engine>, attach: Attach, victim: &Container, sh
         daemon = Daemon::start_in(engine, directory, &attach.config(), &moto.daemon_environment());
         served("the next daemon, beside a squatter");
     }
-    let asked = assert_own(&asking.stop(victim), 3);
+    let asked = assert_own(&asking.stop(victim), 1);
     let counts = last_line(&squat.stop(&squatter));
     println!(
         "attack squat {} | attach {} | {times} kills, bound after {} refusals ({}), {} requests taken; the victim: {asked}",
