@@ -153,6 +153,7 @@ impl Kernel for HostKernel {
                 cgroup,
                 pidfd,
                 namespace,
+                attached: AtomicBool::new(false),
             }),
         })
     }
@@ -177,24 +178,20 @@ struct Door {
     serving: Option<AbortHandle>,
 }
 
-impl Drop for Door {
-    fn drop(&mut self) {
-        // Nobody lives in the namespace any more: address and rules go with it.
-        if let Some(serving) = self.serving.take() {
-            serving.abort();
-        }
-    }
-}
-
 struct KernelWitness {
     directory: PathBuf,
     cgroup: CgroupId,
     pidfd: AsyncFd<OwnedFd>,
     namespace: Arc<Namespace>,
+    /// Whether this very witness has attached: a life may be found twice, and the second finding is dropped at once.
+    attached: AtomicBool,
 }
 
 impl Drop for KernelWitness {
     fn drop(&mut self) {
+        if !self.attached.load(Ordering::Acquire) {
+            return;
+        }
         let mut door = self.namespace.door.lock().unwrap_or_else(PoisonError::into_inner);
         door.wanted_by.remove(&self.cgroup);
         if door.wanted_by.is_empty()
@@ -263,6 +260,7 @@ impl Witness for KernelWitness {
             door.serving = Some(self.namespace.doors.serve(listener, self.namespace.id));
         }
         door.wanted_by.insert(self.cgroup);
+        self.attached.store(true, Ordering::Release);
         Ok(())
     }
 

@@ -707,21 +707,10 @@ impl Watcher {
         });
         for (id, pid, mode) in due {
             let kernel = self.kernel.clone();
-            let ask = tokio::task::spawn_blocking(move || {
+            self.births.push(blocking(move || {
                 let birth = kernel.birth(&id, pid, mode.as_ref());
                 (id, birth)
-            });
-            // A look that panicked or was cancelled never comes back: the runtime is going down then.
-            self.births.push(
-                async move {
-                    if let Ok(born) = ask.await {
-                        born
-                    } else {
-                        future::pending().await
-                    }
-                }
-                .boxed(),
-            );
+            }));
         }
         let (due, later) = self.retries.drain(..).partition(|(at, _)| *at <= now);
         self.retries = later;
@@ -840,25 +829,14 @@ impl Watcher {
             if known.attached != wanted {
                 known.attached = wanted;
                 let life = life.clone();
-                let attach = tokio::task::spawn_blocking(move || {
+                self.attachings.push(blocking(move || {
                     let done = if wanted {
                         life.witness.attach()
                     } else {
                         life.witness.detach()
                     };
                     (life.container.clone(), life.cgroup, done)
-                });
-                // One that panicked or was cancelled never comes back: the runtime is going down then.
-                self.attachings.push(
-                    async move {
-                        if let Ok(done) = attach.await {
-                            done
-                        } else {
-                            future::pending().await
-                        }
-                    }
-                    .boxed(),
-                );
+                }));
             }
             if let Some(hold) = &mut known.hold {
                 hold.started();
@@ -948,6 +926,19 @@ async fn with_image(
         images.insert(row.image_id.clone(), labels.clone());
     }
     Ok((row, labels))
+}
+
+/// Does what may block on a thread that may. One that panicked or was cancelled never comes back: the runtime is going down
+/// then.
+fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> BoxFuture<'static, T> {
+    let done = tokio::task::spawn_blocking(work);
+    async move {
+        match done.await {
+            Ok(done) => done,
+            Err(_) => future::pending().await,
+        }
+    }
+    .boxed()
 }
 
 /// Whether an address is in a subnet.
