@@ -314,11 +314,13 @@ impl HostDoors {
         let (listener, listening) = listen(address)?;
         // What is up stays up without the handle on it: it goes with the namespace, or by `close`.
         let up = Interception::up(Plan::namespace(listening, self.nested)).map_err(io::Error::other)?;
-        let others = up.left_alone().iter();
-        opened
-            .left_alone
-            .extend(others.map(|part| format!("{part} was put there by another program; left alone")));
-        opened.listeners.push(listener);
+        let mut carriers = vec![server::LOOPBACK];
+        for (part, link) in up.left_alone() {
+            let told = format!("{part} was put there by another program; left alone");
+            opened.left_alone.push(told);
+            carriers.push(*link);
+        }
+        opened.listeners.push((listener, carriers));
         Ok(())
     }
 
@@ -330,22 +332,26 @@ impl HostDoors {
 }
 
 impl Doors for HostDoors {
-    fn open(&self) -> io::Result<Opened> {
-        let mut opened = Opened {
-            listeners: Vec::new(),
-            bridges: None,
-            left_alone: Vec::new(),
-        };
+    fn open(&self, open: &[SocketAddr]) -> io::Result<Opened> {
+        let mut opened = Opened::default();
         if self.nested {
             let bridges = Interfaces::new(LINK);
             // The first question opens its socket, which has to be in here.
             bridges.kind(server::LOOPBACK);
             opened.bridges = Some(bridges);
         }
-        for address in self.addresses() {
-            if let Err(error) = self.open_at(address, &mut opened) {
-                let _ = self.close();
-                return Err(error);
+        // The engine takes IPv6 addresses away while it sets a network up.
+        for listening in open {
+            drop(Interception::up(Plan::namespace(*listening, self.nested)).map_err(io::Error::other)?);
+        }
+        let is_open = |address: &IpAddr| open.iter().any(|it| it.ip() == *address);
+        for address in self.addresses().filter(|address| !is_open(address)) {
+            match self.open_at(address, &mut opened) {
+                Err(error) if address.is_ipv6() => {
+                    let why = with_causes(&error);
+                    opened.left_alone.push(format!("not served at {address}: {why}"));
+                }
+                done => done?,
             }
         }
         Ok(opened)
@@ -362,8 +368,10 @@ impl Doors for HostDoors {
     fn serve(&self, opened: Opened, namespace: NamespaceId) -> AbortHandle {
         let service = self.service.clone();
         let serving = async move {
-            let listeners = opened.listeners.into_iter().map(TcpListener::from_std);
-            match listeners.collect() {
+            let listeners = opened.listeners.into_iter();
+            let listeners =
+                listeners.map(|(listener, links)| Ok::<_, io::Error>((TcpListener::from_std(listener)?, links)));
+            match listeners.collect::<Result<_, _>>() {
                 Ok(listeners) => server::accept_inside(listeners, namespace, opened.bridges, service).await,
                 Err(error) => error!(%error, "a listener inside a container cannot be used"),
             }

@@ -137,7 +137,12 @@ impl Kernel {
                 named => named?,
             };
             let ours = marked || (own_link && link == LINK) || self.placed.as_ref() == Some(&link);
-            observed.addresses.push(AddressSeen { link, ours });
+            observed.addresses.push(AddressSeen {
+                address: local,
+                link,
+                index,
+                ours,
+            });
         }
         Ok(())
     }

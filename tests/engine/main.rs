@@ -15,6 +15,8 @@ mod host;
 #[cfg(target_os = "linux")]
 mod identities;
 #[cfg(target_os = "linux")]
+mod networks;
+#[cfg(target_os = "linux")]
 mod refusals;
 #[cfg(target_os = "linux")]
 mod rig;
@@ -34,6 +36,7 @@ fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
     trials.extend(refusals::trials(rig));
     trials.extend(upheaval::trials(rig));
     trials.extend(cases::trials(rig));
+    trials.extend(networks::trials(rig));
     trials.extend(attacks::trials(rig));
     trials.extend(churn::trials(rig));
     // Looks at what all the others have left in their logs.
