@@ -298,7 +298,7 @@ impl Kernel {
 }
 
 impl HostError {
-    fn failed(attempt: &dyn Display, source: io::Error) -> Self {
+    pub(super) fn failed(attempt: &dyn Display, source: io::Error) -> Self {
         let attempt = attempt.to_string();
         if is(&source, &[Errno::PERM, Errno::ACCESS]) {
             return Self::Denied { attempt, source };

@@ -8,6 +8,7 @@
 //! daemon dies refuses connections; and nothing that somebody else made is replaced or removed.
 
 pub mod apply;
+pub mod freeze;
 mod kernel;
 mod tables;
 

@@ -28,8 +28,8 @@ const TCP_CHECKSUM_OFFSET: u32 = 16;
 const IPPROTO_TCP: u8 = 6;
 /// In bytes (linux/if.h). A link's name is compared with all of it.
 const IFNAMSIZ: usize = 16;
-/// More than any table of ours has messages.
-const BATCH: u32 = 64;
+/// More than any batch of ours has messages: tens for a table, two for a thousand elements of a set.
+const BATCH: u32 = 1024;
 /// Kind of the one entry in a rule's user data: not among those of libnftnl (`libnftnl/udata.h`), so that nft does not
 /// show it.
 const USER_DATA_TEXT: u8 = 200;
@@ -190,7 +190,7 @@ impl Kernel {
     }
 
     /// One transaction: all of it or nothing.
-    fn batch(&mut self, fill: impl FnOnce(&mut Chained<'static>)) -> io::Result<()> {
+    pub(super) fn batch(&mut self, fill: impl FnOnce(&mut Chained<'static>)) -> io::Result<()> {
         let mut batch = Chained::new(self.socket.reserve_seq(BATCH));
         let mut bracket = Nfgenmsg::new();
         bracket.set_res_id(NFNL_SUBSYS_NFTABLES);

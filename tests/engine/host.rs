@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use imds_router::host::apply::{Interception, clear, install, pending};
+use imds_router::host::freeze::{Frozen, Held};
 use imds_router::host::{HostError, Part, Plan, Step};
 use libtest_mimic::{Failed, Trial};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt};
@@ -26,7 +27,7 @@ type Case = (&'static str, fn() -> Outcome);
 
 /// All of them.
 pub fn trials() -> Vec<Trial> {
-    let all: [Case; 21] = [
+    let all: [Case; 22] = [
         ("up_is_what_the_documentation_lists", up_is_what_the_documentation_lists),
         (
             "clients_reach_the_listener_and_keep_their_address",
@@ -71,6 +72,10 @@ pub fn trials() -> Vec<Trial> {
         (
             "a_namespace_goes_back_to_what_it_was",
             a_namespace_goes_back_to_what_it_was,
+        ),
+        (
+            "frozen_links_let_nobody_speak_for_another",
+            frozen_links_let_nobody_speak_for_another,
         ),
     ];
     all.into_iter()
@@ -544,6 +549,36 @@ fn a_namespace_goes_back_to_what_it_was() -> Outcome {
         up.down()?;
         assert_eq!(ns.listing(), before);
     }
+    Ok(())
+}
+
+/// What neighbours on a bridge may say: a container's MAC and address from its own port only, and nothing is left behind.
+fn frozen_links_let_nobody_speak_for_another() -> Outcome {
+    let bridge = Namespace::new();
+    let before = bridge.listing();
+    let mut frozen = bridge.enter(Frozen::up)?;
+    let held = Held {
+        macs: [([2, 0x42, 0, 0, 0, 9], 7)].into(),
+        addresses: [([10, 9, 0, 2].into(), 7)].into(),
+        nobodys: [[10, 9, 0, 1].into()].into(),
+    };
+    frozen.hold(held.clone())?;
+    let listed = bridge.run("nft", &["list", "ruleset"]);
+    for part in [
+        "table bridge imds_router",
+        "flags owner",
+        "ether saddr @macs iif . ether saddr != @ports drop",
+        "arp saddr ip @addresses iif . arp saddr ip != @holders drop",
+        "elements = { 02:42:00:00:00:09 }",
+        "10.9.0.1",
+    ] {
+        assert!(listed.contains(part), "{part} is not in {listed}");
+    }
+    frozen.hold(Held::default())?;
+    let listed = bridge.run("nft", &["list", "ruleset"]);
+    assert!(!listed.contains("elements"), "{listed}");
+    frozen.down()?;
+    assert_eq!(bridge.listing(), before);
     Ok(())
 }
 
