@@ -36,10 +36,10 @@ use crate::containers::{Attachments, Definition, NamespaceId, NetworkMode, Recor
 use crate::credentials::broker::{Broker, LINGER, LINGER_NEVER_STARTED, Lease};
 use crate::credentials::offline::Offline;
 use crate::credentials::sts::Sts;
-use crate::credentials::{RoleSession, offline};
+use crate::credentials::{Session, offline};
 use crate::host::apply::{Interception, clear};
 use crate::host::{HostError, LINK, Plan};
-use crate::instance::{FALLBACK_REGION, Instance, Role, Surroundings, resolve};
+use crate::instance::{Base, FALLBACK_REGION, Instance, Role, Surroundings, resolve};
 use crate::server::{self, RefusedConnection, Service};
 use crate::telemetry::printable;
 use crate::wire::imds::credentials_document;
@@ -107,9 +107,12 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
         CredentialSource::Offline => None,
     };
     let around = Surroundings {
-        base_account: None,
-        base_region: sts.as_ref().and_then(Sts::region),
+        base: Base {
+            region: sts.as_ref().and_then(Sts::region),
+            ..Base::default()
+        },
         host: host_name(),
+        ..Surroundings::default()
     };
     let broker = match &sts {
         Some(sts) => Broker::new(Box::new(sts.clone()), credentials_document, clock.clone()),
@@ -284,7 +287,7 @@ async fn learn_base(sts: Sts, resolver: Arc<Resolver>) {
             Ok(identity) => {
                 info!(account = identity.account, arn = identity.arn, "base credentials");
                 let mut around = Surroundings::clone(&resolver.around.load());
-                around.base_account = Some(identity.account);
+                (around.base.account, around.base.arn) = (Some(identity.account), Some(identity.arn));
                 resolver.around.store(Arc::new(around));
                 resolver.changed.send_modify(|version| *version += 1);
                 return;
@@ -315,14 +318,13 @@ pub async fn check(settings: Settings) -> Result<Checked, EngineError> {
     // The subscription connects; the events themselves are not wanted.
     drop(engine.subscribe().await?);
     let mut around = Surroundings {
-        base_account: None,
-        base_region: None,
         host: host_name(),
+        ..Surroundings::default()
     };
     let mut text = String::new();
     if settings.source == CredentialSource::Sts {
         let sts = Sts::load(settings.profile.as_deref(), settings.region.as_deref()).await;
-        around.base_region = sts.region();
+        around.base.region = sts.region();
         let region = settings
             .region
             .clone()
@@ -331,7 +333,7 @@ pub async fn check(settings: Settings) -> Result<Checked, EngineError> {
         match sts.base_identity(&region).await {
             Ok(identity) => {
                 text.push_str(&format!("base credentials: {}\n", identity.arn));
-                around.base_account = Some(identity.account);
+                (around.base.account, around.base.arn) = (Some(identity.account), Some(identity.arn));
             }
             Err(error) => text.push_str(&format!("base credentials: {error}\n")),
         }
@@ -352,7 +354,7 @@ pub async fn check(settings: Settings) -> Result<Checked, EngineError> {
         let said = match &instance.role {
             _ if !instance.endpoint => "not served: no label of ours, or its endpoint is disabled".to_owned(),
             Role::None => "metadata, no role".to_owned(),
-            Role::Session(session) => format!("role {} as {}", session.role, session.session_name),
+            Role::Session(session) => session.to_string(),
             Role::Pending(why) | Role::Refused(why) => {
                 problems += 1;
                 format!("no credentials: {}", printable(why, 400))
@@ -507,7 +509,7 @@ struct Resolver {
 
 impl Resolver {
     fn region(&self) -> String {
-        let base = || self.around.load().base_region.clone();
+        let base = || self.around.load().base.region.clone();
         self.settings
             .region
             .clone()
@@ -520,7 +522,7 @@ impl Resolver {
         self.settings
             .account_id
             .clone()
-            .or_else(|| self.around.load().base_account.clone())
+            .or_else(|| self.around.load().base.account.clone())
             .or_else(offline)
     }
 
@@ -542,7 +544,7 @@ impl Resolver {
                     .to_owned(),
             );
         }
-        if self.settings.region.is_none() && self.around.load().base_region.is_none() {
+        if self.settings.region.is_none() && self.around.load().base.region.is_none() {
             warnings.push(format!(
                 "no region is configured; {FALLBACK_REGION} is a guess: --region, AWS_REGION or region = \"…\""
             ));
@@ -563,7 +565,7 @@ impl Instances for Resolver {
         resolve(container, attachments, started, &self.settings, &self.around.load())
     }
 
-    fn hold(&self, session: &RoleSession) -> Box<dyn Hold> {
+    fn hold(&self, session: &Session) -> Box<dyn Hold> {
         let mut lease = self.broker.lease(session);
         lease.set_linger(LINGER_NEVER_STARTED);
         Box::new(lease)
@@ -583,7 +585,7 @@ impl Instances for Resolver {
 }
 
 impl Hold for Lease {
-    fn session(&self) -> &RoleSession {
+    fn session(&self) -> &Session {
         Self::session(self)
     }
 
@@ -756,7 +758,7 @@ impl Observer {
         match &instance.role {
             Role::None => step("role", false, "it asks for none: the role list is 404".to_owned()),
             Role::Pending(why) | Role::Refused(why) => step("role", false, format!("none: {why}")),
-            Role::Session(session) => step("role", true, format!("{} as {}", session.role, session.session_name)),
+            Role::Session(session) => step("role", true, session.to_string()),
         }
         if let Some(credentials) = &status.credentials {
             let until = credentials
@@ -815,8 +817,9 @@ impl Observer {
                 "optional"
             }
             .to_owned(),
-            role: session.map(|session| session.role.to_string()),
-            session_name: session.map(|session| session.session_name.clone()),
+            role: session.and_then(|session| session.role()).map(ToString::to_string),
+            session_name: session.and_then(|session| session.session_name()).map(str::to_owned),
+            profile: session.and_then(|session| session.profile()).map(str::to_owned),
             credentials: session.map(|session| self.credentials(session)),
             last_request: record
                 .life
@@ -837,7 +840,13 @@ impl Observer {
         if record.definition.network_mode == NetworkMode::Host {
             return None;
         }
-        let role = |record: &Record| record.instance.role.session().map(|session| session.role.clone());
+        let role = |record: &Record| {
+            record
+                .instance
+                .role
+                .session()
+                .and_then(|session| session.role().cloned())
+        };
         let others = self.service.index.within(life.witness.namespace());
         let other = others
             .iter()
@@ -850,7 +859,7 @@ impl Observer {
         })
     }
 
-    fn credentials(&self, session: &RoleSession) -> CredentialStatus {
+    fn credentials(&self, session: &Session) -> CredentialStatus {
         let state = self.service.broker.state(session).unwrap_or_default();
         let published = state.published.as_ref().map(|it| &it.credentials);
         let word = match published {

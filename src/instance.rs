@@ -3,6 +3,7 @@
 //! [`resolve`] is pure: the same container and the same settings give the same instance. It is called on any change;
 //! server, status and check read its result and decide nothing themselves.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -12,7 +13,7 @@ use crate::config::{CredentialSource, HttpEndpoint, HttpTokens, Settings, fill};
 use crate::containers::labels::{self, ContainerSpec};
 use crate::containers::{Attachments, Definition};
 use crate::credentials::naming::read_role;
-use crate::credentials::{RoleArn, RoleSession, clean_session_name, offline};
+use crate::credentials::{RoleArn, RoleSession, Session, clean_session_name, offline};
 use crate::metadata::InstanceView;
 use crate::metadata::catalogue::{self, Facts, partition_of};
 
@@ -32,6 +33,9 @@ pub struct Instance {
     pub tokens_required: bool,
     /// Its role, or why it has none.
     pub role: Role,
+    /// The profile whose base credentials decide on its role, once the policy lets the container have it: it has to be
+    /// known, [`Surroundings::base`], before the role is. `None`: the daemon's own base, or none is needed.
+    pub profile: Option<String>,
     /// What is wrong with its labels, for `status`.
     pub problems: Vec<String>,
     /// `Last-Modified` of its values: when it started.
@@ -48,12 +52,12 @@ pub enum Role {
     /// It asks for one and does not get it.
     Refused(String),
     /// This one.
-    Session(Arc<RoleSession>),
+    Session(Arc<Session>),
 }
 
 impl Role {
     /// The session, if there is one.
-    pub fn session(&self) -> Option<&Arc<RoleSession>> {
+    pub fn session(&self) -> Option<&Arc<Session>> {
         match self {
             Self::Session(session) => Some(session),
             _ => None,
@@ -64,12 +68,51 @@ impl Role {
 /// What the daemon knows beside the settings: learnt at run time, the same for all containers.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Surroundings {
-    /// Account of the base credentials, once STS has said it.
-    pub base_account: Option<String>,
-    /// Region that the base configuration names.
-    pub base_region: Option<String>,
+    /// The base credentials of the daemon itself.
+    pub base: Base,
+    /// Those of the profiles that containers name, as far as they are known.
+    pub profiles: BTreeMap<String, Base>,
     /// This host's name.
     pub host: String,
+}
+
+/// What is known of base credentials.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Base {
+    /// Their account, once STS has said it.
+    pub account: Option<String>,
+    /// Who they are, as STS says it: `arn:aws:sts::111122223333:assumed-role/dev/me`, `arn:aws:iam::…:user/me`.
+    pub arn: Option<String>,
+    /// The region that their configuration names.
+    pub region: Option<String>,
+    /// Why STS has not said it, and what to do.
+    pub problem: Option<String>,
+}
+
+impl Base {
+    /// The name of the role that they are a session of.
+    pub fn role_name(&self) -> Option<&str> {
+        let (_, role) = self.arn.as_deref()?.split_once(":assumed-role/")?;
+        role.split('/').next()
+    }
+}
+
+/// Base credentials of which nothing is known.
+static UNKNOWN: Base = Base {
+    account: None,
+    arn: None,
+    region: None,
+    problem: None,
+};
+
+impl Surroundings {
+    /// What is known of a profile's base; `None`: of the daemon's own.
+    pub fn base(&self, profile: Option<&str>) -> &Base {
+        match profile {
+            None => &self.base,
+            Some(profile) => self.profiles.get(profile).unwrap_or(&UNKNOWN),
+        }
+    }
 }
 
 /// Makes the instance of one container. `started`: when its present run began; before that, when it was seen.
@@ -86,7 +129,7 @@ pub fn resolve(
         .region
         .clone()
         .or_else(|| settings.region.clone())
-        .or_else(|| around.base_region.clone());
+        .or_else(|| around.base.region.clone());
     let region = region.unwrap_or_else(|| FALLBACK_REGION.to_owned());
     let partition = partition_of(&region);
     let zone = spec
@@ -104,7 +147,7 @@ pub fn resolve(
     if let (Role::Refused(why), true) = (&role, problems.is_empty()) {
         problems.push(why.clone());
     }
-    let session_role = role.session().map(|session| session.role.clone());
+    let session_role = role.session().and_then(|session| session.role().cloned());
     let account = account(session_role.as_ref(), settings, around);
     let primary = attachments.primary();
     let facts = Facts {
@@ -134,6 +177,7 @@ pub fn resolve(
         endpoint: endpoint(&spec, &role, settings),
         tokens_required: tokens_required(&spec, settings, &problems),
         role,
+        profile: None,
         problems,
         last_modified: HeaderValue::from_str(&httpdate::fmt_http_date(started))
             .expect("a date has letters, digits, blanks, commas and colons only"),
@@ -189,29 +233,24 @@ fn role(
         Ok(named) => named,
         Err(error) => return Role::Refused(error.to_string()),
     };
-    let base_account = match settings.source {
-        CredentialSource::Offline => Some(around.base_account.as_deref().unwrap_or(offline::ACCOUNT)),
-        CredentialSource::Sts => around.base_account.as_deref(),
-    };
-    let Some(role) = named.arn(partition, base_account) else {
+    let base = around.base(None);
+    let offline = (settings.source == CredentialSource::Offline).then_some(offline::ACCOUNT);
+    let account = settings.account_id.as_deref().or(base.account.as_deref()).or(offline);
+    let Some(role) = named.arn(partition, account) else {
         return Role::Pending(format!(
             "role {typed} is in the account of the base credentials, which STS has not said yet; \
              account_id in the configuration says it, too"
         ));
     };
     let name = fill(&settings.session_name, part).unwrap_or_else(|| container.name.clone());
-    Role::Session(Arc::new(RoleSession {
-        role,
-        session_name: clean_session_name(&name),
-        duration: settings.duration,
-        region: region.to_owned(),
-    }))
+    let session = RoleSession::new(role, clean_session_name(&name), settings.duration, region);
+    Role::Session(Arc::new(Session::Role(session)))
 }
 
 fn account(role: Option<&RoleArn>, settings: &Settings, around: &Surroundings) -> String {
     role.map(|role| role.account().to_owned())
         .or_else(|| settings.account_id.clone())
-        .or_else(|| around.base_account.clone())
+        .or_else(|| around.base.account.clone())
         .unwrap_or_else(|| offline::ACCOUNT.to_owned())
 }
 
@@ -257,10 +296,14 @@ mod tests {
     }
 
     fn around() -> Surroundings {
+        let base = Base {
+            account: Some("111122223333".into()),
+            ..Base::default()
+        };
         Surroundings {
-            base_account: Some("111122223333".into()),
-            base_region: None,
+            base,
             host: "h1".into(),
+            ..Surroundings::default()
         }
     }
 
@@ -298,8 +341,7 @@ mod tests {
             assert_eq!(value(&instance, &format!("meta-data/{path}")), expected);
         }
         let session = instance.role.session().unwrap();
-        assert_eq!(session.role.to_string(), "arn:aws:iam::111122223333:role/app");
-        assert_eq!(session.session_name, "web@h1");
+        assert_eq!(session.to_string(), "arn:aws:iam::111122223333:role/app as web@h1");
     }
 
     #[test]
@@ -387,7 +429,7 @@ mod tests {
     #[test]
     fn a_role_by_name_waits_for_the_account() {
         let unknown = Surroundings {
-            base_account: None,
+            base: Base::default(),
             ..around()
         };
         let container = container(&[("imds.role", "app")]);
@@ -404,7 +446,7 @@ mod tests {
             ..Settings::default()
         };
         let fake = resolve(&container, &attachments(), SystemTime::UNIX_EPOCH, &offline, &unknown);
-        assert_eq!(fake.role.session().unwrap().role.account(), "000000000000");
+        assert_eq!(fake.role.session().unwrap().role().unwrap().account(), "000000000000");
     }
 
     #[test]
@@ -418,7 +460,13 @@ mod tests {
             ("com.docker.compose.service", "web"),
         ];
         assert_eq!(
-            instance(compose, &settings).role.session().unwrap().role.name(),
+            instance(compose, &settings)
+                .role
+                .session()
+                .unwrap()
+                .role()
+                .unwrap()
+                .name(),
             "shop-web"
         );
         assert_eq!(instance(&compose[..1], &settings).role, Role::None);

@@ -80,6 +80,9 @@ pub struct ContainerStatus {
     pub role: Option<String>,
     /// Session name, as CloudTrail shows it.
     pub session_name: Option<String>,
+    /// Profile whose base credentials ask for it, or are served; absent: the daemon's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile: Option<String>,
     /// Its credentials, if it has a role.
     pub credentials: Option<CredentialStatus>,
     /// What was asked last.
@@ -457,6 +460,7 @@ mod tests {
                 tokens: "optional".into(),
                 role: Some("arn:aws:iam::000000000000:role/web".into()),
                 session_name: Some("web@h".into()),
+                profile: None,
                 credentials: Some(CredentialStatus {
                     state: "live".into(),
                     key: Some("ASIAFAKE".into()),

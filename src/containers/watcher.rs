@@ -25,7 +25,7 @@ use super::{
     Witness,
 };
 use crate::clock::Clock;
-use crate::credentials::RoleSession;
+use crate::credentials::Session;
 use crate::instance::Instance;
 
 /// What an engine can be asked. Implemented by [`super::docker`] and by a script in tests.
@@ -157,7 +157,7 @@ pub trait Instances: Send + Sync + 'static {
     /// [`crate::instance::resolve`] with the settings in force.
     fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance;
     /// Has credentials kept fresh until the hold is dropped.
-    fn hold(&self, session: &RoleSession) -> Box<dyn Hold>;
+    fn hold(&self, session: &Session) -> Box<dyn Hold>;
     /// Whether the service is to listen inside the containers' own network namespaces.
     fn attaches(&self) -> bool;
     /// Whether what an image brought counts, too.
@@ -169,7 +169,7 @@ pub trait Instances: Send + Sync + 'static {
 /// A wish for credentials to be kept.
 pub trait Hold: Send {
     /// What for.
-    fn session(&self) -> &RoleSession;
+    fn session(&self) -> &Session;
     /// The container has run: its credentials are kept longer after it.
     fn started(&mut self);
 }

@@ -1,4 +1,4 @@
-//! One keeper per [`RoleSession`] keeps its credentials fresh for as long as somebody holds a lease on it.
+//! One keeper per [`Session`] keeps its credentials fresh for as long as somebody holds a lease on it.
 //!
 //! A keeper fetches, publishes, sleeps to 40–47 % of the session's life and fetches again. From that follow: a single
 //! flight however many ask, refresh ahead of need, the last good credentials while STS fails, and warm-up (a lease is
@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
-use super::{Credentials, RoleSession};
+use super::{Credentials, Session};
 use crate::clock::Clock;
 
 /// What a provider's call becomes.
@@ -26,7 +26,7 @@ pub type Provided = Pin<Box<dyn Future<Output = Result<Credentials, ProviderErro
 /// Where credentials come from: [`super::sts`], [`super::offline`], or a script.
 pub trait CredentialProvider: Send + Sync + 'static {
     /// Fetches new credentials for `session`.
-    fn credentials(&self, session: &RoleSession) -> Provided;
+    fn credentials(&self, session: &Session) -> Provided;
 }
 
 /// Why there are no new credentials. The texts carry no secret: providers trim what they pass on.
@@ -125,7 +125,7 @@ struct Slot {
 
 /// Keeps credentials for all sessions that somebody holds.
 pub struct Broker {
-    slots: DashMap<RoleSession, Arc<Slot>>,
+    slots: DashMap<Session, Arc<Slot>>,
     provider: Box<dyn CredentialProvider>,
     render: fn(&Credentials) -> Bytes,
     clock: Clock,
@@ -136,7 +136,7 @@ pub struct Broker {
 /// A counted wish for credentials to be kept fresh.
 pub struct Lease {
     broker: Arc<Broker>,
-    session: RoleSession,
+    session: Session,
     slot: Arc<Slot>,
     linger: Duration,
 }
@@ -154,7 +154,7 @@ impl Lease {
     }
 
     /// What it is for.
-    pub fn session(&self) -> &RoleSession {
+    pub fn session(&self) -> &Session {
         &self.session
     }
 }
@@ -192,7 +192,7 @@ impl Broker {
     }
 
     /// Asks for `session` to be kept fresh until the lease is dropped. The first lease starts the first fetch at once.
-    pub fn lease(self: &Arc<Self>, session: &RoleSession) -> Lease {
+    pub fn lease(self: &Arc<Self>, session: &Session) -> Lease {
         let slot = match self.slots.entry(session.clone()) {
             Entry::Occupied(entry) => {
                 let slot = entry.get().clone();
@@ -222,7 +222,7 @@ impl Broker {
     ///
     /// # Errors
     /// Why there are none.
-    pub async fn get(&self, session: &RoleSession, deadline: Instant) -> Result<Arc<Published>, NoCredentials> {
+    pub async fn get(&self, session: &Session, deadline: Instant) -> Result<Arc<Published>, NoCredentials> {
         let Some(mut state) = self.slots.get(session).map(|slot| slot.state.subscribe()) else {
             return Err(NoCredentials::NotLeased);
         };
@@ -241,7 +241,7 @@ impl Broker {
     }
 
     /// What is known of `session` now, for `status`.
-    pub fn state(&self, session: &RoleSession) -> Option<State> {
+    pub fn state(&self, session: &Session) -> Option<State> {
         self.slots.get(session).map(|slot| slot.state.borrow().clone())
     }
 
@@ -279,7 +279,7 @@ impl Lease {
     }
 }
 
-async fn keep(broker: Arc<Broker>, session: RoleSession, slot: Arc<Slot>) {
+async fn keep(broker: Arc<Broker>, session: Session, slot: Arc<Slot>) {
     let mut failures = 0_u32;
     loop {
         let pause = match broker.provider.credentials(&session).await {
@@ -288,8 +288,7 @@ async fn keep(broker: Arc<Broker>, session: RoleSession, slot: Arc<Slot>) {
                 let body = Body((broker.render)(&credentials));
                 let pause = broker.refresh_after(&credentials);
                 info!(
-                    role = %session.role, session = session.session_name, key = credentials.access_key_id,
-                    fake = credentials.fake, "credentials fetched"
+                    %session, key = credentials.access_key_id, fake = credentials.fake, "credentials fetched"
                 );
                 slot.state.send_modify(|state| {
                     state.published = Some(Arc::new(Published { credentials, body }));
@@ -302,7 +301,7 @@ async fn keep(broker: Arc<Broker>, session: RoleSession, slot: Arc<Slot>) {
                 let (first, longest) = error.back_off();
                 let pause = (first * 2_u32.saturating_pow(failures.min(16))).min(longest);
                 failures = failures.saturating_add(1);
-                warn!(role = %session.role, session = session.session_name, %error, failures, "no new credentials");
+                warn!(%session, %error, failures, "no new credentials");
                 slot.state.send_modify(|state| {
                     state.error = Some(error);
                     state.tries = state.tries.saturating_add(1);
@@ -312,7 +311,7 @@ async fn keep(broker: Arc<Broker>, session: RoleSession, slot: Arc<Slot>) {
             }
         };
         if !leased_until(&broker, &session, &slot, broker.clock.now() + pause).await {
-            debug!(role = %session.role, session = session.session_name, "no container uses this session any more");
+            debug!(%session, "no container uses this session any more");
             return;
         }
     }
@@ -320,7 +319,7 @@ async fn keep(broker: Arc<Broker>, session: RoleSession, slot: Arc<Slot>) {
 
 /// Sleeps until `wake`. `false`: the last lease ended, and nobody took another within the time that it was to be kept;
 /// the slot is gone.
-async fn leased_until(broker: &Broker, session: &RoleSession, slot: &Arc<Slot>, wake: Instant) -> bool {
+async fn leased_until(broker: &Broker, session: &Session, slot: &Arc<Slot>, wake: Instant) -> bool {
     let mut leases = slot.leases.subscribe();
     loop {
         // The sender lives in `slot`, so waiting cannot fail; an error would mean that nobody holds a lease.
@@ -352,7 +351,7 @@ async fn leased_until(broker: &Broker, session: &RoleSession, slot: &Arc<Slot>, 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::credentials::{RoleArn, Secret};
+    use crate::credentials::{RoleArn, RoleSession, Secret};
     use std::collections::VecDeque;
     use std::sync::Mutex;
     use std::time::UNIX_EPOCH;
@@ -365,7 +364,7 @@ mod tests {
     }
 
     impl CredentialProvider for Script {
-        fn credentials(&self, session: &RoleSession) -> Provided {
+        fn credentials(&self, session: &Session) -> Provided {
             self.calls.lock().unwrap().push(Instant::now());
             let mut answers = self.answers.lock().unwrap();
             let (pause, answer) = if answers.len() > 1 {
@@ -373,7 +372,7 @@ mod tests {
             } else {
                 answers[0].clone()
             };
-            let (clock, duration) = (self.clock.clone(), session.duration);
+            let (clock, duration) = (self.clock.clone(), session.duration());
             Box::pin(async move {
                 tokio::time::sleep(pause).await;
                 answer.map(|()| Credentials {
@@ -409,13 +408,9 @@ mod tests {
         )
     }
 
-    fn session() -> RoleSession {
-        RoleSession {
-            role: RoleArn::parse("arn:aws:iam::111122223333:role/x").unwrap(),
-            session_name: "s1".into(),
-            duration: Duration::from_secs(3600),
-            region: "us-east-1".into(),
-        }
+    fn session() -> Session {
+        let role = RoleArn::parse("arn:aws:iam::111122223333:role/x").unwrap();
+        Session::Role(RoleSession::new(role, "s1", Duration::from_secs(3600), "us-east-1"))
     }
 
     fn down() -> Result<(), ProviderError> {

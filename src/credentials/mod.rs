@@ -7,6 +7,7 @@ pub mod naming;
 pub mod offline;
 pub mod sts;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
@@ -101,10 +102,28 @@ pub fn is_role_path(text: &str) -> bool {
     text.split('/').all(part) && name_length <= 64 && text.len() <= 512
 }
 
-/// Every input of AssumeRole that this version sets. It is the key under which credentials are kept: two containers
-/// share credentials exactly when all of it is the same.
+/// What a container is given credentials of. It is the key under which they are kept: two containers share credentials
+/// exactly when all of it is the same.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly all are roles, and what is shared is shared behind an Arc"
+)]
+pub enum Session {
+    /// A session of a role.
+    Role(RoleSession),
+    /// A profile's own temporary credentials.
+    Profile(ProfileSession),
+}
+
+/// Every input of AssumeRole, and whose credentials ask.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct RoleSession {
+    /// Profile of the base credentials; `None`: the daemon's own base.
+    pub profile: Option<String>,
+    /// Roles to go through, in this order, before `role`. They get the same session name and nothing else, except the
+    /// source identity: it is set with the first role, and STS keeps it from then on.
+    pub chain: Vec<RoleArn>,
     /// The role.
     pub role: RoleArn,
     /// `RoleSessionName`.
@@ -113,6 +132,104 @@ pub struct RoleSession {
     pub duration: Duration,
     /// Region whose STS is asked.
     pub region: String,
+    /// `ExternalId`: a word that the role's owner and we share.
+    pub external_id: Option<Secret>,
+    /// `Policy`: an inline session policy.
+    pub policy: Option<String>,
+    /// `PolicyArns`: managed session policies.
+    pub policy_arns: BTreeSet<String>,
+    /// `Tags`.
+    pub tags: BTreeMap<String, String>,
+    /// `TransitiveTagKeys`: those of the tags that go on to roles that the container itself assumes.
+    pub transitive_tag_keys: BTreeSet<String>,
+    /// `SourceIdentity`.
+    pub source_identity: Option<String>,
+}
+
+impl RoleSession {
+    /// A session of `role` from the daemon's own base, with what STS requires and nothing else.
+    pub fn new(role: RoleArn, session_name: impl Into<String>, duration: Duration, region: impl Into<String>) -> Self {
+        Self {
+            profile: None,
+            chain: Vec::new(),
+            role,
+            session_name: session_name.into(),
+            duration,
+            region: region.into(),
+            external_id: None,
+            policy: None,
+            policy_arns: BTreeSet::new(),
+            tags: BTreeMap::new(),
+            transitive_tag_keys: BTreeSet::new(),
+            source_identity: None,
+        }
+    }
+}
+
+/// A profile served as it is, without assuming a role.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct ProfileSession {
+    /// The profile; `None`: the daemon's own base.
+    pub profile: Option<String>,
+    /// How long credentials live where they are made for this, in exchange for long-lived keys.
+    pub duration: Duration,
+    /// Region whose STS is asked.
+    pub region: String,
+}
+
+impl Session {
+    /// The role, unless a profile is served as it is.
+    pub fn role(&self) -> Option<&RoleArn> {
+        match self {
+            Self::Role(session) => Some(&session.role),
+            Self::Profile(_) => None,
+        }
+    }
+
+    /// `RoleSessionName`, unless a profile is served as it is.
+    pub fn session_name(&self) -> Option<&str> {
+        match self {
+            Self::Role(session) => Some(&session.session_name),
+            Self::Profile(_) => None,
+        }
+    }
+
+    /// The profile of the base credentials; `None`: the daemon's own base.
+    pub fn profile(&self) -> Option<&str> {
+        match self {
+            Self::Role(session) => session.profile.as_deref(),
+            Self::Profile(session) => session.profile.as_deref(),
+        }
+    }
+
+    /// How long credentials are asked for.
+    pub fn duration(&self) -> Duration {
+        match self {
+            Self::Role(session) => session.duration,
+            Self::Profile(session) => session.duration,
+        }
+    }
+
+    /// The region whose STS is asked.
+    pub fn region(&self) -> &str {
+        match self {
+            Self::Role(session) => &session.region,
+            Self::Profile(session) => &session.region,
+        }
+    }
+}
+
+impl fmt::Display for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Role(session) => write!(f, "{} as {}", session.role, session.session_name)?,
+            Self::Profile(_) => f.write_str("credentials of its own")?,
+        }
+        match self.profile() {
+            Some(profile) => write!(f, ", by profile {profile}"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// STS's bounds of `RoleSessionName`: 2 to 64 characters of `[\w+=,.@-]` (STS API reference, AssumeRole).
@@ -138,7 +255,7 @@ pub fn clean_session_name(text: &str) -> String {
 }
 
 /// Text that must not be seen: its `Debug` shows nothing of it.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Secret(String);
 
 impl Secret {

@@ -10,15 +10,20 @@ use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_credential_types::provider::ProvideCredentials;
 use aws_sdk_sts::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_sts::operation::assume_role::builders::AssumeRoleFluentBuilder;
+use aws_sdk_sts::types::{PolicyDescriptorType, Tag};
 
 use super::broker::{CredentialProvider, Provided, ProviderError};
-use super::{Credentials, RoleSession, Secret};
+use super::{Credentials, RoleArn, RoleSession, Secret, Session};
 use crate::telemetry::{printable, with_causes};
 
 /// A call of STS that has not ended after this is given up; requests never wait for it.
 const OPERATION_TIMEOUT: Duration = Duration::from_secs(10);
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Life of the credentials of a role that is only gone through, and used at once: the shortest that STS gives (STS API
+/// reference, AssumeRole, `DurationSeconds`).
+const HOP_SECONDS: i32 = 900;
 /// The longest piece of a foreign message that is shown.
 const MESSAGE_CHARACTERS: usize = 300;
 
@@ -83,22 +88,53 @@ impl Sts {
         aws_sdk_sts::Client::from_conf(config.build())
     }
 
+    /// Goes through the chain to the role.
     async fn assume(self, session: RoleSession) -> Result<Credentials, ProviderError> {
-        let seconds = i32::try_from(session.duration.as_secs()).unwrap_or(i32::MAX);
-        let answer = self
-            .client(&session.region)
+        let mut client = self.client(&session.region);
+        let mut source_identity = session.source_identity.clone();
+        for role in &session.chain {
+            let request = client
+                .assume_role()
+                .role_arn(role.to_string())
+                .role_session_name(&session.session_name)
+                .duration_seconds(HOP_SECONDS)
+                .set_source_identity(source_identity.take());
+            let credentials = self.ask(request).await.map_err(|error| error.at(role))?;
+            let config = client
+                .config()
+                .to_builder()
+                .credentials_provider(aws_credential_types::Credentials::new(
+                    credentials.access_key_id,
+                    credentials.secret_access_key,
+                    Some(credentials.session_token),
+                    SystemTime::try_from(credentials.expiration).ok(),
+                    "chain",
+                ));
+            client = aws_sdk_sts::Client::from_conf(config.build());
+        }
+        let tag = |(key, value): (&String, &String)| Tag::builder().key(key).value(value).build();
+        let tags: Result<Vec<_>, _> = session.tags.iter().map(tag).collect();
+        let tags =
+            tags.map_err(|error| ProviderError::Unavailable(printable(&with_causes(&error), MESSAGE_CHARACTERS)))?;
+        let arn = |arn: &String| PolicyDescriptorType::builder().arn(arn).build();
+        let some = |any: bool| any.then_some(());
+        let request = client
             .assume_role()
             .role_arn(session.role.to_string())
             .role_session_name(&session.session_name)
-            .duration_seconds(seconds)
-            .send()
-            .await;
-        let credentials = match answer {
-            Ok(answer) => answer.credentials,
-            Err(error) => return Err(self.explain(error).await),
-        };
-        let credentials =
-            credentials.ok_or_else(|| ProviderError::Unavailable("AssumeRole answered without credentials".into()))?;
+            .duration_seconds(i32::try_from(session.duration.as_secs()).unwrap_or(i32::MAX))
+            .set_source_identity(source_identity)
+            .set_external_id(session.external_id.as_ref().map(|id| id.reveal().to_owned()))
+            .set_policy(session.policy.clone())
+            .set_policy_arns(
+                some(!session.policy_arns.is_empty()).map(|()| session.policy_arns.iter().map(arn).collect()),
+            )
+            .set_tags(some(!tags.is_empty()).map(|()| tags))
+            .set_transitive_tag_keys(
+                some(!session.transitive_tag_keys.is_empty())
+                    .map(|()| session.transitive_tag_keys.iter().cloned().collect()),
+            );
+        let credentials = self.ask(request).await?;
         let expiration = SystemTime::try_from(credentials.expiration)
             .map_err(|_| ProviderError::Unavailable("AssumeRole answered with an unreadable expiration".into()))?;
         Ok(Credentials {
@@ -109,6 +145,15 @@ impl Sts {
             expiration,
             fake: false,
         })
+    }
+
+    async fn ask(&self, request: AssumeRoleFluentBuilder) -> Result<aws_sdk_sts::types::Credentials, ProviderError> {
+        match request.send().await {
+            Ok(answer) => answer
+                .credentials
+                .ok_or_else(|| ProviderError::Unavailable("AssumeRole answered without credentials".into())),
+            Err(error) => Err(self.explain(error).await),
+        }
     }
 
     async fn explain<E, R>(&self, error: SdkError<E, R>) -> ProviderError
@@ -160,9 +205,31 @@ fn classify(code: String, message: String) -> ProviderError {
     }
 }
 
+impl ProviderError {
+    /// With the role of a chain where it happened.
+    fn at(self, role: &RoleArn) -> Self {
+        match self {
+            Self::Denied { code, message } => Self::Denied {
+                code,
+                message: format!("on the way, at {role}: {message}"),
+            },
+            other => other,
+        }
+    }
+}
+
 impl CredentialProvider for Sts {
-    fn credentials(&self, session: &RoleSession) -> Provided {
-        Box::pin(self.clone().assume(session.clone()))
+    fn credentials(&self, session: &Session) -> Provided {
+        let (sts, session) = (self.clone(), session.clone());
+        Box::pin(async move {
+            match session {
+                Session::Role(RoleSession {
+                    profile: Some(profile), ..
+                }) => Err(ProviderError::NoBase(format!("profile {profile} is not read yet"))),
+                Session::Role(session) => sts.assume(session).await,
+                Session::Profile(_) => Err(ProviderError::NoBase("no profile is served yet".into())),
+            }
+        })
     }
 }
 

@@ -25,7 +25,7 @@ use imds_router::containers::{
     SocketEvidence, Witness,
 };
 use imds_router::credentials::broker::{Broker, CredentialProvider, Lease, Provided, ProviderError};
-use imds_router::credentials::{Credentials, RoleSession, Secret};
+use imds_router::credentials::{Credentials, RoleArn, Secret, Session};
 use imds_router::instance::{Instance, Surroundings, resolve};
 use imds_router::server::{self, Service};
 use imds_router::wire::imds::credentials_document;
@@ -361,7 +361,7 @@ pub const SECRET: &str = "wJalrXUtnFEMI/scripted-secret";
 pub const SESSION_TOKEN: &str = "IQoJb3JpZ2luX2VjE/scripted-token";
 
 impl CredentialProvider for ScriptedSts {
-    fn credentials(&self, session: &RoleSession) -> Provided {
+    fn credentials(&self, session: &Session) -> Provided {
         let call = self.calls.fetch_add(1, Ordering::Relaxed);
         let mut answers = self.answers.lock().unwrap();
         let (pause, answer) = if answers.len() > 1 {
@@ -375,10 +375,10 @@ impl CredentialProvider for ScriptedSts {
             answer.map(|()| Credentials {
                 access_key_id: format!("ASIA{:016}", call),
                 // Names the role, so that a test sees whose credentials an answer holds.
-                secret_access_key: Secret::new(format!("{SECRET}/{}", session.role.name())),
+                secret_access_key: Secret::new(format!("{SECRET}/{}", session.role().map_or("none", RoleArn::name))),
                 token: Secret::new(SESSION_TOKEN),
                 updated: clock.wall(),
-                expiration: clock.wall() + session.duration,
+                expiration: clock.wall() + session.duration(),
                 fake: false,
             })
         })
@@ -395,7 +395,7 @@ struct Resolver {
 struct Held(Lease);
 
 impl Hold for Held {
-    fn session(&self) -> &RoleSession {
+    fn session(&self) -> &Session {
         self.0.session()
     }
 
@@ -405,14 +405,13 @@ impl Hold for Held {
 impl Instances for Resolver {
     fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance {
         let around = Surroundings {
-            base_account: None,
-            base_region: None,
             host: "h".into(),
+            ..Surroundings::default()
         };
         resolve(container, attachments, started, &self.settings, &around)
     }
 
-    fn hold(&self, session: &RoleSession) -> Box<dyn Hold> {
+    fn hold(&self, session: &Session) -> Box<dyn Hold> {
         Box::new(Held(self.broker.lease(session)))
     }
 
