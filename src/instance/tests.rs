@@ -1,5 +1,7 @@
 //! Containers as tables: labels, variables and rules in, a role or the reason why not out.
 
+use std::collections::BTreeMap;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -891,5 +893,69 @@ proptest! {
         let mut neighbour = one.clone();
         neighbour[at] = (neighbour[at] + 1) % 3;
         prop_assert_eq!(slots(&[&one, &neighbour]), 2);
+    }
+}
+
+/// Labels of which any combination may stand on a container that the first of [`RULES`] covers.
+const ATTEMPTS: &[(&str, &[&str])] = &[
+    (
+        "imds.role",
+        &[
+            "dev-x",
+            "dev-x/y",
+            "hop",
+            "ops",
+            "outside",
+            "dev-x@prod",
+            "arn:aws:iam::111122223333:role/dev-x",
+        ],
+    ),
+    ("imds.profile", &["dev", "prod"]),
+    ("imds.role.chain", &["hop", "outside", "hop,dev-y", "dev-x@prod"]),
+    ("imds.role.policy", &[POLICY]),
+    (
+        "imds.role.policy-arns",
+        &["arn:aws:iam::aws:policy/AdministratorAccess", READ_ONLY],
+    ),
+    ("imds.role.duration", &["15m", "30m", "31m", "12h"]),
+    ("imds.role.session-name", &["web-1", "root"]),
+    ("imds.role.external-id", &["ex:1", "other"]),
+    ("imds.role.source-identity", &["root"]),
+    ("imds.role.session-tag.team", &["web", "ops"]),
+    ("imds.role.session-tag.admin", &["yes"]),
+    ("com.docker.compose.project", &["sport", "other"]),
+];
+
+proptest! {
+    #[test]
+    fn no_labels_lift_a_ceiling(choice in proptest::collection::vec(0..16_usize, ATTEMPTS.len())) {
+        let mut labels: BTreeMap<&str, &str> = [("com.docker.compose.project", "shop"), ("imds.role", "dev-x")].into();
+        for ((label, values), index) in ATTEMPTS.iter().zip(choice) {
+            labels.extend(values.get(index).map(|value| (*label, *value)));
+        }
+        let labels: Vec<_> = labels.into_iter().collect();
+        let settings = configured(RULES);
+        let instance = instance(&labels, &settings);
+        // What has no session gets nothing.
+        let Some(Session::Role(session)) = instance.role.session().map(|it| &**it) else { return Ok(()) };
+        let role = session.role.to_string();
+        let rule = instance.rule.as_deref().unwrap_or_default();
+        prop_assert!(session.chain.iter().all(|hop| hop.account() == "111122223333"), "{labels:?}");
+        prop_assert!(role.starts_with("arn:aws:iam::111122223333:role/"), "{labels:?}");
+        let shop = labels.contains(&("com.docker.compose.project", "shop"));
+        if shop && (session.role.name().starts_with("dev-") && !role.ends_with("/y") || session.role.name() == "hop") {
+            prop_assert_eq!(rule, "allow rule 1 (line 6)");
+            prop_assert_eq!(session.policy_arns.iter().map(String::as_str).collect::<Vec<_>>(), [READ_ONLY]);
+            prop_assert_eq!(&session.policy, &None);
+            prop_assert!(session.duration <= Duration::from_secs(1800));
+            prop_assert!(session.profile.as_deref().is_none_or(|profile| profile == "dev"));
+            prop_assert_eq!(session.tags.get("admin"), None);
+            prop_assert_ne!(session.tags.get("team").map(String::as_str), Some("ops"));
+        } else {
+            prop_assert_eq!(rule, "allow rule 2 (line 15)");
+            prop_assert!(session.tags.is_empty() && session.profile.is_none() && session.external_id.is_none());
+            prop_assert_eq!(&session.session_name, "web@h1");
+        }
+        prop_assert_eq!(&session.source_identity, &None);
     }
 }
