@@ -2,7 +2,7 @@
 //!
 //! The only file that sees every other; nobody sees it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -28,11 +28,12 @@ use crate::caller::connection::{Interfaces, remember_ingress};
 use crate::caller::kernel::{Doors, HostKernel, KernelError};
 use crate::caller::socket::DiagSocket;
 use crate::clock::{Clock, rfc3339_seconds};
-use crate::config::{Attach, CredentialSource, Settings};
+use crate::config::{Attach, Compat, CredentialSource, Settings};
+use crate::containers::compat;
 use crate::containers::docker::{DEFAULT_HOST, Engine};
 use crate::containers::index::{EngineState, Index};
-use crate::containers::watcher::{ContainerEngine as _, EngineError, Hold, Instances, Ports, Watcher};
-use crate::containers::{Attachments, Definition, NamespaceId, NetworkMode, Record};
+use crate::containers::watcher::{ContainerEngine as _, EngineError, Hold, Instances, Ports, Watcher, own_environment};
+use crate::containers::{Attachments, ContainerId, Definition, NamespaceId, NetworkMode, Record};
 use crate::credentials::broker::{Broker, CredentialProvider, LINGER, LINGER_NEVER_STARTED, Lease, Limits};
 use crate::credentials::offline::Offline;
 use crate::credentials::sts::Sts;
@@ -310,11 +311,12 @@ pub struct Checked {
     pub problems: usize,
 }
 
-/// What each container of this host would get, without serving anybody.
+/// What each container of this host would get, without serving anybody; with `compat`, also what it got from the settings
+/// of the programs that `[compat]` knows.
 ///
 /// # Errors
 /// When the engine does not answer.
-pub async fn check(settings: Settings) -> Result<Checked, EngineError> {
+pub async fn check(settings: Settings, compat: bool) -> Result<Checked, EngineError> {
     let host = engine_host(&settings);
     let engine = Engine::new(&host, Clock::system());
     // The subscription connects; the events themselves are not wanted.
@@ -340,37 +342,121 @@ pub async fn check(settings: Settings) -> Result<Checked, EngineError> {
             Err(error) => text.push_str(&format!("base credentials: {error}\n")),
         }
     }
+    text.push_str(&rules(&settings));
     let (mut containers, mut problems) = (0, 0);
+    let mut attachments = attachments(&engine).await?;
     for row in engine.containers().await? {
-        let image = engine.image_labels(&row.image_id).await?;
-        let definition = row.define(image, settings.image_labels, &format!("{}.", settings.label_prefix));
-        let instance = resolve(
-            &definition,
-            &Attachments::default(),
-            SystemTime::UNIX_EPOCH,
-            &settings,
-            &around,
-        );
-        let name = printable(&definition.name, 40);
-        containers += 1;
-        let said = match &instance.role {
-            _ if !instance.endpoint => "not served: no label of ours, or its endpoint is disabled".to_owned(),
-            Role::None => "metadata, no role".to_owned(),
-            Role::Session(session) => session.to_string(),
-            Role::Pending(why) | Role::Refused(why) => {
-                problems += 1;
-                format!("no credentials: {}", printable(why, 400))
-            }
+        let image = engine.image(&row.image_id).await?;
+        let all = engine
+            .inspect(&row.id)
+            .await?
+            .map(|it| it.environment)
+            .unwrap_or_default();
+        let attached = attachments.remove(&row.id).unwrap_or_default();
+        let prefix = format!("{}.", settings.label_prefix);
+        let gets = |definition: &Definition, settings: &Settings| {
+            described(&resolve(
+                definition,
+                &attached,
+                SystemTime::UNIX_EPOCH,
+                settings,
+                &around,
+            ))
         };
+        let mut whole = row.clone().define(None, true, &prefix);
+        let mut definition = row.define(image.as_ref(), settings.image_labels, &prefix);
+        definition.environment = Some(own_environment(&all, image.as_ref(), settings.image_labels));
+        let name = printable(&definition.name, 40);
+        let (said, fine) = gets(&definition, &settings);
+        containers += 1;
+        problems += usize::from(!fine);
         text.push_str(&format!("{name}: {said}\n"));
         for label in &definition.image_labels {
             text.push_str(&format!(
                 "{name}: label {label} comes from the image and does not count\n"
             ));
         }
+        let found = compat::found(&whole.labels, &all, &settings.label_prefix);
+        if !compat || found.is_empty() {
+            continue;
+        }
+        // What the other program saw: all labels and variables, the image's among them, and none of ours.
+        whole
+            .labels
+            .retain(|label, _| !label.starts_with(&prefix) || found.contains(label));
+        whole.environment = Some(all);
+        let old = Settings {
+            compat: Compat::ALL,
+            allow: Vec::new(),
+            default_role: None,
+            ..settings.clone()
+        };
+        let new = Settings {
+            compat: Compat::ALL,
+            ..settings.clone()
+        };
+        text.push_str(&format!(
+            "{name}:   by {} alone: {}\n",
+            found.join(", "),
+            gets(&whole, &old).0
+        ));
+        text.push_str(&format!(
+            "{name}:   with all of [compat]: {}\n",
+            gets(&definition, &new).0
+        ));
     }
     text.push_str(&format!("{containers} containers on {host}\n"));
     Ok(Checked { text, problems })
+}
+
+/// What a container gets, and whether that is what it asks for.
+fn described(instance: &Instance) -> (String, bool) {
+    let rule = instance
+        .rule
+        .as_ref()
+        .map(|rule| format!(", by {rule}"))
+        .unwrap_or_default();
+    match &instance.role {
+        _ if !instance.endpoint => (
+            "not served: no label of ours, or its endpoint is disabled".to_owned(),
+            true,
+        ),
+        Role::None => ("metadata, no role".to_owned(), true),
+        Role::Session(session) => (format!("{}{rule}", printable(&session.to_string(), 400)), true),
+        Role::Pending(why) | Role::Refused(why) => (format!("no credentials: {}", printable(why, 800)), false),
+    }
+}
+
+/// What there is to say about the rules themselves.
+fn rules(settings: &Settings) -> String {
+    let mut text = String::new();
+    if settings.allow.is_empty() {
+        text.push_str("no [[allow]] rules: any container gets any role that it names and that the base may assume\n");
+    }
+    for rule in &settings.allow {
+        if let Some(keys) = rule.rests_on_its_applicants() {
+            text.push_str(&format!(
+                "warning: {rule} rests on {keys}: whoever writes a container's role label writes that, too, so the rule \
+                 keeps mistakes out, but nobody who means it; image_id would\n"
+            ));
+        }
+    }
+    text
+}
+
+/// Which container is on which network.
+async fn attachments(engine: &Engine) -> Result<HashMap<ContainerId, Attachments>, EngineError> {
+    let mut all: HashMap<ContainerId, Attachments> = HashMap::new();
+    for id in engine.networks().await? {
+        // One that has gone meanwhile has nobody on it.
+        let Some(network) = engine.network(&id).await? else {
+            continue;
+        };
+        for (container, endpoint) in network.endpoints {
+            all.entry(container).or_default().0.insert(id.clone(), endpoint);
+        }
+    }
+    Ok(all)
 }
 
 /// The engine that is meant.
@@ -539,10 +625,11 @@ impl Resolver {
         let mut warnings = Vec::new();
         if self.settings.source == CredentialSource::Offline {
             warnings.push("credentials are fakes (offline): AWS does not know them".to_owned());
-        } else {
+        }
+        if self.settings.allow.is_empty() {
             warnings.push(
                 "any container gets any role that it names and that the base credentials may assume: \
-                 this version has no [[allow]] rules yet"
+                 there are no [[allow]] rules"
                     .to_owned(),
             );
         }
@@ -760,7 +847,14 @@ impl Observer {
         match &instance.role {
             Role::None => step("role", false, "it asks for none: the role list is 404".to_owned()),
             Role::Pending(why) | Role::Refused(why) => step("role", false, format!("none: {why}")),
-            Role::Session(session) => step("role", true, session.to_string()),
+            Role::Session(session) => {
+                let rule = instance
+                    .rule
+                    .as_ref()
+                    .map(|rule| format!(", by {rule}"))
+                    .unwrap_or_default();
+                step("role", true, format!("{session}{rule}"));
+            }
         }
         if let Some(credentials) = &status.credentials {
             let until = credentials

@@ -31,6 +31,9 @@ pub enum Verb {
         /// Flags of the configuration.
         #[command(flatten)]
         common: Common,
+        /// Also what each container got from iam-docker, metadataproxy, ec2metaproxy or imds-server
+        #[arg(long)]
+        compat: bool,
     },
     /// Put the address, routes and rules up or down by themselves
     Intercept {

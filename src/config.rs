@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use toml::de::{DeTable, DeValue};
 
-use crate::credentials::{RoleArn, is_account_id};
+use crate::credentials::policy::{Glob, Pair, Rule};
+use crate::credentials::{RoleArn, inputs, is_account_id};
 
 /// Where the configuration is read from when `--config` does not say.
 pub const DEFAULT_FILE: &str = "/etc/imds-router/config.toml";
@@ -62,6 +63,26 @@ pub enum CredentialSource {
     Offline,
 }
 
+/// Which settings of other programs count.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Compat {
+    /// `compat.iam_docker`
+    pub iam_docker: bool,
+    /// `compat.env`
+    pub env: bool,
+    /// `compat.imds_server`
+    pub imds_server: bool,
+}
+
+impl Compat {
+    /// All of them.
+    pub const ALL: Self = Self {
+        iam_docker: true,
+        env: true,
+        imds_server: true,
+    };
+}
+
 /// Everything that an operator can decide. One field per key of [`KEYS`]; the tables of the file at the end.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Settings {
@@ -107,6 +128,10 @@ pub struct Settings {
     pub min_remaining: Duration,
     /// `credentials.concurrent_calls`: calls of STS at once.
     pub sts_calls: usize,
+    /// `[compat]`
+    pub compat: Compat,
+    /// `[[allow]]`: none means that every container may have every role.
+    pub allow: Vec<Rule>,
     /// `[roles]`: alias → ARN.
     pub roles: BTreeMap<String, RoleArn>,
     /// `[accounts]`: alias → account id.
@@ -137,6 +162,8 @@ impl Default for Settings {
             duration: Duration::from_secs(3600),
             min_remaining: Duration::from_secs(1800),
             sts_calls: 16,
+            compat: Compat::default(),
+            allow: Vec::new(),
             roles: BTreeMap::new(),
             accounts: BTreeMap::new(),
         }
@@ -199,6 +226,22 @@ impl Typed {
 
     fn boolean(&self) -> Option<bool> {
         self.one_of(&[("true", true), ("false", false)])
+    }
+
+    fn globs(&self, into: &mut Vec<Glob>) -> Option<()> {
+        *into = self.each(Glob::parse)?;
+        Some(())
+    }
+
+    fn pairs(&self, into: &mut Vec<Pair>) -> Option<()> {
+        *into = self.each(Pair::parse)?;
+        Some(())
+    }
+
+    /// One or more of something.
+    fn each<T>(&self, read: impl Fn(&str) -> Option<T>) -> Option<Vec<T>> {
+        let items: Option<Vec<_>> = self.0.iter().map(|it| read(it)).collect();
+        items.filter(|items| !items.is_empty() && self.1 == Form::Text)
     }
 
     fn duration(&self, least: Duration, most: Duration) -> Option<Duration> {
@@ -409,8 +452,8 @@ pub const KEYS: &[Key] = &[
     Key {
         path: "credentials.default_role",
         default: "none",
-        expected: "a role: ARN, name, name@account or alias; {container}, {project} and {service} are filled in",
-        about: "Role of containers that name none.",
+        expected: "a role: ARN, name, name@account or alias; {container}, {project}, {service} … are filled in",
+        about: "Role of containers that name none; also a template, and a missing part means no role.",
         read: |s, v| {
             v.text()
                 .filter(|it| template_fits(it))
@@ -420,7 +463,7 @@ pub const KEYS: &[Key] = &[
     Key {
         path: "credentials.session_name",
         default: "{container}@{host}",
-        expected: "text with {container}, {project}, {service}, {id} and {host}",
+        expected: "text with {container}, {project}, {service}, {id}, {host}, {label:KEY} and {env:KEY}",
         about: "Role session name, as CloudTrail shows it; cleaned to what STS takes.",
         read: |s, v| {
             v.text()
@@ -433,7 +476,10 @@ pub const KEYS: &[Key] = &[
         default: "1h",
         expected: "a duration from 15m to 12h (STS's own bounds)",
         about: "How long a session is asked for.",
-        read: |s, v| v.duration(HOUR / 4, HOUR * 12).map(|it| s.duration = it),
+        read: |s, v| {
+            v.duration(*inputs::DURATION.start(), *inputs::DURATION.end())
+                .map(|it| s.duration = it)
+        },
     },
     Key {
         path: "credentials.min_remaining",
@@ -452,6 +498,135 @@ pub const KEYS: &[Key] = &[
             number.filter(|it| (1..=64).contains(it)).map(|it| s.sts_calls = it)
         },
     },
+    Key {
+        path: "compat.iam_docker",
+        default: "false",
+        expected: "true or false",
+        about: "Whether the label com.swipely.iam-docker.iam-profile counts.",
+        read: |s, v| v.boolean().map(|it| s.compat.iam_docker = it),
+    },
+    Key {
+        path: "compat.env",
+        default: "false",
+        expected: "true or false",
+        about: "Whether a container's variables IAM_ROLE, IAM_EXTERNAL_ID and IAM_POLICY count (metadataproxy, ec2metaproxy).",
+        read: |s, v| v.boolean().map(|it| s.compat.env = it),
+    },
+    Key {
+        path: "compat.imds_server",
+        default: "false",
+        expected: "true or false",
+        about: "Whether labels imds.aws.… count (imds-server).",
+        read: |s, v| v.boolean().map(|it| s.compat.imds_server = it),
+    },
+];
+
+/// One key of `[[allow]]`.
+struct RuleKey {
+    name: &'static str,
+    expected: &'static str,
+    read: fn(&mut Rule, &Typed) -> Option<()>,
+}
+
+const GLOBS: &str = "a pattern such as \"web-*\", or a list of them";
+
+const RULE_KEYS: &[RuleKey] = &[
+    RuleKey {
+        name: "role",
+        expected: "a pattern of role ARNs such as \"arn:aws:iam::111122223333:role/dev-*\" (\"**\": every role), or a list of them",
+        read: |rule, v| {
+            // A pattern that begins otherwise matches no role, whatever was meant.
+            let arns = v.0.iter().all(|it| it.starts_with("arn:") || it == "**");
+            arns.then(|| v.globs(&mut rule.role))?
+        },
+    },
+    RuleKey {
+        name: "profile",
+        expected: GLOBS,
+        read: |rule, v| v.globs(&mut rule.profile),
+    },
+    RuleKey {
+        name: "container",
+        expected: GLOBS,
+        read: |rule, v| v.globs(&mut rule.container),
+    },
+    RuleKey {
+        name: "image",
+        expected: GLOBS,
+        read: |rule, v| v.globs(&mut rule.image),
+    },
+    RuleKey {
+        name: "image_id",
+        expected: "an image id such as \"sha256:0123…\", or a list of them",
+        read: |rule, v| {
+            let ids = v.0.iter().all(|it| it.starts_with("sha256:"));
+            ids.then(|| v.globs(&mut rule.image_id))?
+        },
+    },
+    RuleKey {
+        name: "project",
+        expected: GLOBS,
+        read: |rule, v| v.globs(&mut rule.project),
+    },
+    RuleKey {
+        name: "service",
+        expected: GLOBS,
+        read: |rule, v| v.globs(&mut rule.service),
+    },
+    RuleKey {
+        name: "network",
+        expected: GLOBS,
+        read: |rule, v| v.globs(&mut rule.network),
+    },
+    RuleKey {
+        name: "label",
+        expected: "\"KEY\" or \"KEY=PATTERN\", or a list of them",
+        read: |rule, v| v.pairs(&mut rule.label),
+    },
+    RuleKey {
+        name: "session_name",
+        expected: GLOBS,
+        read: |rule, v| v.globs(&mut rule.session_name),
+    },
+    RuleKey {
+        name: "external_id",
+        expected: GLOBS,
+        read: |rule, v| v.globs(&mut rule.external_id),
+    },
+    RuleKey {
+        name: "source_identity",
+        expected: GLOBS,
+        read: |rule, v| v.globs(&mut rule.source_identity),
+    },
+    RuleKey {
+        name: "session_tags",
+        expected: "\"KEY\" or \"KEY=PATTERN\", or a list of them",
+        read: |rule, v| v.pairs(&mut rule.session_tags),
+    },
+    RuleKey {
+        name: "session_policy_arns",
+        expected: "1 to 10 policy ARNs such as \"arn:aws:iam::aws:policy/ReadOnlyAccess\"",
+        read: |rule, v| {
+            let arns: Vec<_> = v.0.iter().map(String::as_str).collect();
+            inputs::policy_arns(&arns).map(|arns| rule.session_policy_arns = arns)
+        },
+    },
+    RuleKey {
+        name: "session_policy",
+        expected: "an IAM policy in JSON with a Statement, of at most 2048 characters",
+        read: |rule, v| {
+            let policy = v.text().filter(|it| inputs::is_policy(it));
+            policy.map(|it| rule.session_policy = Some(it.to_owned()))
+        },
+    },
+    RuleKey {
+        name: "max_duration",
+        expected: "a duration from 15m to 12h (STS's own bounds)",
+        read: |rule, v| {
+            let duration = v.duration(*inputs::DURATION.start(), *inputs::DURATION.end());
+            duration.map(|it| rule.max_duration = Some(it))
+        },
+    },
 ];
 
 /// The tables whose keys the operator names, and what a value must be.
@@ -466,9 +641,19 @@ fn absolute(value: &Typed) -> Option<PathBuf> {
 
 /// What may stand between braces in a template.
 pub const PLACEHOLDERS: &[&str] = &["container", "project", "service", "id", "host"];
+/// What may stand there with the name of a label or of a variable behind it.
+const KEYED_PLACEHOLDERS: &[&str] = &["label:", "env:"];
 
-fn template_fits(text: &str) -> bool {
-    fill(text, |name| PLACEHOLDERS.contains(&name).then(String::new)).is_some()
+/// Whether every part of a template is one that there is.
+pub fn template_fits(text: &str) -> bool {
+    let keyed = |name: &str| {
+        let key = KEYED_PLACEHOLDERS.iter().find_map(|it| name.strip_prefix(it));
+        key.is_some_and(|key| !key.is_empty())
+    };
+    fill(text, |name| {
+        (PLACEHOLDERS.contains(&name) || keyed(name)).then(String::new)
+    })
+    .is_some()
 }
 
 /// Fills a template; `None` when a brace is not closed or a part is missing: a missing part means no value, never a
@@ -661,6 +846,19 @@ fn read_file(settings: &mut Settings, path: &Path, text: &str) -> Result<(), Con
         let section = KEYS.iter().any(|key| key.path.starts_with(&format!("{name}.")));
         let table = TABLES.iter().find(|(table, _)| *table == name);
         match value.get_ref() {
+            DeValue::Array(rules) if name == ALLOW => {
+                for rule in rules {
+                    read_rule(settings, rule, &at)?;
+                }
+            }
+            value if name == ALLOW => {
+                return Err(ConfigError::BadValue {
+                    origin,
+                    key: name.to_owned(),
+                    value: typed(value).shown(),
+                    expected: "rules: a line [[allow]] in double brackets, and the keys of a rule below".to_owned(),
+                });
+            }
             DeValue::Table(entries) if section || table.is_some() => {
                 for (key, value) in entries {
                     let origin = at(key.span().start);
@@ -695,6 +893,7 @@ fn read_key(settings: &mut Settings, path: &str, value: &DeValue<'_>, origin: Or
             .iter()
             .map(|key| key.path)
             .chain(TABLES.iter().map(|(name, _)| *name))
+            .chain([ALLOW])
             .chain(sections);
         return Err(ConfigError::UnknownKey {
             origin,
@@ -703,6 +902,63 @@ fn read_key(settings: &mut Settings, path: &str, value: &DeValue<'_>, origin: Or
         });
     };
     set(settings, key, &typed(value), origin)
+}
+
+/// The rules.
+const ALLOW: &str = "allow";
+
+fn read_rule(
+    settings: &mut Settings,
+    rule: &toml::Spanned<DeValue<'_>>,
+    at: &dyn Fn(usize) -> Origin,
+) -> Result<(), ConfigError> {
+    let place = at(rule.span().start);
+    let bad = |origin: Origin, key: &str, value: String, expected: &str| ConfigError::BadValue {
+        origin,
+        key: key.to_owned(),
+        value,
+        expected: expected.to_owned(),
+    };
+    let DeValue::Table(entries) = rule.get_ref() else {
+        let expected = "rules: a line [[allow]] in double brackets, and the keys of a rule below";
+        return Err(bad(place, ALLOW, typed(rule.get_ref()).shown(), expected));
+    };
+    let mut read = Rule {
+        number: settings.allow.len() + 1,
+        line: match &place {
+            Origin::File(_, line) => *line,
+            _ => 0,
+        },
+        ..Rule::default()
+    };
+    for (name, value) in entries {
+        let origin = at(name.span().start);
+        let name = name.get_ref().as_ref();
+        let path = format!("{ALLOW}.{name}");
+        let Some(key) = RULE_KEYS.iter().find(|key| key.name == name) else {
+            let mut nearest = Nearest::among(name, RULE_KEYS.iter().map(|key| key.name));
+            nearest.0 = nearest.0.map(|name| format!("{ALLOW}.{name}"));
+            return Err(ConfigError::UnknownKey {
+                origin,
+                key: path,
+                nearest,
+            });
+        };
+        let value = typed(value.get_ref());
+        (key.read)(&mut read, &value).ok_or_else(|| bad(origin, &path, value.shown(), key.expected))?;
+    }
+    if read.role.is_empty() && read.profile.is_empty() {
+        let expected = "role, or profile: what the rule allows; role = \"**\" is every role";
+        return Err(bad(place, ALLOW, "neither".to_owned(), expected));
+    }
+    // GetSessionToken takes no policy (STS API reference), so the ceiling could not be kept.
+    let ceiling = read.session_policy.is_some() || !read.session_policy_arns.is_empty();
+    if read.role.is_empty() && ceiling {
+        let expected = "role: a profile that is served as it is cannot have a session policy";
+        return Err(bad(place, ALLOW, "a session policy without role".to_owned(), expected));
+    }
+    settings.allow.push(read);
+    Ok(())
 }
 
 fn typed(value: &DeValue<'_>) -> Typed {
@@ -856,7 +1112,7 @@ prod = "444455556666"
             ),
             (
                 "[credentials]\nsession_name = \"{containr}\"",
-                "c.toml, line 2: credentials.session_name = \"{containr}\": expected text with {container}, {project}, {service}, {id} and {host}",
+                "c.toml, line 2: credentials.session_name = \"{containr}\": expected text with {container}, {project}, {service}, {id}, {host}, {label:KEY} and {env:KEY}",
             ),
         ] {
             assert_eq!(read(text).unwrap_err(), message);

@@ -43,7 +43,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         #[cfg(target_os = "linux")]
         Verb::Serve(flags) => serve(&flags),
         #[cfg(target_os = "linux")]
-        Verb::Check { common } => block_on(check(&common))?,
+        Verb::Check { common, compat } => block_on(check(&common, compat))?,
         #[cfg(target_os = "linux")]
         Verb::Intercept { what } => intercept(what),
         #[cfg(not(target_os = "linux"))]
@@ -100,9 +100,9 @@ fn serve(flags: &Serve) -> Result<(), Failure> {
 
 /// Configuration and labels of this host's containers, without serving.
 #[cfg(target_os = "linux")]
-async fn check(flags: &Common) -> Result<(), Failure> {
+async fn check(flags: &Common, compat: bool) -> Result<(), Failure> {
     let settings = config::load(&flags.sources()).map_err(usage)?;
-    let checked = crate::app::check(settings).await?;
+    let checked = crate::app::check(settings, compat).await?;
     io::stdout().write_all(checked.text.as_bytes())?;
     match checked.problems {
         0 => Ok(()),

@@ -1,15 +1,20 @@
 //! What AWS gives a container: roles, sessions and credentials, as nouns.
 //!
-//! [`naming`] reads a role as people name it; [`broker`] keeps credentials fresh; [`sts`] and [`offline`] make them.
+//! [`naming`] reads a role as people name it; [`inputs`] is what labels may tell STS besides, and [`policy`] which
+//! container may have what; [`broker`] keeps credentials fresh; [`sts`] and [`offline`] make them.
 
 pub mod broker;
+pub mod inputs;
 pub mod naming;
 pub mod offline;
+pub mod policy;
 pub mod sts;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::{Duration, SystemTime};
+
+use sha2::{Digest as _, Sha256};
 
 /// Whether `text` is an AWS account id.
 pub fn is_account_id(text: &str) -> bool {
@@ -235,19 +240,21 @@ impl fmt::Display for Session {
 /// STS's bounds of `RoleSessionName`: 2 to 64 characters of `[\w+=,.@-]` (STS API reference, AssumeRole).
 const SESSION_NAME: std::ops::RangeInclusive<usize> = 2..=64;
 
-/// Makes a session name of any text: what STS does not take becomes `-`, and the length is brought into bounds.
+/// Makes a session name of any text: what STS does not take becomes `-`, and the length is brought into bounds. Of what
+/// is too long, the end becomes a digest of all of it: two long names stay two.
 pub fn clean_session_name(text: &str) -> String {
-    let mut name: String = text
-        .chars()
-        .map(|c| {
-            if c.is_ascii_alphanumeric() || "_+=,.@-".contains(c) {
-                c
-            } else {
-                '-'
-            }
-        })
-        .take(*SESSION_NAME.end())
-        .collect();
+    // A dash and hexadecimal digits.
+    const TAIL: usize = 9;
+    let fits = |c: char| c.is_ascii_alphanumeric() || "_+=,.@-".contains(c);
+    let mut name: String = text.chars().map(|c| if fits(c) { c } else { '-' }).collect();
+    if name.len() > *SESSION_NAME.end() {
+        let digest = Sha256::digest(text);
+        name.truncate(SESSION_NAME.end() - TAIL);
+        name.push('-');
+        for byte in digest.iter().take(TAIL / 2) {
+            name.push_str(&format!("{byte:02x}"));
+        }
+    }
     while name.len() < *SESSION_NAME.start() {
         name.push('-');
     }
@@ -333,6 +340,13 @@ mod tests {
             let name = clean_session_name(&text);
             prop_assert!(SESSION_NAME.contains(&name.len()));
             prop_assert!(name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_+=,.@-".contains(&b)));
+        }
+
+        #[test]
+        fn long_names_that_differ_stay_different(text in "[a-z]{80}", end in "[a-z]{1,9}") {
+            let longer = format!("{text}{end}");
+            prop_assert_ne!(clean_session_name(&text), clean_session_name(&longer));
+            prop_assert_eq!(clean_session_name(&text).len(), 64);
         }
 
         #[test]

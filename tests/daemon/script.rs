@@ -18,11 +18,12 @@ use imds_router::clock::Clock;
 use imds_router::config::{CredentialSource, Settings};
 use imds_router::containers::index::{EngineState, Index};
 use imds_router::containers::watcher::{
-    Birth, ContainerEngine, EngineError, Event, Hold, Inspection, Instances, Kernel, Network, Ports, Row, Watcher,
+    Birth, ContainerEngine, EngineError, Event, Hold, Image, Inspection, Instances, Kernel, Network, Ports, Row,
+    Watcher,
 };
 use imds_router::containers::{
-    Attachments, CgroupId, ContainerId, Counters, Definition, Endpoint, NamespaceId, NetworkId, NetworkMode,
-    SocketEvidence, Witness,
+    Attachments, CgroupId, ContainerId, Counters, Definition, Endpoint, Environment, NamespaceId, NetworkId,
+    NetworkMode, SocketEvidence, Witness,
 };
 use imds_router::credentials::broker::{Broker, CredentialProvider, Lease, Limits, Provided, ProviderError};
 use imds_router::credentials::{Credentials, RoleArn, Secret, Session};
@@ -48,6 +49,9 @@ pub fn id(number: u32) -> ContainerId {
 pub struct Container {
     pub labels: BTreeMap<String, String>,
     pub image_labels: BTreeMap<String, String>,
+    /// `NAME=value`
+    pub environment: Vec<String>,
+    pub image_environment: Vec<String>,
     pub running: bool,
     pub network_mode: NetworkMode,
 }
@@ -154,20 +158,21 @@ impl ContainerEngine for ScriptedEngine {
     fn inspect(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Inspection>, EngineError>> {
         let id = id.clone();
         self.ask(move |world| {
-            world.containers.contains_key(&id).then(|| Inspection {
+            world.containers.get(&id).map(|container| Inspection {
                 hostname: Some(id.short().to_owned()),
                 pid: None,
+                environment: Environment::of(container.image_environment.iter().chain(&container.environment)),
             })
         })
     }
 
-    fn image_labels(&self, id: &str) -> BoxFuture<'static, Result<Option<BTreeMap<String, String>>, EngineError>> {
+    fn image(&self, id: &str) -> BoxFuture<'static, Result<Option<Image>, EngineError>> {
         let id = ContainerId::parse(id.trim_start_matches("sha256:")).unwrap();
         self.ask(move |world| {
-            world
-                .containers
-                .get(&id)
-                .map(|container| container.image_labels.clone())
+            world.containers.get(&id).map(|container| Image {
+                labels: container.image_labels.clone(),
+                environment: Environment::of(&container.image_environment),
+            })
         })
     }
 

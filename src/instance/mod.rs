@@ -3,17 +3,19 @@
 //! [`resolve`] is pure: the same container and the same settings give the same instance. It is called on any change;
 //! server, status and check read its result and decide nothing themselves.
 
+mod session;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use hyper::header::HeaderValue;
 
-use crate::config::{CredentialSource, HttpEndpoint, HttpTokens, Settings, fill};
+use self::session::{Case, Verdict};
+use crate::config::{HttpEndpoint, HttpTokens, Settings};
 use crate::containers::labels::{self, ContainerSpec};
 use crate::containers::{Attachments, Definition};
-use crate::credentials::naming::read_role;
-use crate::credentials::{RoleArn, RoleSession, Session, clean_session_name, offline};
+use crate::credentials::{RoleArn, Session, offline};
 use crate::metadata::InstanceView;
 use crate::metadata::catalogue::{self, Facts, partition_of};
 
@@ -36,6 +38,8 @@ pub struct Instance {
     /// The profile whose base credentials decide on its role, once the policy lets the container have it: it has to be
     /// known, [`Surroundings::base`], before the role is. `None`: the daemon's own base, or none is needed.
     pub profile: Option<String>,
+    /// The rule of `[[allow]]` that decided on its role, if there are rules.
+    pub rule: Option<String>,
     /// What is wrong with its labels, for `status`.
     pub problems: Vec<String>,
     /// `Last-Modified` of its values: when it started.
@@ -123,7 +127,7 @@ pub fn resolve(
     settings: &Settings,
     around: &Surroundings,
 ) -> Instance {
-    let (spec, errors) = labels::read(&container.labels, settings);
+    let (spec, errors) = labels::read(&container.labels, container.environment.as_ref(), settings);
     let mut problems: Vec<String> = errors.iter().map(ToString::to_string).collect();
     let region = spec
         .region
@@ -139,16 +143,33 @@ pub fn resolve(
     if !zone.starts_with(&region) {
         problems.push(format!("availability zone {zone} is not in region {region}"));
     }
-    let role = match problems.first() {
+    let Verdict {
+        role,
+        listed,
+        profile,
+        rule,
+    } = match problems.first() {
         // A label that was not understood may have been a restriction.
-        Some(problem) => Role::Refused(problem.clone()),
-        None => role(container, &spec, settings, around, &region, partition),
+        Some(problem) => Verdict {
+            role: Role::Refused(problem.clone()),
+            listed: None,
+            profile: None,
+            rule: None,
+        },
+        None => session::decide(&Case {
+            container,
+            attachments,
+            spec: &spec,
+            settings,
+            around,
+            region: &region,
+            partition,
+        }),
     };
     if let (Role::Refused(why), true) = (&role, problems.is_empty()) {
         problems.push(why.clone());
     }
-    let session_role = role.session().and_then(|session| session.role().cloned());
-    let account = account(session_role.as_ref(), settings, around);
+    let account = account(listed.as_ref(), settings, around);
     let primary = attachments.primary();
     let facts = Facts {
         instance_id: spec
@@ -165,9 +186,9 @@ pub fn resolve(
         mac: primary
             .map(|endpoint| endpoint.mac.clone())
             .filter(|mac| !mac.is_empty()),
-        partition: session_role.as_ref().map_or(partition, RoleArn::partition).to_owned(),
+        partition: listed.as_ref().map_or(partition, RoleArn::partition).to_owned(),
         account,
-        role: session_role,
+        role: listed,
         region,
         zone,
         started,
@@ -177,7 +198,8 @@ pub fn resolve(
         endpoint: endpoint(&spec, &role, settings),
         tokens_required: tokens_required(&spec, settings, &problems),
         role,
-        profile: None,
+        profile,
+        rule,
         problems,
         last_modified: HeaderValue::from_str(&httpdate::fmt_http_date(started))
             .expect("a date has letters, digits, blanks, commas and colons only"),
@@ -204,49 +226,6 @@ fn tokens_required(spec: &ContainerSpec, settings: &Settings, problems: &[String
     asked == HttpTokens::Required || !problems.is_empty()
 }
 
-fn role(
-    container: &Definition,
-    spec: &ContainerSpec,
-    settings: &Settings,
-    around: &Surroundings,
-    region: &str,
-    partition: &str,
-) -> Role {
-    let part = |name: &str| match name {
-        "container" => Some(container.name.clone()),
-        "project" => container.project().map(str::to_owned),
-        "service" => container.service().map(str::to_owned),
-        "id" => Some(container.id.short().to_owned()),
-        "host" => Some(around.host.clone()),
-        _ => None,
-    };
-    let default = || {
-        settings
-            .default_role
-            .as_deref()
-            .and_then(|template| fill(template, part))
-    };
-    let Some(typed) = spec.role.clone().or_else(default) else {
-        return Role::None;
-    };
-    let named = match read_role(&typed, settings, partition) {
-        Ok(named) => named,
-        Err(error) => return Role::Refused(error.to_string()),
-    };
-    let base = around.base(None);
-    let offline = (settings.source == CredentialSource::Offline).then_some(offline::ACCOUNT);
-    let account = settings.account_id.as_deref().or(base.account.as_deref()).or(offline);
-    let Some(role) = named.arn(partition, account) else {
-        return Role::Pending(format!(
-            "role {typed} is in the account of the base credentials, which STS has not said yet; \
-             account_id in the configuration says it, too"
-        ));
-    };
-    let name = fill(&settings.session_name, part).unwrap_or_else(|| container.name.clone());
-    let session = RoleSession::new(role, clean_session_name(&name), settings.duration, region);
-    Role::Session(Arc::new(Session::Role(session)))
-}
-
 fn account(role: Option<&RoleArn>, settings: &Settings, around: &Surroundings) -> String {
     role.map(|role| role.account().to_owned())
         .or_else(|| settings.account_id.clone())
@@ -264,7 +243,8 @@ fn derived_id(prefix: &str, hex: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::containers::{ContainerId, Endpoint, NetworkId, NetworkMode};
+    use crate::config::CredentialSource;
+    use crate::containers::{ContainerId, Endpoint, Environment, NetworkId, NetworkMode};
     use crate::metadata::Node;
 
     fn container(labels: &[(&str, &str)]) -> Definition {
@@ -273,6 +253,7 @@ mod tests {
             name: "web".into(),
             labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
             image_labels: Vec::new(),
+            environment: Some(Environment::default()),
             image: "box".into(),
             image_id: format!("sha256:{}", "fedcba9876543210".repeat(4)),
             network_mode: NetworkMode::Own,
