@@ -34,7 +34,7 @@ use crate::containers::docker::{DEFAULT_HOST, Engine};
 use crate::containers::index::{EngineState, Index};
 use crate::containers::watcher::{ContainerEngine as _, EngineError, Hold, Instances, Ports, Watcher, own_environment};
 use crate::containers::{Attachments, ContainerId, Definition, NamespaceId, NetworkMode, Record};
-use crate::credentials::broker::{Broker, LINGER, LINGER_NEVER_STARTED, Lease};
+use crate::credentials::broker::{Broker, CredentialProvider, LINGER, LINGER_NEVER_STARTED, Lease, Limits};
 use crate::credentials::offline::Offline;
 use crate::credentials::sts::Sts;
 use crate::credentials::{Session, offline};
@@ -115,14 +115,15 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
         host: host_name(),
         ..Surroundings::default()
     };
-    let broker = match &sts {
-        Some(sts) => Broker::new(Box::new(sts.clone()), credentials_document, clock.clone()),
-        None => Broker::new(
-            Box::new(Offline::new(clock.clone())),
-            credentials_document,
-            clock.clone(),
-        ),
+    let provider: Box<dyn CredentialProvider> = match &sts {
+        Some(sts) => Box::new(sts.clone()),
+        None => Box::new(Offline::new(clock.clone())),
     };
+    let limits = Limits {
+        calls: settings.sts_calls,
+        min_remaining: settings.min_remaining,
+    };
+    let broker = Broker::new(provider, credentials_document, clock.clone(), limits);
     let (changed, changes) = watch::channel(0);
     let resolver = Arc::new(Resolver {
         settings,
@@ -172,6 +173,7 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
     tasks.spawn(Watcher::new(ports, index.clone(), misses, clock).run());
     tasks.spawn(server::accept_on_host(listener, Interfaces::new(LINK), host, service));
     tasks.spawn(admin::serve(admin, observer));
+    tasks.spawn(broker.watch_clocks());
     if let Some(sts) = sts {
         tasks.spawn(learn_base(sts, resolver.clone()));
     }
@@ -958,7 +960,7 @@ impl Observer {
         let state = self.service.broker.state(session).unwrap_or_default();
         let published = state.published.as_ref().map(|it| &it.credentials);
         let word = match published {
-            Some(credentials) if self.clock.wall() < credentials.expiration => "live",
+            Some(_) if state.published.as_ref().is_some_and(|it| it.is_live(&self.clock)) => "live",
             Some(_) => "expired",
             None if state.error.is_some() => "failed",
             None => "pending",

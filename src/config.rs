@@ -126,6 +126,8 @@ pub struct Settings {
     pub duration: Duration,
     /// `credentials.min_remaining`
     pub min_remaining: Duration,
+    /// `credentials.concurrent_calls`: calls of STS at once.
+    pub sts_calls: usize,
     /// `[compat]`
     pub compat: Compat,
     /// `[[allow]]`: none means that every container may have every role.
@@ -159,18 +161,12 @@ impl Default for Settings {
             session_name: "{container}@{host}".to_owned(),
             duration: Duration::from_secs(3600),
             min_remaining: Duration::from_secs(1800),
+            sts_calls: 16,
             compat: Compat::default(),
             allow: Vec::new(),
             roles: BTreeMap::new(),
             accounts: BTreeMap::new(),
         }
-    }
-}
-
-impl Settings {
-    /// The least life that served credentials have while STS works: `min_remaining`, at most half of the session.
-    pub fn min_remaining(&self) -> Duration {
-        self.min_remaining.min(self.duration / 2)
     }
 }
 
@@ -492,6 +488,16 @@ pub const KEYS: &[Key] = &[
         expected: "a duration from 0s to 6h",
         about: "The least life of what is served while STS works; at most half of the session.",
         read: |s, v| v.duration(Duration::ZERO, HOUR * 6).map(|it| s.min_remaining = it),
+    },
+    Key {
+        path: "credentials.concurrent_calls",
+        default: "16",
+        expected: "a whole number from 1 to 64",
+        about: "Calls of STS at once; who waits for one is served in turn.",
+        read: |s, v| {
+            let number = v.text()?.parse().ok();
+            number.filter(|it| (1..=64).contains(it)).map(|it| s.sts_calls = it)
+        },
     },
     Key {
         path: "compat.iam_docker",

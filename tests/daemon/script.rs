@@ -25,7 +25,7 @@ use imds_router::containers::{
     Attachments, CgroupId, ContainerId, Counters, Definition, Endpoint, Environment, NamespaceId, NetworkId,
     NetworkMode, SocketEvidence, Witness,
 };
-use imds_router::credentials::broker::{Broker, CredentialProvider, Lease, Provided, ProviderError};
+use imds_router::credentials::broker::{Broker, CredentialProvider, Lease, Limits, Provided, ProviderError};
 use imds_router::credentials::{Credentials, RoleArn, Secret, Session};
 use imds_router::instance::{Instance, Surroundings, resolve};
 use imds_router::server::{self, Service};
@@ -444,7 +444,7 @@ pub struct Daemon {
     pub changed: watch::Sender<u64>,
     next_port: AtomicU16,
     next_address: AtomicU64,
-    _watcher: tokio::task::JoinHandle<()>,
+    _tasks: [tokio::task::JoinHandle<()>; 2],
 }
 
 pub fn settings() -> Settings {
@@ -470,7 +470,12 @@ impl Daemon {
             calls: Arc::default(),
             answers: Arc::new(Mutex::new([(Duration::from_millis(100), Ok(()))].into())),
         };
-        let broker = Broker::new(Box::new(sts.clone()), credentials_document, clock.clone());
+        let broker = Broker::new(
+            Box::new(sts.clone()),
+            credentials_document,
+            clock.clone(),
+            Limits::default(),
+        );
         let (index, misses) = Index::new();
         let tokens = TokenAuthority::new(&TokenKey([7; 32]), "boot", clock.clone());
         let (hold, hosts) = (settings.hold, settings.hosts.clone());
@@ -486,6 +491,7 @@ impl Daemon {
         };
         let watcher = Watcher::new(ports, index.clone(), misses, clock.clone());
         let own_ends = Box::new(kernel.clone());
+        let clocks = tokio::spawn(broker.clone().watch_clocks());
         Self {
             engine,
             kernel,
@@ -496,7 +502,7 @@ impl Daemon {
             changed,
             next_port: AtomicU16::new(40_000),
             next_address: AtomicU64::new(0),
-            _watcher: tokio::spawn(watcher.run()),
+            _tasks: [tokio::spawn(watcher.run()), clocks],
         }
     }
 

@@ -390,3 +390,45 @@ async fn nothing_that_is_shown_holds_a_secret() {
     }
     assert!(daemon.clock.wall_seconds() >= WALL.as_secs());
 }
+
+#[tokio::test(start_paused = true)]
+async fn clocks_jump_and_laptops_sleep() {
+    const TEN_HOURS: i64 = 36_000_000;
+    for (jump, sleep, kept) in [
+        (TEN_HOURS, 0, false),
+        (-TEN_HOURS, 0, true),
+        (0, TEN_HOURS, false),
+        (-TEN_HOURS, TEN_HOURS, false),
+    ] {
+        let daemon = Daemon::start(settings());
+        daemon.synchronised().await;
+        daemon.sts.say(&[(100, Ok(()))]);
+        let address = daemon.run(1, APP).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let document = async || {
+            let reply = daemon.connect(1, address).get(DOCUMENT).await.unwrap();
+            (reply.status, reply.text())
+        };
+        let before = document().await;
+        assert_eq!(before.0, 200);
+        daemon.clock.jump(jump);
+        daemon.clock.suspend(sleep);
+        // The very next request: what may have expired is not served, and new ones come while it waits.
+        let asked = daemon.clock.now();
+        let after = document().await;
+        assert_eq!((after.0, after == before), (200, kept), "{jump} {sleep}");
+        assert!(daemon.clock.now() - asked <= HOLD);
+        // STS is away from now on: everything lives as long as AWS lets it, and no longer.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        daemon.sts.say(&[(10, down())]);
+        tokio::time::sleep(Duration::from_secs(58 * 60)).await;
+        assert_eq!(document().await.0, 200, "{jump} {sleep}");
+        tokio::time::sleep(Duration::from_secs(3 * 60)).await;
+        let reply = daemon.connect(1, address).get(ROLE_LIST).await.unwrap();
+        assert_eq!(reply.status, 404, "{jump} {sleep}");
+        assert_eq!(
+            reply.header("x-imds-router-hint"),
+            Some("sts not reachable; ask: imds-router explain 000000000000")
+        );
+    }
+}
