@@ -365,7 +365,10 @@ impl Session {
 
     async fn reply(&self, request: &Parts, deadline: Instant) -> Reply {
         let life = self.caller.life();
-        let instance = life.instance.load_full();
+        let mut instance = life.instance.load_full();
+        if instance.endpoint_open {
+            instance = self.decided(instance, deadline).await;
+        }
         if !instance.endpoint {
             let hint = "this container has no imds label, or its endpoint is disabled";
             return Reply::refused(Refused::Disabled)

@@ -54,6 +54,8 @@ pub struct Container {
     /// `NAME=value`
     pub environment: Vec<String>,
     pub image_environment: Vec<String>,
+    /// An inspect waits, as while a container starts.
+    pub inspect_blocks: bool,
     pub running: bool,
     pub network_mode: NetworkMode,
 }
@@ -161,14 +163,21 @@ impl ContainerEngine for ScriptedEngine {
     }
 
     fn inspect(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Inspection>, EngineError>> {
-        let id = id.clone();
-        self.ask(move |world| {
-            world.containers.get(&id).map(|container| Inspection {
-                hostname: Some(id.short().to_owned()),
-                pid: None,
-                environment: Environment::of(container.image_environment.iter().chain(&container.environment)),
-            })
-        })
+        let (this, id) = (self.clone(), id.clone());
+        async move {
+            while this.world(|world| world.containers.get(&id).is_some_and(|it| it.inspect_blocks)) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            let inspect = this.ask(move |world| {
+                world.containers.get(&id).map(|container| Inspection {
+                    hostname: Some(id.short().to_owned()),
+                    pid: None,
+                    environment: Environment::of(container.image_environment.iter().chain(&container.environment)),
+                })
+            });
+            inspect.await
+        }
+        .boxed()
     }
 
     fn image(&self, id: &str) -> BoxFuture<'static, Result<Option<Image>, EngineError>> {
