@@ -2,6 +2,8 @@
 //!
 //! The only file that sees every other; nobody sees it.
 
+mod base;
+
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::io::{self, Read as _, Write as _};
@@ -40,7 +42,7 @@ use crate::credentials::sts::Sts;
 use crate::credentials::{Session, offline};
 use crate::host::apply::{Interception, clear};
 use crate::host::{HostError, LINK, Plan};
-use crate::instance::{Base, FALLBACK_REGION, Instance, Role, Surroundings, resolve};
+use crate::instance::{FALLBACK_REGION, Instance, Role, Surroundings, resolve};
 use crate::server::{self, RefusedConnection, Service};
 use crate::telemetry::printable;
 use crate::wire::imds::credentials_document;
@@ -104,19 +106,18 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
     let listener = TcpListener::from_std(listener).map_err(AppError::Listen)?;
 
     let sts = match settings.source {
-        CredentialSource::Sts => Some(Sts::load(settings.profile.as_deref(), settings.region.as_deref()).await),
+        CredentialSource::Sts => {
+            let bases = base::bases(&settings, &clock);
+            Some((Sts::new(bases.clone(), clock.clone()), bases))
+        }
         CredentialSource::Offline => None,
     };
     let around = Surroundings {
-        base: Base {
-            region: sts.as_ref().and_then(Sts::region),
-            ..Base::default()
-        },
         host: host_name(),
         ..Surroundings::default()
     };
     let provider: Box<dyn CredentialProvider> = match &sts {
-        Some(sts) => Box::new(sts.clone()),
+        Some((sts, _)) => Box::new(sts.clone()),
         None => Box::new(Offline::new(clock.clone())),
     };
     let limits = Limits {
@@ -130,6 +131,8 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
         around: ArcSwap::from_pointee(around),
         broker: broker.clone(),
         changed,
+        wanted: base::Wanted::default(),
+        sts: sts.as_ref().map(|(sts, _)| sts.clone()),
     });
     let settings = &resolver.settings;
 
@@ -174,8 +177,9 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
     tasks.spawn(server::accept_on_host(listener, Interfaces::new(LINK), host, service));
     tasks.spawn(admin::serve(admin, observer));
     tasks.spawn(broker.watch_clocks());
-    if let Some(sts) = sts {
-        tasks.spawn(learn_base(sts, resolver.clone()));
+    if let Some((sts, bases)) = sts {
+        tasks.spawn(bases.clone().watch_files());
+        tasks.spawn(base::learn(sts, bases, resolver.clone(), index.clone()));
     }
     info!(
         version = env!("CARGO_PKG_VERSION"), attach = resolver.attach(), proof = "full", %listening, engine,
@@ -282,26 +286,6 @@ async fn guard(mut interception: Interception, shutdown: impl Future<Output = ()
     }
 }
 
-/// Asks STS for the base account until it has said it: roles by name need it.
-async fn learn_base(sts: Sts, resolver: Arc<Resolver>) {
-    let mut pause = Duration::from_millis(250);
-    loop {
-        match sts.base_identity(&resolver.region()).await {
-            Ok(identity) => {
-                info!(account = identity.account, arn = identity.arn, "base credentials");
-                let mut around = Surroundings::clone(&resolver.around.load());
-                (around.base.account, around.base.arn) = (Some(identity.account), Some(identity.arn));
-                resolver.around.store(Arc::new(around));
-                resolver.changed.send_modify(|version| *version += 1);
-                return;
-            }
-            Err(error) => warn!(%error, "base credentials are not usable yet"),
-        }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(Duration::from_secs(15));
-    }
-}
-
 /// What `check` found.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Checked {
@@ -326,21 +310,18 @@ pub async fn check(settings: Settings, compat: bool) -> Result<Checked, EngineEr
         ..Surroundings::default()
     };
     let mut text = String::new();
-    if settings.source == CredentialSource::Sts {
-        let sts = Sts::load(settings.profile.as_deref(), settings.region.as_deref()).await;
-        around.base.region = sts.region();
-        let region = settings
-            .region
-            .clone()
-            .or(sts.region())
-            .unwrap_or_else(|| FALLBACK_REGION.to_owned());
-        match sts.base_identity(&region).await {
-            Ok(identity) => {
-                text.push_str(&format!("base credentials: {}\n", identity.arn));
-                (around.base.account, around.base.arn) = (Some(identity.account), Some(identity.arn));
-            }
-            Err(error) => text.push_str(&format!("base credentials: {error}\n")),
-        }
+    let sts = (settings.source == CredentialSource::Sts).then(|| {
+        let clock = Clock::system();
+        Sts::new(base::bases(&settings, &clock), clock)
+    });
+    if let Some(sts) = &sts {
+        let (base, _) = base::ask(sts, None).await;
+        let said = base.arn.as_ref().or(base.problem.as_ref());
+        text.push_str(&format!(
+            "base credentials: {}\n",
+            said.map_or("unknown", String::as_str)
+        ));
+        base::note(&mut around, None, base);
     }
     text.push_str(&rules(&settings));
     let (mut containers, mut problems) = (0, 0);
@@ -354,6 +335,16 @@ pub async fn check(settings: Settings, compat: bool) -> Result<Checked, EngineEr
             .unwrap_or_default();
         let attached = attachments.remove(&row.id).unwrap_or_default();
         let prefix = format!("{}.", settings.label_prefix);
+        let mut whole = row.clone().define(None, true, &prefix);
+        let mut definition = row.define(image.as_ref(), settings.image_labels, &prefix);
+        definition.environment = Some(own_environment(&all, image.as_ref(), settings.image_labels));
+        let first = resolve(&definition, &attached, SystemTime::UNIX_EPOCH, &settings, &around);
+        if let (Some(sts), Some(profile)) = (&sts, &first.profile)
+            && !around.profiles.contains_key(profile)
+        {
+            let (base, _) = base::ask(sts, Some(profile)).await;
+            base::note(&mut around, Some(profile), base);
+        }
         let gets = |definition: &Definition, settings: &Settings| {
             described(&resolve(
                 definition,
@@ -363,9 +354,6 @@ pub async fn check(settings: Settings, compat: bool) -> Result<Checked, EngineEr
                 &around,
             ))
         };
-        let mut whole = row.clone().define(None, true, &prefix);
-        let mut definition = row.define(image.as_ref(), settings.image_labels, &prefix);
-        definition.environment = Some(own_environment(&all, image.as_ref(), settings.image_labels));
         let name = printable(&definition.name, 40);
         let (said, fine) = gets(&definition, &settings);
         containers += 1;
@@ -593,6 +581,10 @@ struct Resolver {
     around: ArcSwap<Surroundings>,
     broker: Arc<Broker>,
     changed: watch::Sender<u64>,
+    /// Profiles whose base credentials somebody's role depends on.
+    wanted: base::Wanted,
+    /// Where real credentials come from.
+    sts: Option<Sts>,
 }
 
 impl Resolver {
@@ -651,7 +643,11 @@ impl Resolver {
 
 impl Instances for Resolver {
     fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance {
-        resolve(container, attachments, started, &self.settings, &self.around.load())
+        let instance = resolve(container, attachments, started, &self.settings, &self.around.load());
+        if let Some(profile) = &instance.profile {
+            self.want(profile);
+        }
+        instance
     }
 
     fn hold(&self, session: &Session) -> Box<dyn Hold> {
