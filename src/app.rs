@@ -912,6 +912,7 @@ impl Observer {
             role: session.and_then(|session| session.role()).map(ToString::to_string),
             session_name: session.and_then(|session| session.session_name()).map(str::to_owned),
             profile: session.and_then(|session| session.profile()).map(str::to_owned),
+            rule: session.and(instance.rule.clone()),
             credentials: session.map(|session| self.credentials(session)),
             last_request: record
                 .life

@@ -196,6 +196,7 @@ struct Typed(Vec<String>, Form);
 enum Form {
     Text,
     Number,
+    Boolean,
     Table,
 }
 
@@ -989,7 +990,7 @@ fn typed(value: &DeValue<'_>) -> Typed {
             Form::Text,
         ),
         DeValue::String(text) => Typed::of(text),
-        DeValue::Boolean(value) => Typed::of(&value.to_string()),
+        DeValue::Boolean(value) => Typed(vec![value.to_string()], Form::Boolean),
         DeValue::Integer(value) => number(value.to_string()),
         DeValue::Float(value) => number(value.to_string()),
         DeValue::Datetime(value) => Typed::of(&value.to_string()),
@@ -1158,6 +1159,91 @@ prod = "444455556666"
             assert_eq!(read(text).unwrap_err(), message);
         }
         assert!(read("a = ").unwrap_err().starts_with("c.toml, line 1: not TOML: "));
+    }
+
+    #[test]
+    fn rules_are_read_in_their_order() {
+        let settings = read(
+            r#"
+[[allow]]
+role = ["arn:aws:iam::111122223333:role/a*", "arn:*:iam::*:role/b/**"]
+label = ["team", "stage=test-*"]
+session_policy = '{"Statement":[]}'
+max_duration = "30m"
+
+[[allow]]
+profile = "dev"
+"#,
+        )
+        .unwrap();
+        let [first, second] = settings.allow.as_slice() else {
+            panic!("two rules")
+        };
+        assert_eq!(
+            (first.to_string(), second.to_string()),
+            ("allow rule 1 (line 2)".into(), "allow rule 2 (line 8)".into())
+        );
+        assert_eq!(first.max_duration, Some(Duration::from_secs(1800)));
+        assert!(first.has_ceiling() && !second.has_ceiling());
+        assert_eq!(first.rests_on_its_applicants().as_deref(), Some("label"));
+        assert_eq!(second.rests_on_its_applicants(), None);
+    }
+
+    #[test]
+    fn bad_rules_say_where_what_and_what_was_expected() {
+        const RULE: &str = "[[allow]]\nrole = \"**\"\n";
+        const ROLES: &str = "expected a pattern of role ARNs such as \"arn:aws:iam::111122223333:role/dev-*\" \
+            (\"**\": every role), or a list of them";
+        const GLOB: &str = "expected a pattern such as \"web-*\", or a list of them";
+        const PAIR: &str = "expected \"KEY\" or \"KEY=PATTERN\", or a list of them";
+        for (rule, message) in [
+            ("[allow]\nrole = \"x\"", "1: allow = \"a table\": expected rules: a line [[allow]] in double brackets, and the keys of a rule below".to_owned()),
+            ("allow = 3", "1: allow = \"3\": expected rules: a line [[allow]] in double brackets, and the keys of a rule below".to_owned()),
+            ("allow = [\"x\"]", "1: allow = \"x\": expected rules: a line [[allow]] in double brackets, and the keys of a rule below".to_owned()),
+            ("[[allow]]\n", "1: allow = \"neither\": expected role, or profile: what the rule allows; role = \"**\" is every role".to_owned()),
+            ("[[allow]]\nprofile = \"p\"\nsession_policy_arns = \"arn:aws:iam::aws:policy/x\"", "1: allow = \"a session policy without role\": expected role: a profile that is served as it is cannot have a session policy".to_owned()),
+            ("[[alow]]\nrole = \"**\"", "1: unknown key alow; did you mean allow?".to_owned()),
+            ("[[allow]]\nrol = \"**\"", "2: unknown key allow.rol; did you mean allow.role?".to_owned()),
+            ("[[allow]]\nsession_policys = \"**\"", "2: unknown key allow.session_policys; did you mean allow.session_policy?".to_owned()),
+            ("[[allow]]\nrole = \"dev-*\"", format!("2: allow.role = \"dev-*\": {ROLES}")),
+            ("[[allow]]\nrole = \"*\"", format!("2: allow.role = \"*\": {ROLES}")),
+            ("[[allow]]\nrole = []", format!("2: allow.role = \"\": {ROLES}")),
+            ("[[allow]]\nrole = \"arn:aws:iam::1:role/[x\"", format!("2: allow.role = \"arn:aws:iam::1:role/[x\": {ROLES}")),
+            ("container = \"\"", format!("3: allow.container = \"\": {GLOB}")),
+            ("project = 7", format!("3: allow.project = \"7\": {GLOB}")),
+            ("network = \"a**b\"", format!("3: allow.network = \"a**b\": {GLOB}")),
+            ("image_id = \"0123\"", "3: allow.image_id = \"0123\": expected an image id such as \"sha256:0123…\", or a list of them".to_owned()),
+            ("label = \"=x\"", format!("3: allow.label = \"=x\": {PAIR}")),
+            ("label = \"x=\"", format!("3: allow.label = \"x=\": {PAIR}")),
+            ("session_tags = [\"a\", \"\"]", format!("3: allow.session_tags = \"a,\": {PAIR}")),
+            ("session_name = true", "3: allow.session_name = \"true\": expected a pattern such as \"web-*\", or a list of them".to_owned()),
+            ("session_policy_arns = \"ReadOnlyAccess\"", "3: allow.session_policy_arns = \"ReadOnlyAccess\": expected 1 to 10 policy ARNs such as \"arn:aws:iam::aws:policy/ReadOnlyAccess\"".to_owned()),
+            ("session_policy = \"{}\"", "3: allow.session_policy = \"{}\": expected an IAM policy in JSON with a Statement, of at most 2048 characters".to_owned()),
+            ("max_duration = \"5m\"", "3: allow.max_duration = \"5m\": expected a duration from 15m to 12h (STS's own bounds)".to_owned()),
+        ] {
+            let whole = match rule.contains("allow") || rule.contains("alow") {
+                true => rule.to_owned(),
+                false => format!("{RULE}{rule}"),
+            };
+            assert_eq!(read(&whole).unwrap_err(), format!("c.toml, line {message}"), "{rule}");
+        }
+        for (text, message) in [
+            ("[compat]\nenv = 1", "2: compat.env = \"1\": expected true or false"),
+            (
+                "[compat]\niamdocker = true",
+                "2: unknown key compat.iamdocker; did you mean compat.iam_docker?",
+            ),
+            (
+                "[credentials]\nsession_name = \"{label:}\"",
+                "2: credentials.session_name = \"{label:}\": expected text with {container}, {project}, {service}, {id}, {host}, {label:KEY} and {env:KEY}",
+            ),
+            (
+                "[credentials]\ndefault_role = \"{proj}\"",
+                "2: credentials.default_role = \"{proj}\": expected a role: ARN, name, name@account or alias; {container}, {project}, {service} … are filled in",
+            ),
+        ] {
+            assert_eq!(read(text).unwrap_err(), format!("c.toml, line {message}"));
+        }
     }
 
     #[test]

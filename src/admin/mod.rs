@@ -83,6 +83,9 @@ pub struct ContainerStatus {
     /// Profile whose base credentials ask for it, or are served; absent: the daemon's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub profile: Option<String>,
+    /// The rule of `[[allow]]` that let it have it; absent: there are no rules, or it has no role.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<String>,
     /// Its credentials, if it has a role.
     pub credentials: Option<CredentialStatus>,
     /// What was asked last.
@@ -461,6 +464,7 @@ mod tests {
                 role: Some("arn:aws:iam::000000000000:role/web".into()),
                 session_name: Some("web@h".into()),
                 profile: None,
+                rule: None,
                 credentials: Some(CredentialStatus {
                     state: "live".into(),
                     key: Some("ASIAFAKE".into()),

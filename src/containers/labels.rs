@@ -437,6 +437,121 @@ mod tests {
     }
 
     #[test]
+    fn every_input_of_sts_has_its_limits() {
+        let long = |length| "x".repeat(length);
+        let role = ("imds.role", "app");
+        let tag = |key: &str, value: &str| {
+            format!("label imds.role.session-tag.{key}={value:?}: expected {SESSION_TAG_EXPECTED}")
+        };
+        let policy = "an IAM policy in JSON with a Statement, of at most 2048 characters";
+        let arns = "1 to 10 policy ARNs such as arn:aws:iam::aws:policy/ReadOnlyAccess, separated by commas";
+        let template = "text with {container}, {project}, {service}, {id}, {host}, {label:KEY} and {env:KEY}";
+        let roles = "the roles to go through, as in the label role, separated by commas";
+        let (long_id, long_tag, eleven) = (long(65), long(129), ["arn:aws:iam::aws:policy/x"; 11].join(","));
+        let bad =
+            |label: &str, value: &str, expected: &str| format!("label imds.{label}={value:?}: expected {expected}");
+        let mut rows: Vec<(String, String, String)> = [
+            ("role.session-name", "{nam}", template),
+            ("role.session-name", "", template),
+            ("role.session-name", "{env:}", template),
+            (
+                "role.source-identity",
+                "x",
+                "2 to 64 characters: letters, digits and _+=,.@-",
+            ),
+            (
+                "role.source-identity",
+                &long_id,
+                "2 to 64 characters: letters, digits and _+=,.@-",
+            ),
+            ("role.duration", "1", "a duration from 15m to 12h (STS's own bounds)"),
+            ("role.duration", "14m", "a duration from 15m to 12h (STS's own bounds)"),
+            ("role.duration", "13h", "a duration from 15m to 12h (STS's own bounds)"),
+            ("role.policy", "ReadOnlyAccess", policy),
+            ("role.policy", "{}", policy),
+            ("role.policy-arns", "ReadOnlyAccess", arns),
+            ("role.policy-arns", &eleven, arns),
+            ("role.policy-arns", "arn:aws:iam::aws:policy/x,", arns),
+            (
+                "role.transitive-tag-keys",
+                "a,,b",
+                "keys of session tags, separated by commas",
+            ),
+            ("role.chain", "a,", roles),
+            ("role.chain", "a b", roles),
+            ("profile", " ", "the name of a profile"),
+            ("profile", "a\nb", "the name of a profile"),
+        ]
+        .map(|(label, value, expected)| (label.to_owned(), value.to_owned(), bad(label, value, expected)))
+        .into();
+        let external_id =
+            "label imds.role.external-id=\"…\": expected 2 to 1224 characters: letters, digits and _+=,.@:/-";
+        rows.extend(["x", "no blank", ""].map(|value| ("role.external-id".into(), value.into(), external_id.into())));
+        for (key, value) in [
+            ("", "x"),
+            (long_tag.as_str(), "x"),
+            ("aws:x", "x"),
+            ("a", "b;c"),
+            ("a", &long(257)),
+        ] {
+            rows.push((format!("role.session-tag.{key}"), value.to_owned(), tag(key, value)));
+        }
+        let nearest = "unknown label imds.role.session-nam; did you mean imds.role.session-name?";
+        rows.push(("role.session-nam".into(), "x".into(), nearest.into()));
+        for (label, value, message) in &rows {
+            let (_, errors) = read(
+                &labels(&[role, (&format!("imds.{label}"), value)]),
+                &Settings::default(),
+            );
+            let [error] = errors.as_slice() else {
+                panic!("{label}: {errors:?}")
+            };
+            assert_eq!(error.to_string(), *message);
+        }
+        assert!(rows.len() >= 25);
+    }
+
+    #[test]
+    fn what_no_label_is_wrong_in_alone() {
+        let many: Vec<_> = (0..51).map(|n| (format!("imds.role.session-tag.k{n}"), "v")).collect();
+        let mut many: Vec<_> = many.iter().map(|(label, value)| (label.as_str(), *value)).collect();
+        many.push(("imds.role", "app"));
+        for (given, message) in [
+            (
+                &[
+                    ("imds.role", "app"),
+                    ("imds.role.session-tag.team", "x"),
+                    ("imds.role.session-tag.Team", "y"),
+                ][..],
+                "label imds.role.session-tag: expected keys that differ in more than capitals; team is there twice",
+            ),
+            (
+                &[("imds.role", "app"), ("imds.role.transitive-tag-keys", "team")],
+                "label imds.role.transitive-tag-keys: expected keys of session tags; there is no label role.session-tag.team",
+            ),
+            (
+                &[
+                    ("imds.role", "app"),
+                    ("imds.role.chain", "hop"),
+                    ("imds.role.duration", "90m"),
+                ],
+                "label imds.role.duration: expected at most 1h where roles are gone through (role.chain), which is STS's own limit, not 90m",
+            ),
+            (
+                &[("imds.profile", "dev"), ("imds.role.external-id", "ex")],
+                "label imds.role.external-id: expected imds.role, too: without it the profile is served as it is",
+            ),
+            (
+                &many,
+                "label imds.role.session-tag: expected at most 50 session tags, not 51",
+            ),
+        ] {
+            let (_, errors) = read(&labels(given), &Settings::default());
+            assert_eq!(errors.iter().map(ToString::to_string).collect::<Vec<_>>(), [message]);
+        }
+    }
+
+    #[test]
     fn unknown_labels_can_be_let_pass() {
         let settings = Settings {
             unknown_labels_are_errors: false,
