@@ -592,3 +592,6 @@ fn leads_to_us(uri: &str) -> bool {
     uri.host()
         .is_some_and(|host| OURSELVES.iter().any(|it| it.eq_ignore_ascii_case(host)))
 }
+
+#[cfg(test)]
+mod tests;
