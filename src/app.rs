@@ -18,7 +18,7 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwap;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::Handle;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tracing::{error, info, warn};
 
@@ -30,7 +30,7 @@ use crate::caller::connection::{Interfaces, remember_ingress};
 use crate::caller::kernel::{Doors, HostKernel, KernelError};
 use crate::caller::socket::DiagSocket;
 use crate::clock::{Clock, rfc3339_seconds};
-use crate::config::{Attach, Compat, CredentialSource, Settings};
+use crate::config::{Attach, Compat, CredentialSource, RELOADED, Settings};
 use crate::containers::compat;
 use crate::containers::docker::{DEFAULT_HOST, Engine};
 use crate::containers::index::{EngineState, Index};
@@ -94,11 +94,16 @@ pub enum AppError {
     },
 }
 
-/// Runs until `shutdown` completes, then takes everything down again.
+/// Runs until `shutdown` completes, then takes everything down again. What comes from `reloads` takes the place of
+/// `settings`, as far as a running daemon can change them.
 ///
 /// # Errors
 /// Why it could not start, or not take everything down.
-pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Result<(), AppError> {
+pub async fn run(
+    settings: Settings,
+    reloads: mpsc::Receiver<Settings>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), AppError> {
     let clock = Clock::system();
     let tokens = token_authority(&settings.state_dir, &clock)?;
     let admin = admin_listener(&settings.admin_socket)?;
@@ -127,14 +132,14 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
     let broker = Broker::new(provider, credentials_document, clock.clone(), limits);
     let (changed, changes) = watch::channel(0);
     let resolver = Arc::new(Resolver {
-        settings,
+        settings: ArcSwap::from_pointee(settings),
         around: ArcSwap::from_pointee(around),
         broker: broker.clone(),
         changed,
         wanted: base::Wanted::default(),
         sts: sts.as_ref().map(|(sts, _)| sts.clone()),
     });
-    let settings = &resolver.settings;
+    let settings = resolver.settings.load_full();
 
     let (index, misses) = Index::new();
     let own_ends = Box::new(DiagSocket::open().map_err(AppError::Diag)?);
@@ -152,7 +157,7 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
         runtime: Handle::current(),
     }))?;
     let host = kernel.host_namespace();
-    let engine = engine_host(settings);
+    let engine = engine_host(&settings);
     let ports = Ports {
         engine: Arc::new(Engine::new(&engine, clock.clone())),
         kernel: Arc::new(kernel),
@@ -177,6 +182,7 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
     tasks.spawn(server::accept_on_host(listener, Interfaces::new(LINK), host, service));
     tasks.spawn(admin::serve(admin, observer));
     tasks.spawn(broker.watch_clocks());
+    tasks.spawn(reload(reloads, resolver.clone()));
     if let Some((sts, bases)) = sts {
         tasks.spawn(bases.clone().watch_files());
         tasks.spawn(base::learn(sts, bases, resolver.clone(), index.clone()));
@@ -282,6 +288,26 @@ async fn guard(mut interception: Interception, shutdown: impl Future<Output = ()
                 }
             }
             Err(error) => error!(%error, "interception is not whole"),
+        }
+    }
+}
+
+/// Takes each new configuration, and has every container looked at again: a role that is no longer allowed is no longer
+/// served from then on.
+async fn reload(mut reloads: mpsc::Receiver<Settings>, resolver: Arc<Resolver>) {
+    while let Some(new) = reloads.recv().await {
+        let (settings, whole) = resolver.settings.load().reloaded(&new);
+        resolver.settings.store(Arc::new(settings));
+        resolver.changed.send_modify(|version| *version += 1);
+        resolver.broker.try_again(|_| true);
+        info!("the configuration has been read again");
+        if !whole {
+            warn!(
+                "some of what has changed in it takes effect when the daemon is started again: {RELOADED} take effect now"
+            );
+        }
+        for warning in resolver.warnings() {
+            warn!("{warning}");
         }
     }
 }
@@ -577,7 +603,7 @@ fn token_key(state_dir: &Path) -> Result<TokenKey, AppError> {
 
 /// Settings, and what was learnt since.
 struct Resolver {
-    settings: Settings,
+    settings: ArcSwap<Settings>,
     around: ArcSwap<Surroundings>,
     broker: Arc<Broker>,
     changed: watch::Sender<u64>,
@@ -591,6 +617,7 @@ impl Resolver {
     fn region(&self) -> String {
         let base = || self.around.load().base.region.clone();
         self.settings
+            .load()
             .region
             .clone()
             .or_else(base)
@@ -598,8 +625,10 @@ impl Resolver {
     }
 
     fn account(&self) -> Option<String> {
-        let offline = || (self.settings.source == CredentialSource::Offline).then(|| offline::ACCOUNT.to_owned());
+        let offline =
+            || (self.settings.load().source == CredentialSource::Offline).then(|| offline::ACCOUNT.to_owned());
         self.settings
+            .load()
             .account_id
             .clone()
             .or_else(|| self.around.load().base.account.clone())
@@ -607,7 +636,7 @@ impl Resolver {
     }
 
     fn attach(&self) -> &'static str {
-        match self.settings.attach {
+        match self.settings.load().attach {
             Attach::Auto | Attach::Namespace => "namespace",
             Attach::Host => "host",
         }
@@ -615,22 +644,22 @@ impl Resolver {
 
     fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
-        if self.settings.source == CredentialSource::Offline {
+        if self.settings.load().source == CredentialSource::Offline {
             warnings.push("credentials are fakes (offline): AWS does not know them".to_owned());
         }
-        if self.settings.allow.is_empty() {
+        if self.settings.load().allow.is_empty() {
             warnings.push(
                 "any container gets any role that it names and that the base credentials may assume: \
                  there are no [[allow]] rules"
                     .to_owned(),
             );
         }
-        if self.settings.region.is_none() && self.around.load().base.region.is_none() {
+        if self.settings.load().region.is_none() && self.around.load().base.region.is_none() {
             warnings.push(format!(
                 "no region is configured; {FALLBACK_REGION} is a guess: --region, AWS_REGION or region = \"…\""
             ));
         }
-        if self.settings.attach == Attach::Host {
+        if self.settings.load().attach == Attach::Host {
             warnings.push(
                 "attach host proves who asks, but does not keep answers secret from a neighbour with NET_RAW on the same \
              bridge: --cap-drop NET_RAW, or a network each, closes that"
@@ -643,7 +672,7 @@ impl Resolver {
 
 impl Instances for Resolver {
     fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance {
-        let instance = resolve(container, attachments, started, &self.settings, &self.around.load());
+        let instance = resolve(container, attachments, started, &self.settings.load(), &self.around.load());
         if let Some(profile) = &instance.profile {
             self.want(profile);
         }
@@ -657,15 +686,15 @@ impl Instances for Resolver {
     }
 
     fn attaches(&self) -> bool {
-        self.settings.attach != Attach::Host
+        self.settings.load().attach != Attach::Host
     }
 
     fn image_labels_count(&self) -> bool {
-        self.settings.image_labels
+        self.settings.load().image_labels
     }
 
     fn label_prefix(&self) -> String {
-        format!("{}.", self.settings.label_prefix)
+        format!("{}.", self.settings.load().label_prefix)
     }
 }
 
@@ -694,7 +723,7 @@ impl Observatory for Observer {
             EngineState::Synchronising => ("synchronising", None),
             EngineState::Synchronised => ("synchronised", None),
         };
-        let source = match self.resolver.settings.source {
+        let source = match self.resolver.settings.load().source {
             CredentialSource::Sts => "sts",
             CredentialSource::Offline => "offline",
         };

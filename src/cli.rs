@@ -24,7 +24,7 @@ pub struct Cli {
 /// What to do.
 #[derive(Subcommand, Debug)]
 pub enum Verb {
-    /// Serve the containers of this host until SIGTERM or SIGINT
+    /// Serve the containers of this host until SIGTERM or SIGINT; SIGHUP reads the configuration again
     Serve(Serve),
     /// Show what each running container would get, and what is wrong with its labels, without serving
     Check {

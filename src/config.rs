@@ -176,6 +176,35 @@ impl Default for Settings {
     }
 }
 
+impl Settings {
+    /// These settings with everything of `new` that a running daemon can change ([`RELOADED`]), and whether that is all
+    /// that differs.
+    pub fn reloaded(&self, new: &Self) -> (Self, bool) {
+        let settings = Self {
+            region: new.region.clone(),
+            account_id: new.account_id.clone(),
+            unknown_labels_are_errors: new.unknown_labels_are_errors,
+            labels_may_lower: new.labels_may_lower,
+            http_endpoint: new.http_endpoint,
+            http_tokens: new.http_tokens,
+            default_role: new.default_role.clone(),
+            session_name: new.session_name.clone(),
+            duration: new.duration,
+            compat: new.compat,
+            allow: new.allow.clone(),
+            roles: new.roles.clone(),
+            accounts: new.accounts.clone(),
+            ..self.clone()
+        };
+        let whole = settings == *new;
+        (settings, whole)
+    }
+}
+
+/// What [`Settings::reloaded`] takes over, as a message says it.
+pub const RELOADED: &str = "region, account_id, roles, accounts, allow, compat, docker.unknown_labels, imds.http_endpoint, \
+    imds.http_tokens, imds.labels_may_lower, credentials.default_role, credentials.session_name, credentials.duration";
+
 /// One configuration key.
 pub struct Key {
     /// `section.name`, or `name` at the top.
@@ -1244,6 +1273,41 @@ profile = "dev"
         ] {
             assert_eq!(read(text).unwrap_err(), format!("c.toml, line {message}"));
         }
+    }
+
+    #[test]
+    fn what_a_running_daemon_takes_over_is_what_it_says() {
+        let old = read("[serve]\nhold = \"300ms\"").unwrap();
+        let same = old.reloaded(&old);
+        assert!(same == (old.clone(), true));
+        for key in KEYS {
+            // Another value than the default of every key, where there is one to be had.
+            let values = [
+                "eu-west-2",
+                "111122223333",
+                "warn",
+                "true",
+                "enabled",
+                "required",
+                "x-{id}",
+                "45m",
+            ];
+            let mut new = old.clone();
+            let set = values
+                .iter()
+                .any(|value| (key.read)(&mut new, &Typed::of(value)).is_some() && new != old);
+            let (settings, whole) = old.reloaded(&new);
+            let says = |path: &str| {
+                RELOADED
+                    .split(", ")
+                    .any(|told| told == path || path.starts_with(&format!("{told}.")))
+            };
+            assert_eq!(whole && settings == new, says(key.path) || !set, "{}", key.path);
+        }
+        let mut new = read("[roles]\na = \"arn:aws:iam::111122223333:role/a\"\n[[allow]]\nrole = \"**\"").unwrap();
+        assert!(!old.reloaded(&new).1);
+        new.hold = old.hold;
+        assert!(old.reloaded(&new) == (new, true));
     }
 
     #[test]

@@ -82,7 +82,8 @@ fn usage(error: impl Error + 'static) -> Failure {
 
 #[cfg(target_os = "linux")]
 fn serve(flags: &Serve) -> Result<(), Failure> {
-    let settings = config::load(&flags.sources()).map_err(usage)?;
+    let sources = flags.sources();
+    let settings = config::load(&sources).map_err(usage)?;
     let level = std::env::var(telemetry::LOG_VARIABLE).ok();
     telemetry::start(flags.log_format, level.as_deref()).map_err(|error| usage(Said(error)))?;
     block_on(async {
@@ -94,7 +95,23 @@ fn serve(flags: &Serve) -> Result<(), Failure> {
                 _ = interrupt.recv() => {}
             }
         };
-        Ok(crate::app::run(settings, shutdown).await?)
+        let mut hangups = signal(SignalKind::hangup())?;
+        let (sender, reloads) = tokio::sync::mpsc::channel(1);
+        tokio::spawn(async move {
+            while hangups.recv().await.is_some() {
+                let sent = match config::load(&sources) {
+                    Ok(settings) => sender.send(settings).await.is_ok(),
+                    Err(error) => {
+                        tracing::error!("{}; what held before holds on", telemetry::with_causes(&error));
+                        true
+                    }
+                };
+                if !sent {
+                    return;
+                }
+            }
+        });
+        Ok(crate::app::run(settings, reloads, shutdown).await?)
     })?
 }
 

@@ -49,6 +49,8 @@ pub fn id(number: u32) -> ContainerId {
 pub struct Container {
     pub labels: BTreeMap<String, String>,
     pub image_labels: BTreeMap<String, String>,
+    /// `c` and its number, unless it is told.
+    pub name: Option<String>,
     /// `NAME=value`
     pub environment: Vec<String>,
     pub image_environment: Vec<String>,
@@ -119,7 +121,10 @@ fn row(id: &ContainerId, container: &Container) -> Row {
     labels.extend(container.labels.clone());
     Row {
         id: id.clone(),
-        name: format!("c{}", id.as_str().trim_start_matches('0')),
+        name: match &container.name {
+            Some(name) => name.clone(),
+            None => format!("c{}", id.as_str().trim_start_matches('0')),
+        },
         labels,
         image: "box".into(),
         image_id: format!("sha256:{}", id.as_str()),
@@ -393,7 +398,7 @@ impl CredentialProvider for ScriptedSts {
 // ---- the daemon
 
 struct Resolver {
-    settings: Settings,
+    settings: Arc<Mutex<Settings>>,
     broker: Arc<Broker>,
 }
 
@@ -413,7 +418,7 @@ impl Instances for Resolver {
             host: "h".into(),
             ..Surroundings::default()
         };
-        resolve(container, attachments, started, &self.settings, &around)
+        resolve(container, attachments, started, &self.settings.lock().unwrap(), &around)
     }
 
     fn hold(&self, session: &Session) -> Box<dyn Hold> {
@@ -425,11 +430,11 @@ impl Instances for Resolver {
     }
 
     fn image_labels_count(&self) -> bool {
-        self.settings.image_labels
+        self.settings.lock().unwrap().image_labels
     }
 
     fn label_prefix(&self) -> String {
-        format!("{}.", self.settings.label_prefix)
+        format!("{}.", self.settings.lock().unwrap().label_prefix)
     }
 }
 
@@ -442,6 +447,7 @@ pub struct Daemon {
     pub clock: Clock,
     /// Wakes the watcher as changed settings do.
     pub changed: watch::Sender<u64>,
+    settings: Arc<Mutex<Settings>>,
     next_port: AtomicU16,
     next_address: AtomicU64,
     _tasks: [tokio::task::JoinHandle<()>; 2],
@@ -480,11 +486,12 @@ impl Daemon {
         let tokens = TokenAuthority::new(&TokenKey([7; 32]), "boot", clock.clone());
         let (hold, hosts) = (settings.hold, settings.hosts.clone());
         let (changed, changes) = watch::channel(0);
+        let settings = Arc::new(Mutex::new(settings));
         let ports = Ports {
             engine: Arc::new(engine.clone()),
             kernel: Arc::new(kernel.clone()),
             instances: Arc::new(Resolver {
-                settings,
+                settings: settings.clone(),
                 broker: broker.clone(),
             }),
             changed: changes,
@@ -500,10 +507,17 @@ impl Daemon {
             index,
             clock,
             changed,
+            settings,
             next_port: AtomicU16::new(40_000),
             next_address: AtomicU64::new(0),
             _tasks: [tokio::spawn(watcher.run()), clocks],
         }
+    }
+
+    /// Other settings from now on, as after a reload.
+    pub fn configure(&self, change: impl FnOnce(&mut Settings)) {
+        change(&mut self.settings.lock().unwrap());
+        self.changed.send_modify(|version| *version += 1);
     }
 
     /// Waits until everything that the engine knows is known.

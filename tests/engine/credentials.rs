@@ -552,5 +552,30 @@ fn nobody_escapes_the_rules(engine: &Arc<Engine>) {
             shown["credentials"].is_null().then_some(())
         },
     );
+    // So is the configuration, once the daemon is told: at first one that is wrong, and changes nothing.
+    let text = std::fs::read_to_string(config).expect("the configuration");
+    let pid = daemon.pid().to_string();
+    let seconds = std::time::Duration::from_secs(5);
+    std::fs::write(config, format!("{text}\n[[alow]]\n")).expect("a file");
+    engine.host("kill", &["-HUP", &pid]);
+    poll(seconds, "the daemon to refuse a wrong configuration", || {
+        daemon
+            .log()
+            .contains("unknown key alow; did you mean allow?; what held before holds on")
+            .then_some(())
+    });
+    let token = good.token();
+    let headers = [("X-aws-ec2-metadata-token", token.as_str())];
+    assert_eq!(good.get(&format!("{LIST}dev-x"), &headers).status, 200);
+    std::fs::write(config, text.replace("role/dev-*", "role/other-*")).expect("a file");
+    engine.host("kill", &["-HUP", &pid]);
+    poll(seconds, "the role to be gone with its rule", || {
+        (good.get(&format!("{LIST}dev-x"), &headers).status == 404).then_some(())
+    });
+    assert!(
+        good.get(LIST, &headers)
+            .header("x-imds-router-hint")
+            .is_some_and(|it| it.contains("is not allowed"))
+    );
     daemon.stop();
 }
