@@ -23,8 +23,8 @@ use tokio::task::AbortHandle;
 use tracing::{error, info, warn};
 
 use crate::admin::{
-    self, ContainerStatus, CredentialStatus, EngineStatus, Explanation, Judgement, Observatory, RefusalStatus,
-    RequestStatus, Status,
+    self, BaseStatus, ClockStatus, ContainerStatus, CredentialStatus, EngineStatus, Explanation, Judgement,
+    Observatory, RefusalStatus, RequestStatus, Status,
 };
 use crate::caller::connection::{Interfaces, remember_ingress};
 use crate::caller::kernel::{Doors, HostKernel, KernelError};
@@ -56,6 +56,8 @@ pub const DEFAULT_PORT: u16 = 51_254;
 const PORTS: u16 = 64;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 1024;
+/// A clock that is off by more than so many seconds is warned of; AWS takes requests that are off by five minutes.
+const CLOCK_IS_WRONG: u64 = 60;
 /// How often interception is looked at even if nobody says that it has changed.
 const VERIFY: Duration = Duration::from_secs(10);
 
@@ -148,8 +150,11 @@ pub async fn run(
         broker.clone(),
         tokens,
         clock.clone(),
-        settings.hold,
-        settings.hosts.clone(),
+        server::Options {
+            hold: settings.hold,
+            hosts: settings.hosts.clone(),
+            ec2_error_documents: settings.ec2_error_documents,
+        },
         own_ends,
     );
     let kernel = HostKernel::new(Arc::new(HostDoors {
@@ -672,7 +677,13 @@ impl Resolver {
 
 impl Instances for Resolver {
     fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance {
-        let instance = resolve(container, attachments, started, &self.settings.load(), &self.around.load());
+        let instance = resolve(
+            container,
+            attachments,
+            started,
+            &self.settings.load(),
+            &self.around.load(),
+        );
         if let Some(profile) = &instance.profile {
             self.want(profile);
         }
@@ -744,7 +755,14 @@ impl Observatory for Observer {
             },
             region: self.resolver.region(),
             account: self.resolver.account(),
-            warnings: self.resolver.warnings(),
+            warnings: self
+                .resolver
+                .warnings()
+                .into_iter()
+                .chain(self.clock_warnings())
+                .collect(),
+            bases: self.bases(),
+            clock: self.clock_status(),
             containers: self
                 .service
                 .index
@@ -783,9 +801,69 @@ impl Observatory for Observer {
             refused: refused.collect(),
         })
     }
+
+    fn trust(&self, container: &str) -> Option<Vec<admin::Trust>> {
+        let record = self.meant(container)?;
+        let around = self.resolver.around.load();
+        Some(match record.instance.role.session().map(|session| &**session) {
+            Some(Session::Role(session)) => {
+                base::trust(session, around.base(session.profile.as_deref()).arn.as_deref())
+            }
+            _ => Vec::new(),
+        })
+    }
+
+    fn login(&self, profile: Option<&str>, handover: &admin::Handover) -> Result<String, String> {
+        match &self.resolver.sts {
+            Some(sts) => base::login(sts, profile, handover),
+            None => Err("this daemon is offline: it has no base credentials".to_owned()),
+        }
+    }
 }
 
 impl Observer {
+    fn bases(&self) -> Vec<BaseStatus> {
+        let states = self.resolver.sts.as_ref().map(Sts::states).unwrap_or_default();
+        let around = self.resolver.around.load();
+        let states = states.into_iter();
+        states
+            .map(|(profile, state)| {
+                // The daemon's own base has its profile's name, if it was given one.
+                let own = profile == self.resolver.settings.load().profile;
+                let base = around.base(profile.as_deref().filter(|_| !own));
+                base::status(profile, state, base.arn.clone())
+            })
+            .collect()
+    }
+
+    fn clock_status(&self) -> ClockStatus {
+        let skew = self.clock.skew();
+        ClockStatus {
+            ahead_of_aws: skew.aws,
+            ahead_of_rtc: skew.rtc,
+            last_shift: skew.last.map(|(at, _)| rfc3339_seconds(at)),
+            last_shift_seconds: skew.last.map(|(_, shift)| shift.wall / 1000),
+            last_sleep_seconds: skew.last.map(|(_, shift)| shift.slept.as_secs()),
+        }
+    }
+
+    /// What a wrong clock does, and how it is put right.
+    fn clock_warnings(&self) -> Option<String> {
+        let skew = self.clock.skew();
+        let (seconds, than) = match (skew.aws, skew.rtc) {
+            (Some(aws), _) => (aws, "AWS's"),
+            (None, Some(rtc)) => (rtc, "the machine's battery-backed one"),
+            (None, None) => return None,
+        };
+        let (off, way) = (seconds.unsigned_abs(), if seconds < 0 { "behind" } else { "ahead of" });
+        (off > CLOCK_IS_WRONG).then(|| {
+            format!(
+                "this clock is {off} s {way} {than}: applications' requests are refused by AWS when it is more than 5 min; \
+                 put it right: chronyc makestep, or timedatectl set-ntp true, or in a VM hwclock --hctosys"
+            )
+        })
+    }
+
     /// The one container that is meant: by name, else by the beginning of its id, else by compose service.
     fn meant(&self, container: &str) -> Option<Arc<Record>> {
         let all = self.service.index.all();
@@ -893,10 +971,17 @@ impl Observer {
                 .as_ref()
                 .map(|error| format!(", last try: {error}"))
                 .unwrap_or_default();
+            let hint = match credentials.error.as_ref() {
+                Some(error) if error.starts_with("denied by sts") => format!(
+                    "; what the role must trust: imds-router explain {} --trust-policy",
+                    record.definition.name
+                ),
+                _ => String::new(),
+            };
             step(
                 "credentials",
                 credentials.state == "live",
-                format!("{}{until}{fake}{error}", credentials.state),
+                format!("{}{until}{fake}{error}{hint}", credentials.state),
             );
         }
         steps

@@ -132,6 +132,8 @@ pub struct Settings {
     pub aws_dir: Option<PathBuf>,
     /// `credentials.allow_process`: whether these files may run programs and name endpoints.
     pub allow_process: bool,
+    /// `credentials.ec2_error_documents`: whether a role that is denied is answered as EC2 does it.
+    pub ec2_error_documents: bool,
     /// `[compat]`
     pub compat: Compat,
     /// `[[allow]]`: none means that every container may have every role.
@@ -168,6 +170,7 @@ impl Default for Settings {
             sts_calls: 16,
             aws_dir: None,
             allow_process: false,
+            ec2_error_documents: false,
             compat: Compat::default(),
             allow: Vec::new(),
             roles: BTreeMap::new(),
@@ -547,6 +550,14 @@ pub const KEYS: &[Key] = &[
         expected: "true or false",
         about: "Whether the AWS files may run programs (credential_process), name endpoints, and token files anywhere.",
         read: |s, v| v.boolean().map(|it| s.allow_process = it),
+    },
+    Key {
+        path: "credentials.ec2_error_documents",
+        default: "false",
+        expected: "true or false",
+        about: "Whether a role that STS denies is listed, with EC2's own error document in place of credentials; some SDKs \
+                abort on it. Else there is no role, which all of them survive.",
+        read: |s, v| v.boolean().map(|it| s.ec2_error_documents = it),
     },
     Key {
         path: "compat.iam_docker",

@@ -10,13 +10,16 @@ use tokio::task::{AbortHandle, JoinSet};
 use tracing::{info, warn};
 
 use super::Resolver;
-use crate::clock::Clock;
+use crate::admin::{BaseStatus, Handover, Trust};
+use crate::clock::{Clock, rfc3339_seconds};
 use crate::config::Settings;
 use crate::containers::index::Index;
-use crate::credentials::base::{Bases, Setup};
+use crate::credentials::base::{BaseState, Bases, HandedOver, Setup};
 use crate::credentials::broker::ProviderError;
 use crate::credentials::files::AwsFiles;
+use crate::credentials::profile::Keys;
 use crate::credentials::sts::Sts;
+use crate::credentials::{RoleSession, Secret};
 use crate::instance::{Base, Surroundings};
 
 /// The first and the longest pause between two questions who the base is.
@@ -177,3 +180,147 @@ impl Resolver {
 
 /// The bases that are wanted.
 pub(super) type Wanted = watch::Sender<BTreeSet<Name>>;
+
+/// A base for `status`.
+pub(super) fn status(profile: Name, state: BaseState, arn: Option<String>) -> BaseStatus {
+    let (word, command) = match &state.error {
+        Some(ProviderError::NeedsAttention { command, .. }) => ("needs attention", Some(command.clone())),
+        Some(_) if state.origin.is_none() => ("failed", None),
+        _ => ("good", None),
+    };
+    BaseStatus {
+        profile,
+        state: word.to_owned(),
+        origin: state.origin,
+        arn,
+        until: state.until.map(rfc3339_seconds),
+        error: state.error.map(|error| error.to_string()),
+        command,
+    }
+}
+
+/// Takes over what was handed to us on the admin socket.
+pub(super) fn login(sts: &Sts, profile: Option<&str>, handover: &Handover) -> Result<String, String> {
+    let until = match &handover.expiration {
+        None => None,
+        Some(text) => Some(
+            text.parse::<jiff::Timestamp>()
+                .map_err(|_| format!("Expiration {text:?} is not a time; expected 2026-01-05T10:11:12Z"))?
+                .into(),
+        ),
+    };
+    let keys = Keys {
+        access_key_id: handover.access_key_id.clone(),
+        secret_access_key: Secret::new(&*handover.secret_access_key),
+        session_token: handover.session_token.as_deref().map(Secret::new),
+    };
+    sts.hand_over(profile, HandedOver { keys, until })?;
+    Ok(format!(
+        "handed over for {}, {}; kept in memory until then, or until imds-router is stopped",
+        profile.map_or("the daemon itself".to_owned(), |profile| format!("profile {profile}")),
+        handover
+            .expiration
+            .as_ref()
+            .map_or("which does not say when they expire".to_owned(), |until| format!(
+                "until {until}"
+            ))
+    ))
+}
+
+/// What the roles that a session goes through must trust: the base the first, each the one before.
+pub(super) fn trust(session: &RoleSession, base: Option<&str>) -> Vec<Trust> {
+    let mut principal = base.map_or_else(
+        || "(the base credentials are not known yet)".to_owned(),
+        trusted_principal,
+    );
+    let mut policies = Vec::new();
+    for (number, role) in session.chain.iter().chain([&session.role]).enumerate() {
+        let last = number == session.chain.len();
+        let mut actions = vec!["sts:AssumeRole"];
+        if last && !session.tags.is_empty() {
+            actions.push("sts:TagSession");
+        }
+        // It is set with the first role and stays; a role that does not allow it refuses the whole.
+        if session.source_identity.is_some() {
+            actions.push("sts:SetSourceIdentity");
+        }
+        let mut statement = serde_json::json!({
+            "Effect": "Allow",
+            "Principal": { "AWS": principal },
+            "Action": actions,
+        });
+        if let Some(id) = session.external_id.as_ref().filter(|_| last) {
+            statement["Condition"] = serde_json::json!({ "StringEquals": { "sts:ExternalId": id.reveal() } });
+        }
+        policies.push(Trust {
+            role: role.to_string(),
+            statement,
+        });
+        principal = role.to_string();
+    }
+    policies
+}
+
+/// The principal that a trust policy names for a caller: for a session of a role, the role. Its path is not in the ARN of
+/// the session.
+fn trusted_principal(arn: &str) -> String {
+    let role = arn.split_once(":assumed-role/").and_then(|(head, session)| {
+        let head = head.replacen(":sts:", ":iam:", 1);
+        Some(format!("{head}:role/{}", session.split('/').next()?))
+    });
+    role.unwrap_or_else(|| arn.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::credentials::RoleArn;
+
+    fn arn(name: &str) -> RoleArn {
+        RoleArn::parse(&format!("arn:aws:iam::111122223333:role/{name}")).unwrap()
+    }
+
+    #[test]
+    fn what_roles_must_trust() {
+        let mut session = RoleSession::new(arn("x"), "s1", Duration::from_secs(3600), "us-east-1");
+        let user = Some("arn:aws:iam::111122223333:user/me");
+        let plain = trust(&session, user);
+        assert_eq!(plain.len(), 1);
+        assert_eq!(
+            plain[0].statement,
+            serde_json::json!({
+                "Effect": "Allow",
+                "Principal": { "AWS": "arn:aws:iam::111122223333:user/me" },
+                "Action": ["sts:AssumeRole"],
+            })
+        );
+        session.chain = vec![arn("between")];
+        session.external_id = Some(Secret::new("word"));
+        session.tags.insert("team".into(), "a".into());
+        session.source_identity = Some("me".into());
+        let all = trust(&session, Some("arn:aws-cn:sts::111122223333:assumed-role/dev/me"));
+        let statements: Vec<_> = all.iter().map(|it| (it.role.as_str(), &it.statement)).collect();
+        assert_eq!(
+            statements,
+            [
+                (
+                    "arn:aws:iam::111122223333:role/between",
+                    &serde_json::json!({
+                        "Effect": "Allow",
+                        "Principal": { "AWS": "arn:aws-cn:iam::111122223333:role/dev" },
+                        "Action": ["sts:AssumeRole", "sts:SetSourceIdentity"],
+                    })
+                ),
+                (
+                    "arn:aws:iam::111122223333:role/x",
+                    &serde_json::json!({
+                        "Effect": "Allow",
+                        "Principal": { "AWS": "arn:aws:iam::111122223333:role/between" },
+                        "Action": ["sts:AssumeRole", "sts:TagSession", "sts:SetSourceIdentity"],
+                        "Condition": { "StringEquals": { "sts:ExternalId": "word" } },
+                    })
+                ),
+            ]
+        );
+    }
+}

@@ -265,7 +265,7 @@ impl Bases {
             )))
         });
         held.of = of;
-        let answer = match fetched {
+        match fetched {
             Ok(base) => {
                 let base = Arc::new(base);
                 (held.base, held.failed) = (Some(base.clone()), None);
@@ -280,8 +280,7 @@ impl Bases {
                 self.show(&slot, held.base.as_deref(), Some(&error));
                 held.base.clone().ok_or(error)
             }
-        };
-        answer
+        }
     }
 
     /// The region that the configuration of `profile` names.
@@ -339,7 +338,7 @@ impl Bases {
                 );
             }
             // What was handed over has ended, and nothing else may be there: then that is what is to be said.
-            return match self.from_chain(name, &sdk, &set).await {
+            return match self.chain(name, &sdk, &set).await {
                 Ok((credentials, origin)) => made(credentials, origin),
                 Err(error) => Err(match error {
                     ProviderError::NoBase(_) => ProviderError::NeedsAttention {
@@ -350,7 +349,7 @@ impl Bases {
                 }),
             };
         }
-        let (credentials, origin) = self.from_chain(name, &sdk, &set).await?;
+        let (credentials, origin) = self.chain(name, &sdk, &set).await?;
         made(credentials, origin)
     }
 
@@ -425,7 +424,7 @@ impl Bases {
     }
 
     /// The usual chain; a profile that is named is all of it.
-    async fn from_chain(
+    async fn chain(
         &self,
         name: Option<&str>,
         sdk: &SdkConfig,
@@ -457,10 +456,10 @@ impl Bases {
             let credentials = exchange_web_identity(sdk, role, session_name, &token).await?;
             return Ok((credentials, format!("web identity, role {role}")));
         }
-        self.from_container_endpoint().await
+        self.container_endpoint().await
     }
 
-    async fn from_container_endpoint(&self) -> Result<(aws_credential_types::Credentials, String), ProviderError> {
+    async fn container_endpoint(&self) -> Result<(aws_credential_types::Credentials, String), ProviderError> {
         let full = self.variable("AWS_CONTAINER_CREDENTIALS_FULL_URI");
         let relative = self.variable("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI");
         let (name, uri) = match (relative, full) {
@@ -549,14 +548,64 @@ impl Bases {
     }
 }
 
+/// What a `credential_process` prints (AWS SDKs and Tools reference guide, process credential provider).
+#[derive(serde::Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Printed {
+    version: u32,
+    access_key_id: String,
+    secret_access_key: String,
+    #[serde(default)]
+    session_token: Option<String>,
+    #[serde(default)]
+    expiration: Option<jiff::Timestamp>,
+}
+
+/// A program and all that it has started, until it is done with.
+struct Running(Option<rustix::process::Pid>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(group) = self.0 {
+            // It may have ended by itself.
+            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+/// Runs a program for its credentials. One that hangs is ended with its children: the SDK's own leaves it behind.
 async fn process(name: &str, command: &Secret) -> Result<aws_credential_types::Credentials, ProviderError> {
-    let provider = aws_config::credential_process::CredentialProcessProvider::new(command.reveal().to_owned());
     // What such a program prints may be secret, whatever comes of it.
-    provider.provide_credentials().await.map_err(|_| {
+    let failed = || {
         ProviderError::NoBase(format!(
             "profile {name}: its credential_process gives no credentials; running it by hand says why"
         ))
-    })
+    };
+    let child = tokio::process::Command::new("sh")
+        .args(["-c", command.reveal()])
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::null())
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|_| failed())?;
+    let pid = child.id().and_then(|id| i32::try_from(id).ok());
+    let mut running = Running(pid.and_then(rustix::process::Pid::from_raw));
+    let output = child.wait_with_output().await.map_err(|_| failed())?;
+    // Its number may be somebody else's from now on.
+    running.0 = None;
+    let printed: Printed = serde_json::from_slice(&output.stdout).map_err(|_| failed())?;
+    if !output.status.success() || printed.version != 1 {
+        return Err(failed());
+    }
+    Ok(aws_credential_types::Credentials::new(
+        printed.access_key_id,
+        printed.secret_access_key,
+        printed.session_token,
+        printed.expiration.map(SystemTime::from),
+        "credential_process",
+    ))
 }
 
 fn as_sdk(keys: &Keys, until: Option<SystemTime>) -> aws_credential_types::Credentials {

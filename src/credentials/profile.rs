@@ -339,7 +339,8 @@ fn source(
     if let Some((role_arn, token_file)) = web_identity {
         let token_file = PathBuf::from(token_file);
         let plain = !token_file.components().any(|it| it == std::path::Component::ParentDir);
-        if !allowed.process && !(plain && token_file.starts_with(allowed.directory)) {
+        let inside = plain && token_file.starts_with(allowed.directory);
+        if !(allowed.process || inside) {
             return Err(ProfileError::NotAllowed {
                 profile: profile.name().to_owned(),
                 key: "web_identity_token_file",

@@ -287,6 +287,33 @@ async fn the_usual_chain() {
 }
 
 #[tokio::test]
+async fn a_program_that_hangs_is_ended_with_what_it_has_started() {
+    let mark = tempfile::tempdir().unwrap();
+    let pid = mark.path().join("pid");
+    let command = Secret::new(format!("sleep 600 & echo $! > {}; wait", pid.display()));
+    let started = async {
+        loop {
+            if let Some(pid) = std::fs::read_to_string(&pid).ok().filter(|it| it.ends_with('\n')) {
+                return pid;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    let pid = tokio::select! {
+        _ = process("p", &command) => panic!("it does not end by itself"),
+        pid = started => pid,
+    };
+    let stat = format!("/proc/{}/stat", pid.trim());
+    loop {
+        match std::fs::read_to_string(&stat) {
+            // A zombie until somebody takes it in, which is not ours to do.
+            Ok(stat) if !stat.contains(") Z ") => tokio::task::yield_now().await,
+            _ => break,
+        }
+    }
+}
+
+#[tokio::test]
 async fn files_that_are_not_trusted_stop_who_needs_them() {
     use std::os::unix::fs::PermissionsExt as _;
     let desk = Desk::new().await;
