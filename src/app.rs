@@ -7,7 +7,7 @@ mod base;
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::io::{self, Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::{
     DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
 };
@@ -26,16 +26,21 @@ use crate::admin::{
     self, BaseStatus, ClockStatus, ContainerStatus, CredentialStatus, EngineStatus, Explanation, Judgement,
     Observatory, RefusalStatus, RequestStatus, Status,
 };
+use crate::caller::address::EngineWord;
+use crate::caller::cgroup::Cgroups;
 use crate::caller::connection::{Interfaces, remember_ingress};
-use crate::caller::kernel::{Doors, HostKernel, KernelError};
+use crate::caller::kernel::{Doors, HostKernel, KernelError, Opened};
+use crate::caller::level::{Lack, lacking};
 use crate::caller::socket::DiagSocket;
 use crate::clock::{Clock, rfc3339_seconds};
-use crate::config::{Attach, Compat, CredentialSource, RELOADED, Settings};
+use crate::config::{Attach, Compat, CredentialSource, Nested, Proof, RELOADED, Settings};
 use crate::containers::compat;
 use crate::containers::docker::{DEFAULT_HOST, Engine};
 use crate::containers::index::{EngineState, Index};
-use crate::containers::watcher::{ContainerEngine as _, EngineError, Hold, Instances, Ports, Watcher, own_environment};
-use crate::containers::{Attachments, ContainerId, Definition, NamespaceId, NetworkMode, Record};
+use crate::containers::watcher::{
+    ContainerEngine as _, EngineError, Hold, Instances, Kernel, Ports, Watcher, own_environment,
+};
+use crate::containers::{Attachments, ContainerId, Definition, Level, NamespaceId, NetworkMode, Record};
 use crate::credentials::broker::{Broker, CredentialProvider, LINGER, LINGER_NEVER_STARTED, Lease, Limits};
 use crate::credentials::offline::Offline;
 use crate::credentials::sts::Sts;
@@ -44,12 +49,14 @@ use crate::host::apply::{Interception, clear};
 use crate::host::{HostError, LINK, Plan};
 use crate::instance::{FALLBACK_REGION, Instance, Role, Surroundings, resolve};
 use crate::server::{self, RefusedConnection, Service};
-use crate::telemetry::printable;
+use crate::telemetry::{printable, with_causes};
 use crate::wire::imds::credentials_document;
 use crate::wire::token::{TokenAuthority, TokenKey};
 
 /// The address of the metadata service.
 pub const IMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+/// Its IPv6 address (EC2 user guide, "Access instance metadata").
+pub const IMDS_ADDRESS_IPV6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
 /// The port that is listened on; the next free one if it is taken.
 pub const DEFAULT_PORT: u16 = 51_254;
 /// Ports that are tried.
@@ -58,15 +65,33 @@ const PORTS: u16 = 64;
 const BACKLOG: i32 = 1024;
 /// A clock that is off by more than so many seconds is warned of; AWS takes requests that are off by five minutes.
 const CLOCK_IS_WRONG: u64 = 60;
+/// What attach `host` is not.
+pub const ATTACH_HOST: &str = "attach host protects identity, not confidentiality: it proves who asks, but a neighbour with \
+    NET_RAW (Docker's default) on the same bridge can divert answers; --cap-drop NET_RAW, a network each, attach namespace, \
+    or [serve] freeze_links = true closes that";
 /// How often interception is looked at even if nobody says that it has changed.
 const VERIFY: Duration = Duration::from_secs(10);
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {
-    /// No cgroup v2.
+    /// The kernel cannot be asked.
     #[error("callers cannot be proven on this host")]
     Proof(#[from] KernelError),
+    /// The kernel cannot be asked, and what is lacking for it is known.
+    #[error(
+        "callers cannot be proven here: {}\n\
+         hint: as a container: {DOCKER_RUN}\n\
+         hint: [serve] proof = \"address\" takes the engine's word for who is at an address; a neighbour with NET_RAW \
+         (Docker's default) can then take another's credentials", listed(.0)
+    )]
+    Lacking(Vec<Lack>),
+    /// What was asked for needs more than there is.
+    #[error(
+        "attach namespace is not possible here: {}\nhint: [serve] attach = \"auto\" or \"host\" goes with proof = \"address\"",
+        listed(.0)
+    )]
+    NoNamespaces(Vec<Lack>),
     /// No sock_diag.
     #[error("the kernel cannot be asked about connections (sock_diag)\nhint: modprobe -a inet_diag tcp_diag")]
     Diag(#[source] io::Error),
@@ -96,6 +121,33 @@ pub enum AppError {
     },
 }
 
+/// How the daemon runs as a container with all that it needs.
+pub const DOCKER_RUN: &str = "docker run -d --name imds-router --restart unless-stopped --network host --pid host --cgroupns host \
+    --cap-drop ALL --cap-add NET_ADMIN --cap-add SYS_ADMIN --cap-add SYS_PTRACE --security-opt apparmor=unconfined \
+    -v /var/run/docker.sock:/var/run/docker.sock -v /sys/fs/cgroup:/sys/fs/cgroup:ro \
+    -v imds-router:/var/lib/imds-router imds-router serve";
+
+fn listed(lacks: &[Lack]) -> String {
+    let all: Vec<_> = lacks.iter().map(ToString::to_string).collect();
+    all.join("; ")
+}
+
+/// What callers are proven by here, with these settings.
+async fn level(settings: &Settings) -> Result<Level, AppError> {
+    let lacks = lacking(&engine_host(settings)).await;
+    match (lacks.is_empty(), settings.proof, settings.attach) {
+        (true, ..) => Ok(Level::Full),
+        (false, Proof::Full, _) => Err(AppError::Lacking(lacks)),
+        (false, Proof::Address, Attach::Namespace) => Err(AppError::NoNamespaces(lacks)),
+        (false, Proof::Address, Attach::Auto | Attach::Host) => {
+            for lack in lacks {
+                warn!(%lack, "callers are proven by their address only, as the configuration allows");
+            }
+            Ok(Level::Address)
+        }
+    }
+}
+
 /// Runs until `shutdown` completes, then takes everything down again. What comes from `reloads` takes the place of
 /// `settings`, as far as a running daemon can change them.
 ///
@@ -108,8 +160,9 @@ pub async fn run(
 ) -> Result<(), AppError> {
     let clock = Clock::system();
     let tokens = token_authority(&settings.state_dir, &clock)?;
+    let level = level(&settings).await?;
     let admin = admin_listener(&settings.admin_socket)?;
-    let (listener, port) = listen().map_err(AppError::Listen)?;
+    let (listener, listening) = listen(IMDS_ADDRESS.into()).map_err(AppError::Listen)?;
     let listener = TcpListener::from_std(listener).map_err(AppError::Listen)?;
 
     let sts = match settings.source {
@@ -135,6 +188,7 @@ pub async fn run(
     let (changed, changes) = watch::channel(0);
     let resolver = Arc::new(Resolver {
         settings: ArcSwap::from_pointee(settings),
+        level,
         around: ArcSwap::from_pointee(around),
         broker: broker.clone(),
         changed,
@@ -157,19 +211,23 @@ pub async fn run(
         },
         own_ends,
     );
-    let kernel = HostKernel::new(Arc::new(HostDoors {
-        service: service.clone(),
-        runtime: Handle::current(),
-    }))?;
-    let host = kernel.host_namespace();
+    let kernel: Arc<dyn Kernel> = match level {
+        Level::Full => Arc::new(HostKernel::new(Arc::new(HostDoors {
+            service: service.clone(),
+            runtime: Handle::current(),
+            ipv6: settings.ipv6,
+            nested: settings.nested == Nested::Outer,
+        }))?),
+        Level::Address => Arc::new(EngineWord::new(clock.clone())),
+    };
+    let host = Cgroups::this_threads_namespace().map_err(|error| KernelError::Namespace(error.to_string()))?;
     let engine = engine_host(&settings);
     let ports = Ports {
         engine: Arc::new(Engine::new(&engine, clock.clone())),
-        kernel: Arc::new(kernel),
+        kernel,
         instances: resolver.clone(),
         changed: changes,
     };
-    let listening = SocketAddrV4::new(IMDS_ADDRESS, port);
     let observer = Arc::new(Observer {
         resolver: resolver.clone(),
         service: service.clone(),
@@ -178,13 +236,29 @@ pub async fn run(
     });
 
     // From here on the host is changed; what fails takes its own part down again.
-    let interception = intercept(&Plan::host(listening), &clock).await?;
-    for part in interception.taken_over() {
+    let mut interception = vec![intercept(&Plan::host(listening), &clock).await?];
+    let interfaces = Arc::new(Interfaces::new(LINK));
+    let mut tasks = tokio::task::JoinSet::new();
+    if settings.ipv6 && has_ipv6() {
+        match intercept_ipv6(&clock).await {
+            Ok((also, listener)) => {
+                interception.push(also);
+                tasks.spawn(server::accept_on_host(
+                    listener,
+                    interfaces.clone(),
+                    host,
+                    level,
+                    service.clone(),
+                ));
+            }
+            Err(why) => warn!(why, "not served at {IMDS_ADDRESS_IPV6}"),
+        }
+    }
+    for part in interception.iter().flat_map(Interception::taken_over) {
         warn!(%part, "was there already: an earlier daemon did not end cleanly; taken over");
     }
-    let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(Watcher::new(ports, index.clone(), misses, clock).run());
-    tasks.spawn(server::accept_on_host(listener, Interfaces::new(LINK), host, service));
+    tasks.spawn(server::accept_on_host(listener, interfaces, host, level, service));
     tasks.spawn(admin::serve(admin, observer));
     tasks.spawn(broker.watch_clocks());
     tasks.spawn(reload(reloads, resolver.clone()));
@@ -193,7 +267,7 @@ pub async fn run(
         tasks.spawn(base::learn(sts, bases, resolver.clone(), index.clone()));
     }
     info!(
-        version = env!("CARGO_PKG_VERSION"), attach = resolver.attach(), proof = "full", %listening, engine,
+        version = env!("CARGO_PKG_VERSION"), attach = resolver.attach(), proof = resolver.proof(), %listening, engine,
         admin = %settings.admin_socket.display(), "serving"
     );
     for warning in resolver.warnings() {
@@ -201,12 +275,35 @@ pub async fn run(
     }
     let interception = guard(interception, shutdown).await;
     info!("stopping");
-    // The address goes first: nobody is answered by half a daemon.
-    let down = interception.down();
+    // The address goes first: nobody is answered by half a daemon. What came last goes first.
+    let down: Vec<_> = interception.into_iter().rev().map(Interception::down).collect();
     tasks.shutdown().await;
     leave_namespaces(&index).await;
     let _ = std::fs::remove_file(&settings.admin_socket);
-    Ok(down?)
+    down.into_iter().collect::<Result<(), _>>().map_err(AppError::from)
+}
+
+/// Listens at the IPv6 address as well.
+async fn intercept_ipv6(clock: &Clock) -> Result<(Interception, TcpListener), String> {
+    let (listener, listening) = listen(IMDS_ADDRESS_IPV6.into()).map_err(|error| error.to_string())?;
+    let listener = TcpListener::from_std(listener).map_err(|error| error.to_string())?;
+    let interception = intercept(&Plan::host(listening), clock).await;
+    Ok((interception.map_err(|error| with_causes(&error))?, listener))
+}
+
+/// What interception is on the host, without a daemon: one plan an address.
+pub fn plans() -> Vec<Plan> {
+    let ipv6 = has_ipv6().then_some(IMDS_ADDRESS_IPV6.into());
+    let addresses = std::iter::once(IMDS_ADDRESS.into()).chain(ipv6);
+    // The listener's port does not matter for what stays without a daemon.
+    addresses
+        .map(|address: IpAddr| Plan::host(SocketAddr::new(address, DEFAULT_PORT)))
+        .collect()
+}
+
+/// Whether the network namespace of the calling thread speaks IPv6 on its loopback (ip-sysctl, `disable_ipv6`).
+fn has_ipv6() -> bool {
+    std::fs::read("/proc/sys/net/ipv6/conf/lo/disable_ipv6").is_ok_and(|text| text.starts_with(b"0"))
 }
 
 /// Takes the service out of every container's network namespace.
@@ -230,34 +327,72 @@ async fn leave_namespaces(index: &Index) {
 struct HostDoors {
     service: Arc<Service>,
     runtime: Handle,
+    ipv6: bool,
+    nested: bool,
+}
+
+impl HostDoors {
+    /// One address: rules, listener, and what was there before.
+    fn open_at(&self, address: IpAddr, opened: &mut Opened) -> io::Result<()> {
+        let (listener, listening) = listen(address)?;
+        // What is up stays up without the handle on it: it goes with the namespace, or by `close`.
+        let up = Interception::up(Plan::namespace(listening, self.nested)).map_err(io::Error::other)?;
+        let others = up.left_alone().iter();
+        opened
+            .left_alone
+            .extend(others.map(|part| format!("{part} was put there by another program; left alone")));
+        opened.listeners.push(listener);
+        Ok(())
+    }
+
+    /// Those addresses of the service that this namespace can have.
+    fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let ipv6 = (self.ipv6 && has_ipv6()).then_some(IMDS_ADDRESS_IPV6.into());
+        std::iter::once(IMDS_ADDRESS.into()).chain(ipv6)
+    }
 }
 
 impl Doors for HostDoors {
-    fn open(&self) -> io::Result<std::net::TcpListener> {
-        let (listener, port) = listen()?;
-        // What is up stays up without the handle on it: it goes with the namespace, or by `close`.
-        drop(Interception::up(inside(port)).map_err(io::Error::other)?);
-        Ok(listener)
+    fn open(&self) -> io::Result<Opened> {
+        let mut opened = Opened {
+            listeners: Vec::new(),
+            bridges: None,
+            left_alone: Vec::new(),
+        };
+        if self.nested {
+            let bridges = Interfaces::new(LINK);
+            // The first question opens its socket, which has to be in here.
+            bridges.kind(server::LOOPBACK);
+            opened.bridges = Some(bridges);
+        }
+        for address in self.addresses() {
+            if let Err(error) = self.open_at(address, &mut opened) {
+                let _ = self.close();
+                return Err(error);
+            }
+        }
+        Ok(opened)
     }
 
     fn close(&self) -> io::Result<()> {
-        clear(&inside(DEFAULT_PORT)).map(drop).map_err(io::Error::other)
+        for address in self.addresses() {
+            let plan = Plan::namespace(SocketAddr::new(address, DEFAULT_PORT), self.nested);
+            clear(&plan).map_err(io::Error::other)?;
+        }
+        Ok(())
     }
 
-    fn serve(&self, listener: std::net::TcpListener, namespace: NamespaceId) -> AbortHandle {
+    fn serve(&self, opened: Opened, namespace: NamespaceId) -> AbortHandle {
         let service = self.service.clone();
         let serving = async move {
-            match TcpListener::from_std(listener) {
-                Ok(listener) => server::accept_inside(listener, namespace, service).await,
+            let listeners = opened.listeners.into_iter().map(TcpListener::from_std);
+            match listeners.collect() {
+                Ok(listeners) => server::accept_inside(listeners, namespace, opened.bridges, service).await,
                 Err(error) => error!(%error, "a listener inside a container cannot be used"),
             }
         };
         self.runtime.spawn(serving).abort_handle()
     }
-}
-
-fn inside(port: u16) -> Plan {
-    Plan::namespace(SocketAddrV4::new(IMDS_ADDRESS, port))
 }
 
 /// Puts interception up. The table of a daemon that was killed a moment ago may still be there: the kernel takes it away
@@ -275,24 +410,27 @@ async fn intercept(plan: &Plan, clock: &Clock) -> Result<Interception, HostError
 }
 
 /// Puts interception back whenever somebody removes it, until `shutdown`.
-async fn guard(mut interception: Interception, shutdown: impl Future<Output = ()>) -> Interception {
+async fn guard(mut interception: Vec<Interception>, shutdown: impl Future<Output = ()>) -> Vec<Interception> {
     let mut shutdown = std::pin::pin!(shutdown);
     loop {
         tokio::select! {
             () = &mut shutdown => return interception,
-            changed = interception.changed() => if let Err(error) = changed {
+            // Each hears of every change: one bell is enough.
+            changed = interception[0].changed() => if let Err(error) = changed {
                 warn!(%error, "changes of the host's network are not seen at once");
                 tokio::time::sleep(Duration::from_secs(1)).await;
             },
             () = tokio::time::sleep(VERIFY) => {}
         }
-        match interception.verify() {
-            Ok(steps) => {
-                for step in steps {
-                    warn!(%step, "interception was changed by somebody else; put back");
+        for part in &mut interception {
+            match part.verify() {
+                Ok(steps) => {
+                    for step in steps {
+                        warn!(%step, "interception was changed by somebody else; put back");
+                    }
                 }
+                Err(error) => error!(%error, "interception is not whole"),
             }
-            Err(error) => error!(%error, "interception is not whole"),
         }
     }
 }
@@ -495,22 +633,27 @@ pub fn host_name() -> String {
 
 /// Listens, in the network namespace of the calling thread, before the address is there (IP_FREEBIND, ip(7)): rules and
 /// listener come first, the address last.
-fn listen() -> io::Result<(std::net::TcpListener, u16)> {
+fn listen(address: IpAddr) -> io::Result<(std::net::TcpListener, SocketAddr)> {
     let mut taken = io::Error::other("no port was tried");
     for port in DEFAULT_PORT..DEFAULT_PORT + PORTS {
+        let address = SocketAddr::new(address, port);
         let socket = socket2::Socket::new(
-            socket2::Domain::IPV4,
+            socket2::Domain::for_address(address),
             socket2::Type::STREAM,
             Some(socket2::Protocol::TCP),
         )?;
-        socket.set_freebind_v4(true)?;
+        if address.is_ipv6() {
+            socket.set_only_v6(true)?;
+            socket.set_freebind_v6(true)?;
+        } else {
+            socket.set_freebind_v4(true)?;
+        }
         remember_ingress(&socket)?;
         // Connections of an earlier daemon in TIME_WAIT must not move the port.
         socket.set_reuse_address(true)?;
         socket.set_nonblocking(true)?;
-        let address = SocketAddrV4::new(IMDS_ADDRESS, port);
         match socket.bind(&address.into()).and_then(|()| socket.listen(BACKLOG)) {
-            Ok(()) => return Ok((socket.into(), port)),
+            Ok(()) => return Ok((socket.into(), address)),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => taken = error,
             Err(error) => return Err(error),
         }
@@ -609,6 +752,7 @@ fn token_key(state_dir: &Path) -> Result<TokenKey, AppError> {
 /// Settings, and what was learnt since.
 struct Resolver {
     settings: ArcSwap<Settings>,
+    level: Level,
     around: ArcSwap<Surroundings>,
     broker: Arc<Broker>,
     changed: watch::Sender<u64>,
@@ -641,9 +785,13 @@ impl Resolver {
     }
 
     fn attach(&self) -> &'static str {
-        match self.settings.load().attach {
-            Attach::Auto | Attach::Namespace => "namespace",
-            Attach::Host => "host",
+        if self.attaches() { "namespace" } else { "host" }
+    }
+
+    fn proof(&self) -> &'static str {
+        match self.level {
+            Level::Full => "full",
+            Level::Address => "address",
         }
     }
 
@@ -697,7 +845,7 @@ impl Instances for Resolver {
     }
 
     fn attaches(&self) -> bool {
-        self.settings.load().attach != Attach::Host
+        self.level == Level::Full && self.settings.load().attach != Attach::Host
     }
 
     fn image_labels_count(&self) -> bool {
@@ -724,7 +872,7 @@ struct Observer {
     resolver: Arc<Resolver>,
     service: Arc<Service>,
     clock: Clock,
-    listening: SocketAddrV4,
+    listening: SocketAddr,
 }
 
 impl Observatory for Observer {
@@ -746,7 +894,7 @@ impl Observatory for Observer {
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             attach: self.resolver.attach().to_owned(),
-            proof: "full".to_owned(),
+            proof: self.resolver.proof().to_owned(),
             source: source.to_owned(),
             listening: self.listening.to_string(),
             engine: EngineStatus {
@@ -930,7 +1078,14 @@ impl Observer {
         }
         let proof =
             "an ESTABLISHED socket of exactly the connection, in that namespace, made by that cgroup or one below";
-        step("proof", true, format!("required on each connection: {proof}"));
+        match self.resolver.level {
+            Level::Full => step("proof", true, format!("required on each connection: {proof}")),
+            Level::Address => step(
+                "proof",
+                true,
+                "its address, by the engine's word only, as the configuration allows".to_owned(),
+            ),
+        }
         step(
             "endpoint",
             instance.endpoint,
@@ -1000,6 +1155,7 @@ impl Observer {
                 "the service does not listen inside it: {why}; it is served over the host, if its network leads there"
             )
         }));
+        problems.extend(record.left_alone.iter().cloned());
         problems.extend(self.shares(record));
         if !record.definition.image_labels.is_empty() {
             problems.push(format!(

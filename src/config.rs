@@ -34,6 +34,24 @@ pub enum Attach {
     Host,
 }
 
+/// The least that a caller must be proven by.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Proof {
+    /// The kernel, on every connection. Where it cannot be asked, the daemon does not start.
+    Full,
+    /// Where the kernel cannot be asked, the engine's word on who is at which address.
+    Address,
+}
+
+/// What containers inside a container get.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Nested {
+    /// Nothing.
+    Refuse,
+    /// What the outer container gets.
+    Outer,
+}
+
 /// Who finds an instance metadata service at all.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum HttpEndpoint {
@@ -100,6 +118,12 @@ pub struct Settings {
     pub unknown_labels_are_errors: bool,
     /// `serve.attach`
     pub attach: Attach,
+    /// `serve.proof`
+    pub proof: Proof,
+    /// `serve.nested`
+    pub nested: Nested,
+    /// `serve.freeze_links`: whether neighbours are kept from diverting what goes over a bridge.
+    pub freeze_links: bool,
     /// `serve.hold`: the longest that a request waits, in all.
     pub hold: Duration,
     /// `serve.admin_socket`
@@ -112,6 +136,8 @@ pub struct Settings {
     pub http_endpoint: HttpEndpoint,
     /// `imds.http_tokens`
     pub http_tokens: HttpTokens,
+    /// `imds.http_protocol_ipv6`: whether the service is also at its IPv6 address.
+    pub ipv6: bool,
     /// `imds.hosts`: names accepted in `Host` beside EC2's own.
     pub hosts: Vec<String>,
     /// `credentials.source`
@@ -154,12 +180,16 @@ impl Default for Settings {
             image_labels: false,
             unknown_labels_are_errors: true,
             attach: Attach::Auto,
+            proof: Proof::Full,
+            nested: Nested::Refuse,
+            freeze_links: false,
             hold: Duration::from_millis(400),
             admin_socket: DEFAULT_ADMIN_SOCKET.into(),
             state_dir: "/var/lib/imds-router".into(),
             labels_may_lower: false,
             http_endpoint: HttpEndpoint::Labelled,
             http_tokens: HttpTokens::Optional,
+            ipv6: true,
             hosts: Vec::new(),
             source: CredentialSource::Sts,
             profile: None,
@@ -401,9 +431,29 @@ pub const KEYS: &[Key] = &[
     Key {
         path: "serve.proof",
         default: "full",
-        expected: "\"full\" (\"address\" is not in this version yet)",
-        about: "How a caller is proven. `full`: by the kernel, on every connection.",
-        read: |_, v| v.one_of(&[("full", ())]),
+        expected: "\"full\" or \"address\"",
+        about: "The least that a caller is proven by. `full`: the kernel, on every connection. `address`: where the kernel cannot be asked, who the engine says is at that address; a neighbour with NET_RAW can send with it.",
+        read: |s, v| {
+            v.one_of(&[("full", Proof::Full), ("address", Proof::Address)])
+                .map(|it| s.proof = it)
+        },
+    },
+    Key {
+        path: "serve.nested",
+        default: "refuse",
+        expected: "\"refuse\" or \"outer\"",
+        about: "What containers inside a container (Docker-in-Docker) get: nothing, or what the outer one gets. Attach `namespace` only.",
+        read: |s, v| {
+            v.one_of(&[("refuse", Nested::Refuse), ("outer", Nested::Outer)])
+                .map(|it| s.nested = it)
+        },
+    },
+    Key {
+        path: "serve.freeze_links",
+        default: "false",
+        expected: "true or false",
+        about: "Whether a served container's MAC and IPv4 address are taken from its own link only, on every bridge of this host: then no neighbour diverts what goes over one (attach `host`).",
+        read: |s, v| v.boolean().map(|it| s.freeze_links = it),
     },
     Key {
         path: "serve.hold",
@@ -458,6 +508,16 @@ pub const KEYS: &[Key] = &[
         read: |s, v| {
             v.one_of(&[("optional", HttpTokens::Optional), ("required", HttpTokens::Required)])
                 .map(|it| s.http_tokens = it)
+        },
+    },
+    Key {
+        path: "imds.http_protocol_ipv6",
+        default: "enabled",
+        expected: "\"enabled\" or \"disabled\"",
+        about: "Whether the service is also at fd00:ec2::254, where there is IPv6.",
+        read: |s, v| {
+            v.one_of(&[("enabled", true), ("disabled", false)])
+                .map(|it| s.ipv6 = it)
         },
     },
     Key {

@@ -28,7 +28,7 @@ use crate::caller::connection::{Interface, Interfaces, ingress};
 use crate::caller::{Caller, Connection, OwnEnds, Refusal, Via, identify, other_end};
 use crate::clock::Clock;
 use crate::containers::index::Index;
-use crate::containers::{ContainerId, Life, NamespaceId};
+use crate::containers::{ContainerId, Level, Life, NamespaceId};
 use crate::credentials::broker::{Broker, NoCredentials, ProviderError, Published};
 use crate::instance::{Instance, Role};
 use crate::metadata::Node;
@@ -167,12 +167,14 @@ impl Drop for Place<'_> {
     }
 }
 
-/// Accepts on the host until the task is dropped. `host`: the host's own network namespace.
+/// Accepts on the host until the task is dropped. `host`: the host's own network namespace; `level`: what callers are proven
+/// by.
 #[cfg(target_os = "linux")]
 pub async fn accept_on_host(
     listener: tokio::net::TcpListener,
-    interfaces: Interfaces,
+    interfaces: Arc<Interfaces>,
     host: NamespaceId,
+    level: Level,
     service: Arc<Service>,
 ) {
     let via = |stream: &TcpStream, client| {
@@ -180,6 +182,8 @@ pub async fn accept_on_host(
         match interfaces.kind(interface) {
             Interface::Own => Some(Via::Namespace(host)),
             Interface::Bridge => Some(Via::Bridge(interface)),
+            // In a container of its own the daemon has no bridges, only a link to the others' network.
+            Interface::Foreign if level == Level::Address => Some(Via::Bridge(interface)),
             Interface::Foreign => {
                 // Closed without a byte.
                 service.refusals.note(&Refusal::ForeignInterface(interface), client);
@@ -192,23 +196,41 @@ pub async fn accept_on_host(
 
 /// The loopback's number: the first interface of every network namespace (`LOOPBACK_IFINDEX`, net/flow.h).
 #[cfg(target_os = "linux")]
-const LOOPBACK: u32 = 1;
+pub const LOOPBACK: u32 = 1;
 
-/// Accepts inside a container's network namespace until the task is dropped.
+/// Accepts inside a container's network namespace until the task is dropped. `bridges`: its interfaces, where those who come
+/// in over a bridge of its own are heard as well.
 #[cfg(target_os = "linux")]
-pub async fn accept_inside(listener: tokio::net::TcpListener, namespace: NamespaceId, service: Arc<Service>) {
-    let via = |stream: &TcpStream, _| {
-        // Who lives here comes over the loopback; anything else was sent in from outside.
-        (ingress(stream).ok()? == LOOPBACK).then_some(Via::Namespace(namespace))
+pub async fn accept_inside(
+    listeners: Vec<tokio::net::TcpListener>,
+    namespace: NamespaceId,
+    bridges: Option<Interfaces>,
+    service: Arc<Service>,
+) {
+    let via = |stream: &TcpStream, client| {
+        let interface = ingress(stream).ok()?;
+        let bridge = || bridges.as_ref().map(|bridges| bridges.kind(interface)) == Some(Interface::Bridge);
+        // Who lives here comes over the loopback.
+        if interface == LOOPBACK {
+            Some(Via::Namespace(namespace))
+        } else if bridge() {
+            Some(Via::Nested(namespace, interface))
+        } else {
+            // Closed without a byte.
+            let refusal = Refusal::SentInside { namespace, interface };
+            service.refusals.note(&refusal, client);
+            None
+        }
     };
-    accept(&listener, &service, via).await;
+    let accepting = listeners.iter().map(|listener| accept(listener, &service, via));
+    futures_util::future::join_all(accepting).await;
 }
 
 #[cfg(target_os = "linux")]
 async fn accept(
     listener: &tokio::net::TcpListener,
     service: &Arc<Service>,
-    via: impl Fn(&TcpStream, SocketAddr) -> Option<Via>,
+    via: impl Fn(&TcpStream, SocketAddr) -> Option<Via> + Copy,
 ) {
     loop {
         match listener.accept().await {
@@ -383,7 +405,10 @@ impl Session {
 
     async fn reply(&self, request: &Parts, deadline: Instant) -> Reply {
         let life = self.caller.life();
-        let instance = life.instance.load_full();
+        let mut instance = life.instance.load_full();
+        if instance.endpoint_open {
+            instance = self.decided(instance, deadline).await;
+        }
         if !instance.endpoint {
             let hint = "this container has no imds label, or its endpoint is disabled";
             return Reply::refused(Refused::Disabled)

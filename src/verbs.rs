@@ -157,17 +157,20 @@ async fn check(flags: &Common, compat: bool) -> Result<(), Failure> {
 
 #[cfg(target_os = "linux")]
 fn intercept(what: Intercept) -> Result<(), Failure> {
-    use crate::host::{Plan, apply};
-    // The listener's port does not matter for what stays without a daemon.
-    let plan = Plan::host(std::net::SocketAddrV4::new(
-        crate::app::IMDS_ADDRESS,
-        crate::app::DEFAULT_PORT,
-    ));
-    let (steps, nothing) = match what {
-        Intercept::Up => (apply::install(&plan)?, "everything is there already"),
-        Intercept::Down => (apply::clear(&plan)?, "nothing of ours is there"),
-        Intercept::Plan => (apply::pending(&plan)?, "everything is there already"),
+    use crate::host::apply;
+    let mut plans = crate::app::plans();
+    let (does, nothing): (fn(&_) -> _, _) = match what {
+        Intercept::Up => (apply::install, "everything is there already"),
+        Intercept::Down => (apply::clear, "nothing of ours is there"),
+        Intercept::Plan => (apply::pending, "everything is there already"),
     };
+    if what == Intercept::Down {
+        plans.reverse();
+    }
+    let mut steps = Vec::new();
+    for plan in &plans {
+        steps.extend(does(plan)?);
+    }
     let mut out = io::stdout();
     if steps.is_empty() {
         writeln!(out, "{nothing}")?;

@@ -28,6 +28,8 @@ const MAP: &[(&str, &[&str])] = &[
         ],
     ),
     ("caller", &["containers", "containers::index"]),
+    // What stands in for the kernel behind the watcher's port where there is none to ask.
+    ("caller::address", &["clock", "containers", "containers::watcher"]),
     // The real kernel behind the watcher's port.
     ("caller::kernel", &["containers", "containers::watcher", "telemetry"]),
     ("cli", &["config", "telemetry"]),

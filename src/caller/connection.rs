@@ -14,10 +14,35 @@ use std::sync::{Mutex, PoisonError};
 use dashmap::DashMap;
 use netlink_bindings::rt_link;
 use netlink_socket2::NetlinkSocket;
+use rustix::net::AddressFamily;
 
-/// linux/in.h
-const IP_PKTINFO: c_int = 8;
-const IP_PKTOPTIONS: c_int = 9;
+/// How an address family is told to remember a connection's first packet, and asked for it (ip(7), ipv6(7)).
+struct PacketOptions {
+    level: c_int,
+    remember: c_int,
+    ask: c_int,
+    /// Type of the control message that answers.
+    answer: c_int,
+}
+
+/// linux/in.h: IP_PKTINFO, IP_PKTOPTIONS.
+const IPV4: PacketOptions = PacketOptions {
+    level: libc::IPPROTO_IP,
+    remember: 8,
+    ask: 9,
+    answer: 8,
+};
+/// linux/in6.h: IPV6_RECVPKTINFO, IPV6_2292PKTOPTIONS, IPV6_PKTINFO.
+const IPV6: PacketOptions = PacketOptions {
+    level: libc::IPPROTO_IPV6,
+    remember: 49,
+    ask: 6,
+    answer: 50,
+};
+
+fn is_ipv6(socket: impl AsFd) -> io::Result<bool> {
+    Ok(rustix::net::sockopt::socket_domain(socket)? == AddressFamily::INET6)
+}
 
 /// Has the sockets that `listener` accepts remember where they came in.
 ///
@@ -25,13 +50,14 @@ const IP_PKTOPTIONS: c_int = 9;
 /// As setsockopt(2) says.
 #[allow(unsafe_code, reason = "no crate sets IP_PKTINFO on a TCP socket")]
 pub fn remember_ingress(listener: impl AsFd) -> io::Result<()> {
+    let options = if is_ipv6(&listener)? { &IPV6 } else { &IPV4 };
     let on: c_int = 1;
     // SAFETY: the descriptor is open for the whole call; the option is an int, and so is what the pointer leads to.
     let set = unsafe {
         libc::setsockopt(
             listener.as_fd().as_raw_fd(),
-            libc::IPPROTO_IP,
-            IP_PKTINFO,
+            options.level,
+            options.remember,
             (&raw const on).cast(),
             size_of::<c_int>() as libc::socklen_t,
         )
@@ -43,29 +69,38 @@ pub fn remember_ingress(listener: impl AsFd) -> io::Result<()> {
     }
 }
 
-/// A control message with a packet's information, as the kernel writes it (cmsg(3), ip(7)).
+/// A control message with a packet's information, as the kernel writes it (cmsg(3)): `in_pktinfo` or `in6_pktinfo`.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct PacketInfo {
+struct PacketInfo<T> {
     header: libc::cmsghdr,
-    info: libc::in_pktinfo,
+    info: T,
 }
 
 /// The interface that the connection came in on.
 ///
 /// # Errors
 /// When the kernel does not say: then nobody is let in.
-#[allow(unsafe_code, reason = "no crate reads IP_PKTOPTIONS")]
 pub fn ingress(accepted: impl AsFd) -> io::Result<u32> {
-    let mut message = MaybeUninit::<PacketInfo>::zeroed();
-    let mut length = size_of::<PacketInfo>() as libc::socklen_t;
+    if is_ipv6(&accepted)? {
+        return packet_info::<libc::in6_pktinfo>(&accepted, &IPV6).map(|info| info.ipi6_ifindex);
+    }
+    let info = packet_info::<libc::in_pktinfo>(&accepted, &IPV4)?;
+    u32::try_from(info.ipi_ifindex).map_err(io::Error::other)
+}
+
+/// `T` must be the plain structure that the kernel writes for `options`.
+#[allow(unsafe_code, reason = "no crate reads IP_PKTOPTIONS")]
+fn packet_info<T: Copy>(accepted: impl AsFd, options: &PacketOptions) -> io::Result<T> {
+    let mut message = MaybeUninit::<PacketInfo<T>>::zeroed();
+    let mut length = size_of::<PacketInfo<T>>() as libc::socklen_t;
     // SAFETY: the descriptor is open for the whole call; the kernel writes at most `length` bytes, which is the size of
     // what the pointer leads to.
     let got = unsafe {
         libc::getsockopt(
             accepted.as_fd().as_raw_fd(),
-            libc::IPPROTO_IP,
-            IP_PKTOPTIONS,
+            options.level,
+            options.ask,
             message.as_mut_ptr().cast(),
             &raw mut length,
         )
@@ -73,16 +108,17 @@ pub fn ingress(accepted: impl AsFd) -> io::Result<u32> {
     if got != 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the memory was zeroed, and all fields are plain numbers: any bytes are a value.
+    // SAFETY: the memory was zeroed, and both structures are plain numbers: any bytes are a value.
     let message = unsafe { message.assume_init() };
-    let whole = usize::try_from(length).is_ok_and(|length| length >= size_of::<PacketInfo>());
-    if !whole || message.header.cmsg_level != libc::IPPROTO_IP || message.header.cmsg_type != IP_PKTINFO {
+    let needed = std::mem::offset_of!(PacketInfo<T>, info) + size_of::<T>();
+    let whole = usize::try_from(length).is_ok_and(|length| length >= needed);
+    if !whole || message.header.cmsg_level != options.level || message.header.cmsg_type != options.answer {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
             "the kernel does not say where the connection came in",
         ));
     }
-    u32::try_from(message.info.ipi_ifindex).map_err(io::Error::other)
+    Ok(message.info)
 }
 
 /// What an interface is.
@@ -162,14 +198,16 @@ mod tests {
 
     #[test]
     fn a_connection_over_the_loopback_came_in_there() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        remember_ingress(&listener).unwrap();
-        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (accepted, _) = listener.accept().unwrap();
-        let number = ingress(&accepted).unwrap();
-        let interfaces = Interfaces::new("imds0");
-        assert_eq!(interfaces.kind(number), Interface::Own);
-        assert_eq!(interfaces.kind(4_000_000), Interface::Foreign);
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = TcpListener::bind(address).unwrap();
+            remember_ingress(&listener).unwrap();
+            let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (accepted, _) = listener.accept().unwrap();
+            let number = ingress(&accepted).unwrap();
+            let interfaces = Interfaces::new("imds0");
+            assert_eq!(interfaces.kind(number), Interface::Own, "{address}");
+            assert_eq!(interfaces.kind(4_000_000), Interface::Foreign);
+        }
     }
 
     #[test]

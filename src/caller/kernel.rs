@@ -17,29 +17,40 @@ use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 
 use super::cgroup::{self, CgroupError, Cgroups, FirstProcess};
+use super::connection::Interfaces;
 use super::namespace::open_in;
 use super::socket::DiagSocket;
-use crate::containers::watcher::{Birth, Kernel};
-use crate::containers::{CgroupId, ContainerId, NamespaceId, NetworkMode, SocketEvidence, Witness};
+use crate::containers::watcher::{Birth, Kernel, Run};
+use crate::containers::{CgroupId, ContainerId, LinkSeen, NamespaceId, NetworkMode, SocketEvidence, Witness};
 use crate::telemetry::with_causes;
 
 /// How the service comes to listen inside a network namespace, and leaves it. `open` and `close` are called on a thread
 /// that is inside.
 pub trait Doors: Send + Sync + 'static {
-    /// Puts address and rules up, and listens.
+    /// Puts addresses and rules up, and listens.
     ///
     /// # Errors
     /// Why not; nothing is left then.
-    fn open(&self) -> io::Result<TcpListener>;
+    fn open(&self) -> io::Result<Opened>;
 
-    /// Takes address and rules down.
+    /// Takes addresses and rules down.
     ///
     /// # Errors
     /// What is left, and why.
     fn close(&self) -> io::Result<()>;
 
-    /// Serves what the listener accepts, until aborted.
-    fn serve(&self, listener: TcpListener, namespace: NamespaceId) -> AbortHandle;
+    /// Serves what the listeners accept, until aborted.
+    fn serve(&self, opened: Opened, namespace: NamespaceId) -> AbortHandle;
+}
+
+/// The service, open inside a network namespace.
+pub struct Opened {
+    /// One an address family.
+    pub listeners: Vec<TcpListener>,
+    /// The interfaces in there, where who comes in over one of its bridges is to be heard.
+    pub bridges: Option<Interfaces>,
+    /// What another program had put there; it stays.
+    pub left_alone: Vec<String>,
 }
 
 /// This host's kernel.
@@ -124,8 +135,8 @@ impl HostKernel {
 }
 
 impl Kernel for HostKernel {
-    fn birth(&self, id: &ContainerId, pid: Option<u32>, mode: Option<&NetworkMode>) -> Result<Birth, String> {
-        let first = self.cgroups.first_process(id, pid, mode)?;
+    fn birth(&self, id: &ContainerId, run: Option<&Run>, mode: Option<&NetworkMode>) -> Result<Birth, String> {
+        let first = self.cgroups.first_process(id, run.map(|run| run.pid), mode)?;
         let namespace = self
             .namespace(&first)
             .map_err(|error| format!("its network namespace cannot be entered: {error}"))?;
@@ -176,6 +187,7 @@ struct Namespace {
 struct Door {
     wanted_by: BTreeSet<CgroupId>,
     serving: Option<AbortHandle>,
+    left_alone: Vec<String>,
 }
 
 struct KernelWitness {
@@ -241,27 +253,32 @@ impl Witness for KernelWitness {
         self.namespace.id
     }
 
+    fn links(&self) -> io::Result<Vec<LinkSeen>> {
+        self.namespace.diag.links()
+    }
+
     fn listens_inside(&self) -> bool {
         self.namespace.listens.load(Ordering::Acquire)
     }
 
-    fn attach(&self) -> Result<(), String> {
+    fn attach(&self) -> Result<Vec<String>, String> {
         // The host's own listener serves who is in the host's network.
         if self.namespace.is_host {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let mut door = self.namespace.door.lock().unwrap_or_else(PoisonError::into_inner);
         if door.serving.is_none() {
             self.namespace.listens.store(true, Ordering::Release);
-            let listener = self.inside(Doors::open).map_err(|error| {
+            let mut opened = self.inside(Doors::open).map_err(|error| {
                 self.namespace.listens.store(false, Ordering::Release);
                 with_causes(&error)
             })?;
-            door.serving = Some(self.namespace.doors.serve(listener, self.namespace.id));
+            door.left_alone = std::mem::take(&mut opened.left_alone);
+            door.serving = Some(self.namespace.doors.serve(opened, self.namespace.id));
         }
         door.wanted_by.insert(self.cgroup);
         self.attached.store(true, Ordering::Release);
-        Ok(())
+        Ok(door.left_alone.clone())
     }
 
     fn detach(&self) -> Result<(), String> {

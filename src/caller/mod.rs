@@ -19,21 +19,35 @@
 //!   addresses and ports need not be the other end of *this* connection: a neighbour that can send packets puts a request
 //!   into an idle one, or resets our end and takes the addresses over. Then one end has received what the other never sent.
 //! * **The life.** The first process's pidfd, looked at again on every request.
+//! * **A bridge inside a container's namespace** ([`Via::Nested`], off by default). Whoever comes in over one is behind the
+//!   container: it made the bridge, and decides who is on it. Says "this container, or what runs inside it", no more.
+//! * **The engine's word alone** ([`Level::Address`], off by default). Where the kernel cannot be asked (no rights, a remote
+//!   engine, cgroup v1 alone), the operator may say that an address is enough. It is what the spoofers of the tests defeat.
+//!
+//! Who controls what: the engine, and whoever may talk to it, names, labels and addresses; a container with `NET_RAW` every
+//! byte that it sends, and so addresses, MACs and sequence numbers; one with `NET_ADMIN` also the links and rules of its own
+//! namespace; a process with a delegated cgroup the *names* below it. Nobody but the kernel writes the id of a cgroup, the
+//! state and the counters of a socket, or a pidfd.
 //!
 //! What is left:
 //!
+//! * A cgroup id names who *made* a socket. A process that hands its connected socket to another one (SCM_RIGHTS) delegates,
+//!   as it could by handing on the credentials themselves.
 //! * Attach `host`: answers cross the bridge that the container is on. A neighbour on the same bridge with `NET_RAW` can
 //!   divert an answer in transit while all of this is true, and one that sits in the middle of a connection can change what
 //!   is asked and answered within its lengths. It identifies who connected; it does not keep secret. Attach `namespace`,
-//!   `--cap-drop NET_RAW`, or networks of their own close that.
+//!   `--cap-drop NET_RAW`, or networks of their own close that; `freeze_links` keeps neighbours from diverting (IPv4).
 //! * Containers that share a network namespace share a boundary: whoever has `NET_RAW` in it reads along.
 
+pub mod address;
 #[cfg(target_os = "linux")]
 pub mod cgroup;
 #[cfg(target_os = "linux")]
 pub mod connection;
 #[cfg(target_os = "linux")]
 pub mod kernel;
+#[cfg(target_os = "linux")]
+pub mod level;
 #[cfg(target_os = "linux")]
 pub mod namespace;
 #[cfg(target_os = "linux")]
@@ -45,7 +59,9 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use crate::containers::index::{EngineState, Index};
-use crate::containers::{CgroupId, ContainerId, Counters, Life, NamespaceId, NetworkMode, Record, SocketEvidence};
+use crate::containers::{
+    CgroupId, ContainerId, Counters, Level, Life, NamespaceId, NetworkMode, Record, SocketEvidence,
+};
 
 /// `TCP_ESTABLISHED` (include/net/tcp_states.h).
 const ESTABLISHED: u8 = 1;
@@ -70,13 +86,21 @@ pub enum Via {
     Namespace(NamespaceId),
     /// On the host, over a bridge, by its interface number: the source address leads to candidates.
     Bridge(u32),
+    /// Inside the network namespace of a container, over a bridge in there (its interface number): a container that runs
+    /// inside that container. Only where the operator lets those be the outer one.
+    Nested(NamespaceId, u32),
 }
 
-/// A life that was proven to be at the other end. Only [`identify`] makes one.
+/// A life that was proven to be at the other end. Only [`identify`] makes one:
+///
+/// ```compile_fail
+/// # fn guess(life: std::sync::Arc<imds_router::containers::Life>) -> imds_router::caller::Caller {
+/// imds_router::caller::Caller { life } // no proof in hand, and none can be made here
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Caller {
     life: Arc<Life>,
-    #[expect(dead_code, reason = "a caller without a proof in hand cannot be made")]
     proof: Proof,
 }
 
@@ -87,11 +111,19 @@ impl Caller {
     }
 }
 
-/// That the kernel has shown a socket of exactly this connection in the life's own namespace, made by the life.
+/// What was shown of the caller.
 #[derive(Clone, Copy, Debug)]
-struct Proof {
-    #[expect(dead_code, reason = "the evidence, for whoever looks at a caller in a debugger")]
-    socket: CgroupId,
+enum Proof {
+    /// By the kernel: a socket of exactly this connection in the life's own namespace, made by the life.
+    Socket {
+        #[expect(dead_code, reason = "the evidence, for whoever looks at a caller in a debugger")]
+        cgroup: CgroupId,
+    },
+    /// By the kernel: it came into the namespace of exactly one life over a bridge that is in there. Says that it is the
+    /// life, or in its care; the operator has allowed that to be the same.
+    Nested,
+    /// By nobody but the engine: the one container at this address runs. Only where the operator has asked for it.
+    Address,
 }
 
 /// Why nobody was proven, with what was seen. For the operator; the caller learns nothing.
@@ -106,6 +138,34 @@ pub enum Refusal {
     /// No container is known at the address.
     #[error("no container of the engine is at {0}")]
     UnknownAddress(IpAddr),
+    /// The address is the gateway of a network of the engine's.
+    #[error(
+        "{0} is a network's gateway, an address of this host: a published port's proxy, or translated traffic; \
+         who is behind it cannot be told"
+    )]
+    Gateway(IpAddr),
+    /// Nobody in the namespace that it came from has this connection.
+    #[error(
+        "no process at {0} has this connection: its addresses were translated on the way (NAT), so nobody can be proven"
+    )]
+    Translated(IpAddr),
+    /// It was sent into a container's network namespace from outside, or by a container inside that container.
+    #[error(
+        "came into network namespace {} over interface {interface}, not by a process in it; containers inside a container \
+         are answered where [serve] nested = \"outer\" says so", namespace.0
+    )]
+    SentInside {
+        /// The namespace.
+        namespace: NamespaceId,
+        /// The interface, as the namespace numbers it.
+        interface: u32,
+    },
+    /// Several containers share the namespace, and the evidence does not tell them apart.
+    #[error("{container} shares its network namespace: which of those who share it has asked cannot be told")]
+    Shared {
+        /// The container that the evidence leads to.
+        container: ContainerId,
+    },
     /// A container is at the address, but it has no life.
     #[error("{container} is at {address}, but does not run: {why}")]
     NoLife {
@@ -185,11 +245,15 @@ impl Refusal {
             | Self::NotEstablished { container, .. }
             | Self::ForeignCgroup { container, .. }
             | Self::HeardInside { container }
+            | Self::Shared { container }
             | Self::NotTheOtherEnd { container, .. }
             | Self::Unasked { container, .. } => Some(container),
             Self::ForeignInterface(_)
             | Self::Host(_)
             | Self::UnknownAddress(_)
+            | Self::Gateway(_)
+            | Self::Translated(_)
+            | Self::SentInside { .. }
             | Self::NotSynchronised
             | Self::Ambiguous => None,
         }
@@ -201,6 +265,10 @@ impl Refusal {
             Self::ForeignInterface(_) => "foreign-interface",
             Self::Host(_) => "host",
             Self::UnknownAddress(_) => "unknown-address",
+            Self::Gateway(_) => "gateway",
+            Self::Translated(_) => "translated",
+            Self::SentInside { .. } => "sent-inside",
+            Self::Shared { .. } => "shared",
             Self::NoLife { .. } => "no-life",
             Self::NotSynchronised => "not-synchronised",
             Self::NoSocket { .. } => "no-socket",
@@ -224,7 +292,7 @@ pub async fn identify(index: &Index, connection: Connection, deadline: Instant) 
     let mut changes = index.changes();
     let mut looked = std::pin::pin!(index.look_again(address));
     // In a namespace addresses tell nothing: there is nothing to ask the engine.
-    let mut has_looked = matches!(connection.via, Via::Namespace(_));
+    let mut has_looked = matches!(connection.via, Via::Namespace(_) | Via::Nested(..));
     loop {
         changes.mark_unchanged();
         let refusal = match prove(index, connection) {
@@ -240,7 +308,10 @@ pub async fn identify(index: &Index, connection: Connection, deadline: Instant) 
             () = &mut looked, if !has_looked => has_looked = true,
             changed = changes.changed() => if changed.is_err() { return Err(refusal) },
             () = tokio::time::sleep_until(deadline) => {
-                let unknown = matches!(refusal, Refusal::UnknownAddress(_) | Refusal::Host(_));
+                let unknown = matches!(
+                    refusal,
+                    Refusal::UnknownAddress(_) | Refusal::Gateway(_) | Refusal::Host(_)
+                );
                 return Err(if unknown && !synchronised { Refusal::NotSynchronised } else { refusal });
             }
         }
@@ -258,7 +329,8 @@ pub trait OwnEnds: Send + Sync + 'static {
 
 /// Shows, for one request, that the proven socket is the other end of *this* connection. Asked before each answer.
 ///
-/// Inside a namespace only its own sockets are heard, so there is nothing to show. Over a bridge, who can send packets can
+/// Inside a namespace only its own sockets are heard (or, where that is allowed, its own bridges), so there is nothing to
+/// show; and with the address alone there is nothing to show it by. Over a bridge, who can send packets can
 /// learn the numbers of an open connection, put a request into it, or reset our end and connect anew with the same
 /// addresses and ports, while the container's socket stays ESTABLISHED. But then the two ends do not agree on how many
 /// bytes went which way.
@@ -266,7 +338,7 @@ pub trait OwnEnds: Send + Sync + 'static {
 /// # Errors
 /// When they do not agree, or cannot be compared.
 pub fn other_end(caller: &Caller, connection: Connection, own: &dyn OwnEnds) -> Result<(), Refusal> {
-    if matches!(connection.via, Via::Namespace(_)) {
+    if matches!(connection.via, Via::Namespace(_) | Via::Nested(..)) || matches!(caller.proof, Proof::Address) {
         return Ok(());
     }
     let container = || caller.life.container.clone();
@@ -322,6 +394,8 @@ pub fn other_end(caller: &Caller, connection: Connection, own: &dyn OwnEnds) -> 
 fn awaits(index: &Index, connection: Connection, refusal: &Refusal) -> bool {
     match connection.via {
         Via::Bridge(_) => matches!(refusal, Refusal::NoLife { .. }),
+        // What runs inside a container comes long after it.
+        Via::Nested(..) => false,
         Via::Namespace(namespace) => {
             // Who joins this namespace is born into it: the host's, or that of a container which lives in it.
             let members = index.within(namespace);
@@ -343,6 +417,7 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
     let address = connection.client.ip();
     let (candidates, mut refusal) = match connection.via {
         Via::Namespace(namespace) => (index.within(namespace), Refusal::Host(address)),
+        Via::Nested(namespace, interface) => return nested(index, namespace, interface),
         Via::Bridge(_) => {
             let mut candidates = index.at(address);
             // Others may live in the namespace of who holds the address.
@@ -362,7 +437,11 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
                     candidates.push(sharer);
                 }
             }
-            (candidates, Refusal::UnknownAddress(address))
+            let unknown = match index.is_gateway(address) {
+                true => Refusal::Gateway(address),
+                false => Refusal::UnknownAddress(address),
+            };
+            (candidates, unknown)
         }
     };
     let mut proven: Option<Caller> = None;
@@ -376,7 +455,10 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
                 .clone()
                 .unwrap_or_else(|| "no process of it is known".to_owned());
             // Of several reasons the one that says most of the caller is kept: that of a container which lives.
-            if matches!(refusal, Refusal::UnknownAddress(_) | Refusal::Host(_)) {
+            if matches!(
+                refusal,
+                Refusal::UnknownAddress(_) | Refusal::Gateway(_) | Refusal::Host(_)
+            ) {
                 refusal = Refusal::NoLife {
                     container,
                     address,
@@ -390,6 +472,14 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
             refusal = Refusal::HeardInside { container };
             continue;
         }
+        if life.witness.level() == Level::Address {
+            match by_address(index, connection, &container) {
+                Ok(proof) if proven.is_none() => proven = Some(Caller { life, proof }),
+                Ok(_) => return Err(Refusal::Ambiguous),
+                Err(why) => refusal = why,
+            }
+            continue;
+        }
         let namespace = life.witness.namespace();
         let at = asked
             .iter()
@@ -399,6 +489,7 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
                 asked.len() - 1
             });
         match &asked[at].1 {
+            Ok(None) if matches!(connection.via, Via::Namespace(_)) => refusal = Refusal::Translated(address),
             Ok(None) => refusal = Refusal::NoSocket { container, address },
             Ok(Some(socket)) if socket.state != ESTABLISHED => {
                 refusal = Refusal::NotEstablished {
@@ -416,10 +507,8 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
                 if proven.is_some() {
                     return Err(Refusal::Ambiguous);
                 }
-                proven = Some(Caller {
-                    life,
-                    proof: Proof { socket: socket.cgroup },
-                });
+                let proof = Proof::Socket { cgroup: socket.cgroup };
+                proven = Some(Caller { life, proof });
             }
             Err(error) => {
                 refusal = Refusal::Unasked {
@@ -431,4 +520,40 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
     }
     // A life that ended while the kernel was asked proves nothing.
     proven.filter(|caller| caller.life.alive()).ok_or(refusal)
+}
+
+/// A container inside a container: the outer one, if nobody shares its namespace.
+fn nested(index: &Index, namespace: NamespaceId, interface: u32) -> Result<Caller, Refusal> {
+    let lives = index
+        .within(namespace)
+        .into_iter()
+        .filter_map(|record| record.life.clone());
+    let lives: Vec<_> = lives.filter(|life| life.alive()).collect();
+    match lives.as_slice() {
+        [life] => Ok(Caller {
+            life: life.clone(),
+            proof: Proof::Nested,
+        }),
+        [] => Err(Refusal::SentInside { namespace, interface }),
+        [life, ..] => Err(Refusal::Shared {
+            container: life.container.clone(),
+        }),
+    }
+}
+
+/// Where the kernel cannot be asked and the operator has said that the address is enough: it is, for a container that
+/// shares it with nobody, known or yet to come.
+fn by_address(index: &Index, connection: Connection, container: &ContainerId) -> Result<Proof, Refusal> {
+    let shares = |record: &Arc<Record>| match &record.definition.network_mode {
+        NetworkMode::Container(owner) => owner == container,
+        NetworkMode::Host | NetworkMode::Own => false,
+    };
+    match connection.via {
+        Via::Bridge(_) if index.joining().iter().any(shares) => Err(Refusal::Shared {
+            container: container.clone(),
+        }),
+        Via::Bridge(_) => Ok(Proof::Address),
+        // Who is in the host's network is told apart by the kernel alone.
+        Via::Namespace(_) | Via::Nested(..) => Err(Refusal::Host(connection.client.ip())),
+    }
 }

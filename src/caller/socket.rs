@@ -16,7 +16,7 @@ use netlink_socket2::NetlinkSocket;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
 
 use super::OwnEnds;
-use crate::containers::{CgroupId, Counters, SocketEvidence};
+use crate::containers::{CgroupId, Counters, LinkSeen, SocketEvidence};
 
 /// `INET_DIAG_CGROUP_ID` (linux/inet_diag.h, since 5.8): the id of the socket's cgroup, 8 bytes, native order.
 const INET_DIAG_CGROUP_ID: u16 = 21;
@@ -47,7 +47,7 @@ impl DiagSocket {
         rustix::net::sockopt::set_socket_timeout(&diag, rustix::net::sockopt::Timeout::Recv, Some(ANSWER))?;
         let mut links = NetlinkSocket::new();
         // The first question opens the socket, which has to be here and now.
-        interfaces(&mut links)?;
+        each_interface(&mut links, |_, _| ())?;
         Ok(Self {
             diag: Mutex::new((diag, 0)),
             links: Mutex::new(links),
@@ -63,13 +63,33 @@ impl DiagSocket {
         if let Some(found) = self.ask(client, server, 0)? {
             return Ok(Some(found));
         }
-        let links = interfaces(&mut self.links.lock().unwrap_or_else(PoisonError::into_inner))?;
-        for link in links {
+        let mut numbers = Vec::new();
+        self.each_interface(|number, _| numbers.push(number))?;
+        for link in numbers {
             if let Some(found) = self.ask(client, server, link)? {
                 return Ok(Some(found));
             }
         }
         Ok(None)
+    }
+
+    /// The links that have another end elsewhere.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    pub fn links(&self) -> io::Result<Vec<LinkSeen>> {
+        let mut links = Vec::new();
+        self.each_interface(|_, link| {
+            let mac = link.get_address().ok().and_then(|it| it.try_into().ok());
+            if let (Some(mac), Ok(peer)) = (mac, link.get_link()) {
+                links.push(LinkSeen { mac, peer });
+            }
+        })?;
+        Ok(links)
+    }
+
+    fn each_interface(&self, each: impl FnMut(u32, &rt_link::IterableLinkAttrs<'_>)) -> io::Result<()> {
+        each_interface(&mut self.links.lock().unwrap_or_else(PoisonError::into_inner), each)
     }
 
     fn ask(&self, client: SocketAddr, server: SocketAddr, interface: u32) -> io::Result<Option<SocketEvidence>> {
@@ -198,20 +218,23 @@ fn canonical(address: IpAddr) -> IpAddr {
     address.to_canonical()
 }
 
-/// Numbers of the interfaces in the namespace that `links` was opened in. A container makes as many as it likes: enough are
-/// enough.
-fn interfaces(links: &mut NetlinkSocket) -> io::Result<Vec<u32>> {
+/// The interfaces in the namespace that `links` was opened in. A container makes as many as it likes: enough are enough.
+fn each_interface(
+    links: &mut NetlinkSocket,
+    mut each: impl FnMut(u32, &rt_link::IterableLinkAttrs<'_>),
+) -> io::Result<()> {
     const MOST: usize = 32;
     let request = rt_link::Request::new().op_getlink_dump(&rt_link::Ifinfomsg::new());
     let mut reply = links.request(&request)?;
-    let mut numbers = Vec::new();
+    let mut seen = 0;
     while let Some(answer) = reply.recv() {
-        let (head, _) = answer.map_err(|error| io::Error::other(error.to_string()))?;
-        if numbers.len() < MOST {
-            numbers.extend(u32::try_from(head.ifi_index));
+        let (head, link) = answer.map_err(|error| io::Error::other(error.to_string()))?;
+        seen += 1;
+        if let (true, Ok(number)) = (seen <= MOST, u32::try_from(head.ifi_index)) {
+            each(number, &link);
         }
     }
-    Ok(numbers)
+    Ok(())
 }
 
 #[cfg(test)]

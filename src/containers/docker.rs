@@ -21,7 +21,7 @@ use futures_util::stream::{BoxStream, StreamExt as _};
 use futures_util::{FutureExt as _, future};
 use tracing::{debug, warn};
 
-use super::watcher::{ContainerEngine, EngineError, Event, Image, Inspection, Network, Row};
+use super::watcher::{ContainerEngine, EngineError, Event, Image, Inspection, Network, Row, Run};
 use super::{ContainerId, Endpoint, Environment, NetworkId, NetworkMode};
 use crate::clock::Clock;
 use crate::telemetry::{printable, with_causes};
@@ -216,12 +216,15 @@ impl ContainerEngine for Engine {
                     .and_then(|config| config.hostname.clone())
                     .filter(|it| !it.is_empty()),
                 environment: Environment::of(answer.config.and_then(|config| config.env).unwrap_or_default()),
-                pid: answer
+                run: answer
                     .state
                     .filter(|state| state.running == Some(true))
-                    .and_then(|state| state.pid)
-                    .and_then(|pid| u32::try_from(pid).ok())
-                    .filter(|pid| *pid > 0),
+                    .and_then(|state| {
+                        Some(Run {
+                            pid: u32::try_from(state.pid?).ok().filter(|pid| *pid > 0)?,
+                            started: state.started_at.unwrap_or_default(),
+                        })
+                    }),
             }))
         })
     }
@@ -313,10 +316,17 @@ fn read_row(row: ContainerSummary) -> Option<Row> {
 fn read_network(network: NetworkInspect) -> Network {
     let name = network.name.unwrap_or_default();
     let internal = network.internal.unwrap_or(false);
-    let subnets = network.ipam.and_then(|ipam| ipam.config).unwrap_or_default();
-    let subnets = subnets
-        .into_iter()
+    // A macvlan's gateway is a machine of the LAN.
+    let is_bridge = network.driver.as_deref() == Some("bridge");
+    let config = network.ipam.and_then(|ipam| ipam.config).unwrap_or_default();
+    let subnets = config
+        .iter()
         .filter_map(|config| read_cidr(config.subnet.as_deref()?))
+        .collect();
+    let gateways = config
+        .iter()
+        .filter(|_| is_bridge)
+        .filter_map(|config| config.gateway.as_deref()?.split('/').next()?.parse().ok())
         .collect();
     let endpoints = network
         .containers
@@ -343,6 +353,7 @@ fn read_network(network: NetworkInspect) -> Network {
         });
     Network {
         subnets,
+        gateways,
         endpoints: endpoints.collect(),
     }
 }
@@ -388,12 +399,17 @@ mod tests {
     fn a_network_with_what_is_not_a_container() {
         let id = "ab".repeat(32);
         let json = format!(
-            r#"{{"Name":"bridge","Internal":true,"IPAM":{{"Config":[{{"Subnet":"172.17.0.0/16"}}]}},"Containers":{{
+            r#"{{"Name":"bridge","Driver":"bridge","Internal":true,
+              "IPAM":{{"Config":[{{"Subnet":"172.17.0.0/16","Gateway":"172.17.0.1"}}]}},"Containers":{{
               "{id}":{{"Name":"web","MacAddress":"02:42:ac:11:00:02","IPv4Address":"172.17.0.2/16","IPv6Address":""}},
               "ingress-sbox":{{"IPv4Address":"172.17.0.9/16"}}}}}}"#
         );
         let network = read_network(serde_json::from_str(&json).unwrap());
         assert_eq!(network.subnets, [("172.17.0.0".parse().unwrap(), 16)]);
+        assert_eq!(network.gateways, ["172.17.0.1".parse::<IpAddr>().unwrap()]);
+        let of_the_lan = json.replace("\"Driver\":\"bridge\"", "\"Driver\":\"macvlan\"");
+        let network_of_the_lan = read_network(serde_json::from_str(&of_the_lan).unwrap());
+        assert_eq!(network_of_the_lan.gateways, [] as [IpAddr; 0]);
         assert_eq!(network.endpoints.len(), 1);
         let endpoint = network.endpoints.values().next().unwrap();
         assert_eq!(endpoint.ipv4, Some(([172, 17, 0, 2].into(), 16)));

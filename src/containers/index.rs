@@ -8,7 +8,7 @@ use arc_swap::ArcSwap;
 use dashmap::{DashMap, DashSet};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{ContainerId, NamespaceId, NetworkMode, Record};
+use super::{ContainerId, NamespaceId, NetworkId, NetworkMode, Record};
 
 /// How it stands with the engine.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -39,6 +39,8 @@ pub struct Index {
     by_namespace: DashMap<NamespaceId, Vec<ContainerId>>,
     /// Who is, or will be, in a network namespace that is not its own: few.
     joining: DashSet<ContainerId>,
+    /// Each network's gateways: addresses of this host.
+    gateways: DashMap<NetworkId, Vec<IpAddr>>,
     version: watch::Sender<u64>,
     engine: ArcSwap<EngineState>,
     misses: mpsc::Sender<Miss>,
@@ -56,6 +58,7 @@ impl Index {
             by_address: DashMap::new(),
             by_namespace: DashMap::new(),
             joining: DashSet::new(),
+            gateways: DashMap::new(),
             version: watch::Sender::new(0),
             engine: ArcSwap::from_pointee(EngineState::Away("not asked yet".to_owned())),
             misses,
@@ -94,6 +97,16 @@ impl Index {
     /// Containers that are, or will be, in a network namespace that is not their own.
     pub fn joining(&self) -> Vec<Arc<Record>> {
         self.joining.iter().filter_map(|id| self.get(&id)).collect()
+    }
+
+    /// Whether `address` is the gateway of a network.
+    pub fn is_gateway(&self, address: IpAddr) -> bool {
+        self.gateways.iter().any(|gateways| gateways.contains(&address))
+    }
+
+    /// The gateways of all networks.
+    pub fn gateways(&self) -> Vec<IpAddr> {
+        self.gateways.iter().flat_map(|gateways| gateways.clone()).collect()
     }
 
     /// How it stands with the engine.
@@ -153,6 +166,15 @@ impl Index {
                 unlink(&self.by_namespace, &namespace, id);
             }
             self.changed();
+        }
+    }
+
+    /// Notes the gateways of a network; none, and it is gone. For the writer.
+    pub(super) fn set_gateways(&self, network: &NetworkId, gateways: Vec<IpAddr>) {
+        if gateways.is_empty() {
+            self.gateways.remove(network);
+        } else {
+            self.gateways.insert(network.clone(), gateways);
         }
     }
 

@@ -347,6 +347,7 @@ pub fn read(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn read(labels: &BTreeMap<String, String>, settings: &Settings) -> (ContainerSpec, Vec<LabelError>) {
         super::read(labels, Some(&Environment::default()), settings)
@@ -558,5 +559,34 @@ mod tests {
             ..Settings::default()
         };
         assert_eq!(read(&labels(&[("imds.future", "x")]), &settings).1, []);
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_an_input_that_sts_takes_or_an_error(
+            name in proptest::sample::select(LABELS.iter().map(|label| label.name).collect::<Vec<_>>()),
+            value in ".*",
+            key in ".{0,3}",
+        ) {
+            let given = [(format!("imds.{name}"), value.clone()), (format!("imds.{SESSION_TAG}{key}"), value)];
+            let (spec, errors) = read(&given.clone().into(), &Settings::default());
+            let inputs = &spec.inputs;
+            let nothing = ContainerSpec {
+                labelled: true,
+                ..ContainerSpec::default()
+            };
+            prop_assert!(spec != nothing || !errors.is_empty(), "a label is neither read nor refused");
+            prop_assert!(inputs.tags.iter().all(|(key, value)| inputs::is_tag_key(key) && inputs::is_tag_value(value)));
+            prop_assert!(inputs.external_id.as_ref().is_none_or(|it| inputs::is_external_id(it.reveal())));
+            prop_assert!(inputs.source_identity.as_deref().is_none_or(inputs::is_source_identity));
+            prop_assert!(inputs.policy.as_deref().is_none_or(inputs::is_policy));
+            prop_assert!(inputs.duration.is_none_or(|it| inputs::DURATION.contains(&it)));
+            // Every error names its label.
+            for error in &errors {
+                let text = error.to_string();
+                let names = given.iter().any(|(label, _)| text.contains(label.as_str()));
+                prop_assert!(names || text.contains("imds.role"), "{}", text);
+            }
+        }
     }
 }

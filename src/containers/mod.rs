@@ -226,6 +226,15 @@ pub struct Counters {
     pub acked: u64,
 }
 
+/// A link in a container's network namespace, and its other end on the host.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LinkSeen {
+    /// Its MAC address.
+    pub mac: [u8; 6],
+    /// Number of the interface on the host at its other end.
+    pub peer: u32,
+}
+
 /// What the kernel says of one TCP socket.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SocketEvidence {
@@ -237,9 +246,23 @@ pub struct SocketEvidence {
     pub counters: Counters,
 }
 
+/// Whose word there is on a life.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Level {
+    /// The engine's: who is at which address.
+    Address,
+    /// The kernel's: who made which connection.
+    Full,
+}
+
 /// What the kernel holds of one life: asked, never believed from anybody else. Implemented by [`crate::caller`] on the
 /// real kernel and by tests on a script.
 pub trait Witness: Send + Sync + 'static {
+    /// Whose word it is.
+    fn level(&self) -> Level {
+        Level::Full
+    }
+
     /// Whether the container's first process still runs. Cheap: it is asked on every request.
     fn alive(&self) -> bool;
 
@@ -259,15 +282,22 @@ pub trait Witness: Send + Sync + 'static {
     /// The container's network namespace; several containers may share one, or have the host's.
     fn namespace(&self) -> NamespaceId;
 
+    /// The links of the container's network namespace that lead to the host: as a rule, one an endpoint.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    fn links(&self) -> std::io::Result<Vec<LinkSeen>>;
+
     /// Whether the service listens inside the namespace now: then whoever lives there is heard there and nowhere else.
     fn listens_inside(&self) -> bool;
 
     /// Has the service listen inside the container's network namespace, for this life. Blocks for a moment; done twice it
-    /// does nothing. In the host's namespace there is nothing to be done.
+    /// does nothing. In the host's namespace there is nothing to be done. Returns what another program had put there and
+    /// was left alone, for `status`.
     ///
     /// # Errors
     /// Why not; the text is shown in `status`.
-    fn attach(&self) -> Result<(), String>;
+    fn attach(&self) -> Result<Vec<String>, String>;
 
     /// Takes that away again, when no other life of the namespace wants it.
     ///
@@ -350,6 +380,8 @@ pub struct Record {
     pub no_life: Option<String>,
     /// Why the service does not listen in its namespace although it should.
     pub not_attached: Option<String>,
+    /// What another program has put into its namespace beside ours.
+    pub left_alone: Vec<String>,
     /// What it is to see.
     pub instance: Arc<Instance>,
 }

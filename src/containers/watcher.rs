@@ -137,29 +137,46 @@ impl Row {
 pub struct Inspection {
     /// Hostname.
     pub hostname: Option<String>,
-    /// First process.
-    pub pid: Option<u32>,
     /// All its variables, the image's among them.
     pub environment: Environment,
+    /// Its present run, if it runs.
+    pub run: Option<Run>,
+}
+
+/// One run of a container, as the engine tells it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Run {
+    /// First process.
+    pub pid: u32,
+    /// When it started, in the engine's own words.
+    pub started: String,
 }
 
 /// A network.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Network {
     /// Its subnets: address and length of the prefix.
     pub subnets: Vec<(IpAddr, u8)>,
+    /// Its gateways, where they are this host's own addresses: those of a bridge.
+    pub gateways: Vec<IpAddr>,
     /// Who is on it.
     pub endpoints: BTreeMap<ContainerId, Endpoint>,
 }
 
 /// The kernel's side of a container. Implemented by [`crate::caller`]; called on threads that may block.
 pub trait Kernel: Send + Sync + 'static {
-    /// Finds the container's first process and opens what proves its connections. `pid`: what the engine says it is;
+    /// Finds the container's first process and opens what proves its connections. `run`: what the engine says of it;
     /// `mode`: whose network namespace the engine says that it is in, if that is known yet.
     ///
     /// # Errors
     /// Why it is not there, or not yet; the text is shown in `status`.
-    fn birth(&self, id: &ContainerId, pid: Option<u32>, mode: Option<&NetworkMode>) -> Result<Birth, String>;
+    fn birth(&self, id: &ContainerId, run: Option<&Run>, mode: Option<&NetworkMode>) -> Result<Birth, String>;
+
+    /// The engine says that the container does not run. The real kernel knows that itself, and better.
+    fn engine_says_ended(&self, _id: &ContainerId) {}
+
+    /// The engine cannot be asked any more. The real kernel goes on without it.
+    fn engine_lost(&self) {}
 }
 
 /// A life, as the kernel found it.
@@ -246,13 +263,14 @@ struct Known {
     image: Option<Image>,
     /// All its variables, once an inspect has told them.
     environment: Option<Environment>,
-    pid: Option<u32>,
+    run: Option<Run>,
     birth: Option<Birth>,
     life: Option<Arc<Life>>,
     no_life: Option<String>,
     /// Whether the service was asked to listen in the namespace of the present life.
     attached: bool,
     not_attached: Option<String>,
+    left_alone: Vec<String>,
     hold: Option<Box<dyn Hold>>,
     seen: SystemTime,
 }
@@ -271,7 +289,7 @@ impl KnownNetwork {
 }
 
 /// What came of an attempt to listen in a life's namespace, or to stop it.
-type Attached = (ContainerId, CgroupId, Result<(), String>);
+type Attached = (ContainerId, CgroupId, Result<Vec<String>, String>);
 
 struct Awaited {
     since: Instant,
@@ -414,6 +432,7 @@ impl Watcher {
             warn!(why, "the container engine is away; known containers are served on");
             self.index.set_engine(EngineState::Away(why.to_owned()));
         }
+        self.kernel.engine_lost();
         self.synchronising = None;
         self.queue.clear();
         self.queued.clear();
@@ -447,6 +466,7 @@ impl Watcher {
             Event::Started(id) => {
                 if let Some(known) = self.known.get_mut(&id) {
                     known.running = true;
+                    known.run = None;
                 } else {
                     self.touch(Subject::Container(id.clone()));
                 }
@@ -454,12 +474,14 @@ impl Watcher {
                 self.expect(id);
             }
             Event::Died(id) => {
+                self.kernel.engine_says_ended(&id);
                 let life = self.known.get(&id).and_then(|known| known.life.clone());
                 if let Some(life) = life.filter(|life| !life.alive()) {
                     self.ended(&id, life.cgroup);
                 }
                 if let Some(known) = self.known.get_mut(&id) {
                     known.running = false;
+                    known.run = None;
                 }
             }
             Event::Removed(id) => self.forget(&id),
@@ -531,6 +553,8 @@ impl Watcher {
     fn answered(&mut self, subject: Subject, found: Result<Found, EngineError>, connected: bool) {
         let again = self.flights.remove(&subject).unwrap_or(false);
         match found {
+            // What an inspect tells of a run that an event has overtaken may be the run before.
+            Ok(Found::Inspect(_)) if again => {}
             Ok(found) => {
                 self.failures.remove(&subject);
                 self.learn(&subject, found);
@@ -600,7 +624,7 @@ impl Watcher {
             (Subject::Container(id), Found::Container(None)) => self.forget(id),
             (Subject::Inspect(id), Found::Inspect(Some(inspection))) => {
                 if let Some(known) = self.known.get_mut(id) {
-                    known.pid = inspection.pid;
+                    known.run = inspection.run;
                     let renamed = inspection.hostname.is_some() && known.hostname != inspection.hostname;
                     if renamed {
                         known.hostname = inspection.hostname;
@@ -623,6 +647,9 @@ impl Watcher {
             self.instances.image_labels_count(),
             &self.instances.label_prefix(),
         );
+        if !running {
+            self.kernel.engine_says_ended(&id);
+        }
         let known = self.known(&id);
         known.image = image;
         known.running = running;
@@ -649,12 +676,13 @@ impl Watcher {
             hostname: None,
             image: None,
             environment: None,
-            pid: None,
+            run: None,
             birth: None,
             life: None,
             no_life: None,
             attached: false,
             not_attached: None,
+            left_alone: Vec::new(),
             hold: None,
             seen,
         })
@@ -662,13 +690,12 @@ impl Watcher {
 
     /// Replaces who is on a network.
     fn attach(&mut self, id: &NetworkId, network: Option<Network>) {
-        let Network { subnets, endpoints } = match network {
-            Some(network) => network,
-            None => Network {
-                subnets: Vec::new(),
-                endpoints: BTreeMap::new(),
-            },
-        };
+        let Network {
+            subnets,
+            gateways,
+            endpoints,
+        } = network.unwrap_or_default();
+        self.index.set_gateways(id, gateways);
         let members = endpoints.keys().cloned().collect();
         let before = match endpoints.is_empty() && subnets.is_empty() {
             true => self.networks.remove(id),
@@ -697,6 +724,7 @@ impl Watcher {
     }
 
     fn forget(&mut self, id: &ContainerId) {
+        self.kernel.engine_says_ended(id);
         self.awaited.remove(id);
         if let Some(known) = self.known.remove(id) {
             debug!(container = %id, name = known.definition.map(|it| it.name), "forgotten");
@@ -736,14 +764,14 @@ impl Watcher {
                 let mode = known
                     .and_then(|known| known.definition.as_ref())
                     .map(|it| it.network_mode.clone());
-                due.push((id.clone(), known.and_then(|known| known.pid), mode));
+                due.push((id.clone(), known.and_then(|known| known.run.clone()), mode));
             }
             true
         });
-        for (id, pid, mode) in due {
+        for (id, run, mode) in due {
             let kernel = self.kernel.clone();
             self.births.push(blocking(move || {
-                let birth = kernel.birth(&id, pid, mode.as_ref());
+                let birth = kernel.birth(&id, run.as_ref(), mode.as_ref());
                 (id, birth)
             }));
         }
@@ -797,9 +825,15 @@ impl Watcher {
         let Some(life) = known.life.as_ref().filter(|life| life.cgroup == cgroup && life.alive()) else {
             return;
         };
-        known.not_attached = done.err();
-        if let Some(why) = &known.not_attached {
-            warn!(container = %id, pid = life.pid, why, "the service does not listen inside the container");
+        let before = (known.not_attached.take(), std::mem::take(&mut known.left_alone));
+        match done {
+            Ok(left_alone) => known.left_alone = left_alone,
+            Err(why) => {
+                warn!(container = %id, pid = life.pid, why, "the service does not listen inside the container");
+                known.not_attached = Some(why);
+            }
+        }
+        if before != (known.not_attached.clone(), known.left_alone.clone()) {
             self.publish(&id);
         }
     }
@@ -860,6 +894,7 @@ impl Watcher {
             debug!(container = %id, name = definition.name, pid = life.pid, cgroup = life.cgroup.0, "lives");
             known.life = Some(life);
             (known.attached, known.not_attached) = (false, None);
+            known.left_alone.clear();
         }
         if let Some(life) = &known.life {
             life.instance.store(instance.clone());
@@ -871,7 +906,7 @@ impl Watcher {
                     let done = if wanted {
                         life.witness.attach()
                     } else {
-                        life.witness.detach()
+                        life.witness.detach().map(|()| Vec::new())
                     };
                     (life.container.clone(), life.cgroup, done)
                 }));
@@ -886,6 +921,7 @@ impl Watcher {
             life: known.life.clone(),
             no_life: known.no_life.clone(),
             not_attached: known.not_attached.clone(),
+            left_alone: known.left_alone.clone(),
             instance,
         });
     }

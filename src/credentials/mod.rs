@@ -271,6 +271,12 @@ impl fmt::Display for Session {
             Self::Role(session) => write!(f, "{} as {}", session.role, session.session_name)?,
             Self::Profile(_) => f.write_str("credentials of its own")?,
         }
+        if let Self::Role(session) = self
+            && !session.chain.is_empty()
+        {
+            let chain: Vec<_> = session.chain.iter().map(ToString::to_string).collect();
+            write!(f, ", through {}", chain.join(" and "))?;
+        }
         match self.profile() {
             Some(profile) => write!(f, ", by profile {profile}"),
             None => Ok(()),

@@ -29,6 +29,7 @@ pub struct Interception {
     kernel: Kernel,
     bell: Bell,
     taken_over: Vec<Part>,
+    left_alone: Vec<Part>,
 }
 
 impl Interception {
@@ -48,12 +49,19 @@ impl Interception {
             Step::Add(part) | Step::Repair(part) | Step::Remove(part) => part,
         });
         let taken_over = taken_over.collect();
+        let left_alone = plan.foreign(&before);
         Ok(Self {
             plan,
             kernel,
             bell,
             taken_over,
+            left_alone,
         })
+    }
+
+    /// What was there already and is somebody else's: it does what ours would, and stays.
+    pub fn left_alone(&self) -> &[Part] {
+        &self.left_alone
     }
 
     /// What was there already and is ours: an earlier process did not end cleanly, or `intercept up` came first.

@@ -5,7 +5,7 @@
 
 use std::fmt::Display;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 
 use netlink_bindings::traits::NetlinkRequest;
@@ -17,19 +17,22 @@ use rt_route::{RtmType, Rtmsg};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, Protocol, SocketFlags, SocketType, bind, netlink, socket_with};
 
-use super::tables::inet;
-use super::{AddressSeen, HostError, LINK, LOOPBACK, LinkSeen, Observed, PROTOCOL, Part, Plan, Step};
+use super::tables::of;
+use super::{AddressSeen, Family, HostError, LINK, LOOPBACK, LinkSeen, Observed, PROTOCOL, Part, Plan, Step, whole};
 
 /// linux/socket.h
 pub(super) const AF_INET: u8 = 2;
+pub(super) const AF_INET6: u8 = 10;
 /// linux/rtnetlink.h, enum rt_class_t
 const RT_TABLE_MAIN: u8 = 254;
 /// linux/rtnetlink.h, enum rt_scope_t: the scope of every route here; in a deletion `NOWHERE` means "any".
 const RT_SCOPE_UNIVERSE: u8 = 0;
 const RT_SCOPE_LINK: u8 = 253;
 const RT_SCOPE_NOWHERE: u8 = 255;
-/// linux/rtnetlink.h: RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV4_ROUTE
-const ROUTE_GROUPS: u32 = 0x1 | 0x10 | 0x40;
+/// linux/rtnetlink.h: RTMGRP_LINK, and RTMGRP_*_IFADDR, RTMGRP_*_ROUTE of IPv4 and IPv6
+const ROUTE_GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x100 | 0x400;
+/// linux/if_addr.h, IFA_F_NODAD: nobody else on a link of ours can have the address, and it is needed at once.
+const IFA_F_NODAD: u8 = 0x2;
 /// linux/netfilter/nfnetlink.h: group n is bit n − 1 (netlink(7)), and NFNLGRP_NFTABLES is 7.
 const NETFILTER_GROUPS: u32 = 1 << 6;
 
@@ -45,8 +48,6 @@ pub(super) struct Kernel {
     pub(super) holder: Option<u32>,
     /// Where this process put the address: before Linux 5.18 the kernel does not keep our mark on it.
     placed: Option<String>,
-    /// Set once the kernel said that it cannot make a dummy.
-    without_dummy: bool,
 }
 
 impl Kernel {
@@ -59,12 +60,11 @@ impl Kernel {
             socket: NetlinkSocket::new(),
             holder: None,
             placed: None,
-            without_dummy: false,
         };
         // The first netfilter socket of a process has the process id as its port, and others see the port of the one
         // that owns the table: so that one speaks before the bell's is bound.
         kernel
-            .ask(&nftables::Request::new().op_getgen_do(&inet()), |_| ())
+            .ask(&nftables::Request::new().op_getgen_do(&of(Family::Ip)), |_| ())
             .map_err(|e| HostError::nft(&"use nf_tables", e))?;
         let listen = |family, groups| {
             let socket = netlink_socket(family)?;
@@ -96,14 +96,14 @@ impl Kernel {
         Ok(observed)
     }
 
-    fn observe_routes(&mut self, to: Ipv4Addr, observed: &mut Observed) -> io::Result<()> {
+    fn observe_routes(&mut self, to: IpAddr, observed: &mut Observed) -> io::Result<()> {
         let all = Rtmsg {
-            rtm_family: AF_INET,
+            rtm_family: family(to),
             ..Rtmsg::new()
         };
         let mut first = None;
         self.ask(&rt_route::Request::new().op_getroute_dump(&all), |(head, route)| {
-            let exact = (head.rtm_table, head.rtm_dst_len, head.rtm_tos) == (RT_TABLE_MAIN, 32, 0);
+            let exact = (head.rtm_table, head.rtm_dst_len, head.rtm_tos) == (RT_TABLE_MAIN, whole(to), 0);
             if exact && route.get_dst().is_ok_and(|dst| dst == to) {
                 observed.own_route |= head.rtm_protocol == PROTOCOL;
                 // The kernel lists routes to one destination in the order in which it tries them.
@@ -117,37 +117,39 @@ impl Kernel {
         Ok(())
     }
 
-    fn observe_addresses(&mut self, local: Ipv4Addr, observed: &mut Observed) -> io::Result<()> {
+    fn observe_addresses(&mut self, local: IpAddr, observed: &mut Observed) -> io::Result<()> {
         let all = Ifaddrmsg {
-            ifa_family: AF_INET,
+            ifa_family: family(local),
             ..Ifaddrmsg::new()
         };
         let own_link = observed.link.is_some_and(|link| link.ours);
         let mut seen = Vec::new();
-        self.ask(&rt_addr::Request::new().op_getaddr_dump(&all), |(_, found)| {
-            if found.get_local().is_ok_and(|address| address == local) {
-                let label = found.get_label().unwrap_or_default().to_string_lossy();
-                let link = label.split(':').next().unwrap_or_default().to_owned();
-                seen.push((link, found.get_proto().ok() == Some(PROTOCOL)));
+        self.ask(&rt_addr::Request::new().op_getaddr_dump(&all), |(head, found)| {
+            // IPv6 has no local address beside the address, unless the link is point to point.
+            if found.get_local().or(found.get_address()).is_ok_and(|it| it == local) {
+                seen.push((head.ifa_index, found.get_proto().ok() == Some(PROTOCOL)));
             }
         })?;
-        let placed = self.placed.as_ref();
-        let judged = seen.into_iter().map(|(link, marked)| {
-            let ours = marked || (own_link && link == LINK) || placed == Some(&link);
-            AddressSeen { link, ours }
-        });
-        observed.addresses = judged.collect();
+        for (index, marked) in seen {
+            let link = match self.link_name(index) {
+                // It went meanwhile, and its address with it.
+                Err(error) if is(&error, &[Errno::NODEV]) => continue,
+                named => named?,
+            };
+            let ours = marked || (own_link && link == LINK) || self.placed.as_ref() == Some(&link);
+            observed.addresses.push(AddressSeen { link, ours });
+        }
         Ok(())
     }
 
     /// Does one step. Returns what was really done: nothing where somebody was faster, and where the kernel has no
     /// dummy, `lo` carries the address.
     pub(super) fn execute(&mut self, mut step: Step) -> Result<Option<Step>, HostError> {
-        match &mut step {
-            Step::Add(Part::Address { link, .. }) if self.without_dummy && link == LINK => {
-                *link = LOOPBACK.to_owned();
-            }
-            _ => (),
+        if let Step::Add(Part::Address { link, .. }) = &mut step
+            && link == LINK
+            && self.link(LINK)?.is_none()
+        {
+            LOOPBACK.clone_into(link);
         }
         let removed: &[Errno] = &[Errno::NOENT, Errno::SRCH, Errno::ADDRNOTAVAIL, Errno::NODEV];
         let (result, no_need) = match &step {
@@ -158,10 +160,8 @@ impl Kernel {
         match (result, &step) {
             (Ok(()), _) => Ok(Some(step)),
             (Err(e), _) if is(&e, no_need) => Ok(None),
-            (Err(e), Step::Add(Part::Link(_))) if is(&e, &[Errno::OPNOTSUPP]) => {
-                self.without_dummy = true;
-                Ok(None)
-            }
+            // A kernel that cannot make a dummy.
+            (Err(e), Step::Add(Part::Link(_))) if is(&e, &[Errno::OPNOTSUPP]) => Ok(None),
             (Err(e), Step::Add(Part::Table(_)) | Step::Repair(Part::Table(_))) => Err(HostError::nft(&step, e)),
             (Err(e), _) => Err(HostError::failed(&step, e)),
         }
@@ -173,8 +173,8 @@ impl Kernel {
             Part::Route(to) => {
                 // Without NLM_F_EXCL: somebody's route of the same metric stays, and ours comes before it.
                 let request = rt_route::Request::new().set_create();
-                let mut request = request.op_newroute_do(&unreachable(RT_SCOPE_UNIVERSE));
-                request.encode().push_dst((*to).into());
+                let mut request = request.op_newroute_do(&unreachable(*to, RT_SCOPE_UNIVERSE));
+                request.encode().push_dst(*to);
                 self.ask(&request, |_| ())
             }
             Part::Link(name) => {
@@ -185,14 +185,13 @@ impl Kernel {
                 self.ask(&request, |_| ())
             }
             Part::Address { address, link } => {
-                let header = self.carried_by(link)?;
+                let header = self.carried_by(*address, link)?;
                 let request = rt_addr::Request::new().set_create().set_excl();
                 let mut request = request.op_newaddr_do(&header);
-                let address = (*address).into();
                 request
                     .encode()
-                    .push_local(address)
-                    .push_address(address)
+                    .push_local(*address)
+                    .push_address(*address)
                     .push_proto(PROTOCOL);
                 self.ask(&request, |_| ())?;
                 self.placed = Some(link.clone());
@@ -216,8 +215,8 @@ impl Kernel {
             Part::Table(table) => self.remove_table(table),
             Part::Route(to) => {
                 let request = rt_route::Request::new();
-                let mut request = request.op_delroute_do(&unreachable(RT_SCOPE_NOWHERE));
-                request.encode().push_dst((*to).into());
+                let mut request = request.op_delroute_do(&unreachable(*to, RT_SCOPE_NOWHERE));
+                request.encode().push_dst(*to);
                 self.ask(&request, |_| ())
             }
             Part::Link(name) => {
@@ -226,9 +225,9 @@ impl Kernel {
                 self.ask(&request, |_| ())
             }
             Part::Address { address, link } => {
-                let header = self.carried_by(link)?;
+                let header = self.carried_by(*address, link)?;
                 let mut request = rt_addr::Request::new().op_deladdr_do(&header);
-                request.encode().push_local((*address).into());
+                request.encode().push_local(*address);
                 self.ask(&request, |_| ())
             }
         }
@@ -256,15 +255,25 @@ impl Kernel {
         }
     }
 
-    fn carried_by(&mut self, link: &str) -> io::Result<Ifaddrmsg> {
+    fn link_name(&mut self, index: u32) -> io::Result<String> {
+        let mut header = Ifinfomsg::new();
+        header.ifi_index = i32::try_from(index).map_err(io::Error::other)?;
+        let mut name = String::new();
+        self.ask(&rt_link::Request::new().op_getlink_do(&header), |(_, link)| {
+            name = link.get_ifname().unwrap_or_default().to_string_lossy().into_owned();
+        })?;
+        Ok(name)
+    }
+
+    fn carried_by(&mut self, address: IpAddr, link: &str) -> io::Result<Ifaddrmsg> {
         let (index, _) = self.link_as_io(link)?.ok_or(Errno::NODEV)?;
         Ok(Ifaddrmsg {
-            ifa_family: AF_INET,
-            ifa_prefixlen: 32,
+            ifa_family: family(address),
+            ifa_prefixlen: whole(address),
+            ifa_flags: if address.is_ipv6() { IFA_F_NODAD } else { 0 },
             // With a wider one the kernel might choose the address as the source of unrelated packets.
             ifa_scope: RT_SCOPE_LINK,
             ifa_index: index.unsigned_abs(),
-            ..Ifaddrmsg::new()
         })
     }
 
@@ -314,10 +323,14 @@ fn netlink_socket(family: Option<Protocol>) -> rustix::io::Result<OwnedFd> {
     socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, family)
 }
 
-fn unreachable(rtm_scope: u8) -> Rtmsg {
+fn family(address: IpAddr) -> u8 {
+    if address.is_ipv4() { AF_INET } else { AF_INET6 }
+}
+
+fn unreachable(to: IpAddr, rtm_scope: u8) -> Rtmsg {
     Rtmsg {
-        rtm_family: AF_INET,
-        rtm_dst_len: 32,
+        rtm_family: family(to),
+        rtm_dst_len: whole(to),
         rtm_table: RT_TABLE_MAIN,
         rtm_protocol: PROTOCOL,
         rtm_scope,

@@ -13,7 +13,7 @@ mod tables;
 
 use std::fmt;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
 
 /// The table that swaps the ports. On the host it is *owned*: it lives exactly as long as the daemon's socket.
 pub const RULES_TABLE: &str = "imds_router";
@@ -41,9 +41,10 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The host's own namespace: `listener` (bound by the caller, before this is put up) serves every container.
-    pub fn host(listener: SocketAddrV4) -> Self {
-        let (address, port) = (*listener.ip(), listener.port());
+    /// The host's own namespace: `listener` (bound by the caller, before this is put up) serves every container. One
+    /// address family a plan; the link for both is in that of IPv4.
+    pub fn host(listener: impl Into<SocketAddr>) -> Self {
+        let (address, port) = split(listener);
         let guard = |name, hook| Chain {
             name,
             hook,
@@ -58,47 +59,52 @@ impl Plan {
                 vec![Rule::request(address, port), Rule::answer(address, port)],
             ),
         ];
-        Self {
-            parts: vec![
-                Part::Table(Table {
-                    name: GUARD_TABLE,
-                    owned: false,
-                    chains: vec![guard("pre", Hook::Prerouting), guard("out", Hook::Output)],
-                }),
-                Part::Route(address),
-                Part::Table(Table {
-                    name: RULES_TABLE,
-                    owned: true,
-                    chains: rules,
-                }),
-                Part::Link(LINK),
-                Part::Address {
-                    address,
-                    link: LINK.to_owned(),
-                },
-            ],
-        }
+        let mut parts = vec![
+            Part::Table(Table {
+                family: Family::of(address),
+                name: GUARD_TABLE,
+                owned: false,
+                chains: vec![guard("pre", Hook::Prerouting), guard("out", Hook::Output)],
+            }),
+            Part::Route(address),
+            Part::Table(Table {
+                family: Family::of(address),
+                name: RULES_TABLE,
+                owned: true,
+                chains: rules,
+            }),
+        ];
+        parts.extend(address.is_ipv4().then_some(Part::Link(LINK)));
+        parts.push(Part::Address {
+            address,
+            link: LINK.to_owned(),
+        });
+        Self { parts }
     }
 
     /// A container's namespace: it dies with the container, so there is nothing to guard and nothing to lock.
-    pub fn namespace(listener: SocketAddrV4) -> Self {
-        let (address, port) = (*listener.ip(), listener.port());
+    /// `nested`: containers inside the container are to reach the listener, too, over bridges in there.
+    pub fn namespace(listener: impl Into<SocketAddr>, nested: bool) -> Self {
+        let (address, port) = split(listener);
         // What leaves through `out` comes back in through `lo`: without this, connection tracking would see half of it.
         let returning = Rule {
             input: Some(LOOPBACK),
             ..Rule::to(address, None, Action::Untrack)
         };
+        let mut before_routing = vec![returning];
+        before_routing.extend(nested.then(|| Rule::request(address, port)));
         let rules = vec![
             Chain::swapping(
                 "out",
                 Hook::Output,
                 vec![Rule::request(address, port), Rule::answer(address, port)],
             ),
-            Chain::swapping("pre", Hook::Prerouting, vec![returning]),
+            Chain::swapping("pre", Hook::Prerouting, before_routing),
         ];
         Self {
             parts: vec![
                 Part::Table(Table {
+                    family: Family::of(address),
                     name: RULES_TABLE,
                     owned: false,
                     chains: rules,
@@ -123,6 +129,19 @@ impl Plan {
         &self.parts
     }
 
+    /// The address, where somebody else put it.
+    fn foreign(&self, observed: &Observed) -> Vec<Part> {
+        let others = observed.addresses.iter().filter(|seen| !seen.ours);
+        let address = |(seen, address): (&AddressSeen, IpAddr)| Part::Address {
+            address,
+            link: seen.link.clone(),
+        };
+        others
+            .filter_map(|seen| Some((seen, self.address()?)))
+            .map(address)
+            .collect()
+    }
+
     fn tables(&self) -> impl Iterator<Item = &Table> {
         self.parts.iter().filter_map(|part| match part {
             Part::Table(table) => Some(table),
@@ -130,12 +149,50 @@ impl Plan {
         })
     }
 
-    fn address(&self) -> Option<Ipv4Addr> {
+    fn address(&self) -> Option<IpAddr> {
         self.parts.iter().find_map(|part| match part {
             Part::Address { address, .. } => Some(*address),
             _ => None,
         })
     }
+}
+
+fn split(listener: impl Into<SocketAddr>) -> (IpAddr, u16) {
+    let listener = listener.into();
+    (listener.ip(), listener.port())
+}
+
+/// An address family, as nftables names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// IPv4.
+    Ip,
+    /// IPv6.
+    Ip6,
+}
+
+impl Family {
+    /// The family of an address.
+    pub fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(_) => Self::Ip,
+            IpAddr::V6(_) => Self::Ip6,
+        }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ip => "ip",
+            Self::Ip6 => "ip6",
+        })
+    }
+}
+
+/// The length of the prefix that is one address.
+pub(crate) fn whole(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 32 } else { 128 }
 }
 
 /// One thing that a [`Plan`] puts somewhere.
@@ -145,13 +202,13 @@ pub enum Part {
     Table(Table),
     /// An `unreachable` route to this one address: without it, packets leave through the default route, to whatever
     /// answers there, whenever the address is gone.
-    Route(Ipv4Addr),
+    Route(IpAddr),
     /// A dummy link.
     Link(&'static str),
-    /// The address itself, as a /32.
+    /// The address itself, as a /32 or /128.
     Address {
         /// Which.
-        address: Ipv4Addr,
+        address: IpAddr,
         /// The link that carries it.
         link: String,
     },
@@ -160,17 +217,19 @@ pub enum Part {
 impl fmt::Display for Part {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Table(table) => write!(f, "table ip {}", table.name),
-            Self::Route(to) => write!(f, "unreachable route {to}/32"),
+            Self::Table(table) => write!(f, "table {} {}", table.family, table.name),
+            Self::Route(to) => write!(f, "unreachable route {to}/{}", whole(*to)),
             Self::Link(name) => write!(f, "link {name} (dummy)"),
-            Self::Address { address, link } => write!(f, "address {address}/32 on {link}"),
+            Self::Address { address, link } => write!(f, "address {address}/{} on {link}", whole(*address)),
         }
     }
 }
 
-/// A table of family `ip`. Displays as nft's own text.
+/// A table of rules. Displays as nft's own text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {
+    /// What it looks at.
+    pub family: Family,
     /// Its name.
     pub name: &'static str,
     /// `NFT_TABLE_F_OWNER`: nobody else can change or flush it, and it is gone when its owner is.
@@ -220,7 +279,7 @@ pub struct Rule {
     /// The end of the connection that `address` and `port` are about.
     pub end: End,
     /// The address of that end.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// The TCP port of that end; `None`: every protocol.
     pub port: Option<u16>,
     /// What happens.
@@ -228,7 +287,7 @@ pub struct Rule {
 }
 
 impl Rule {
-    fn to(address: Ipv4Addr, port: Option<u16>, action: Action) -> Self {
+    fn to(address: IpAddr, port: Option<u16>, action: Action) -> Self {
         Self {
             input: None,
             end: End::Destination,
@@ -238,11 +297,11 @@ impl Rule {
         }
     }
 
-    fn request(address: Ipv4Addr, listener: u16) -> Self {
+    fn request(address: IpAddr, listener: u16) -> Self {
         Self::to(address, Some(IMDS_PORT), Action::Port(listener))
     }
 
-    fn answer(address: Ipv4Addr, listener: u16) -> Self {
+    fn answer(address: IpAddr, listener: u16) -> Self {
         Self {
             end: End::Source,
             ..Self::to(address, Some(listener), Action::Port(IMDS_PORT))
@@ -272,7 +331,7 @@ pub enum Action {
 
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "table ip {} {{", self.name)?;
+        writeln!(f, "table {} {} {{", self.family, self.name)?;
         if self.owned {
             writeln!(f, "\tflags owner\n")?;
         }
@@ -306,7 +365,7 @@ impl fmt::Display for Rule {
         if let Some(link) = self.input {
             write!(f, "iifname \"{link}\" ")?;
         }
-        write!(f, "ip {address} {} ", self.address)?;
+        write!(f, "{} {address} {} ", Family::of(self.address), self.address)?;
         if let Some(number) = self.port {
             write!(f, "tcp {port} {number} ")?;
         }

@@ -2,6 +2,7 @@
 
 use std::ffi::CStr;
 use std::io;
+use std::net::IpAddr;
 
 use netlink_bindings::nftables::{
     self, Chained, CmpOps, MetaKeys, Nfgenmsg, PayloadBase, PushExprListAttrs, Registers, RejectTypes, Request,
@@ -10,8 +11,8 @@ use netlink_bindings::nftables::{
 use netlink_bindings::utils::Pusher;
 use rustix::io::Errno;
 
-use super::kernel::{AF_INET, Kernel, is};
-use super::{Action, Chain, End, HostError, Observed, Part, Plan, Rule, Step, Table, TableSeen};
+use super::kernel::{AF_INET, AF_INET6, Kernel, is};
+use super::{Action, Chain, End, Family, HostError, Observed, Part, Plan, Rule, Step, Table, TableSeen};
 
 /// The subsystem that a batch is for (linux/netfilter/nfnetlink.h).
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
@@ -48,7 +49,7 @@ impl Kernel {
                 delete(batch, table);
             }
             let request = batch.request().set_create().set_excl();
-            let request = request.op_newtable_do(&inet()).into_encoder();
+            let request = request.op_newtable_do(&of(table.family)).into_encoder();
             request
                 .push_name_bytes(table.name.as_bytes())
                 .push_flags(TableFlags::Owner as u32);
@@ -98,7 +99,11 @@ impl Kernel {
                 create(batch, table);
             }
             for chain in &table.chains {
-                let request = batch.request().set_create().op_newchain_do(&inet()).into_encoder();
+                let request = batch
+                    .request()
+                    .set_create()
+                    .op_newchain_do(&of(table.family))
+                    .into_encoder();
                 let hook = request
                     .push_table_bytes(name)
                     .push_name_bytes(chain.name.as_bytes())
@@ -110,7 +115,7 @@ impl Kernel {
                     .push_policy(VerdictCode::Accept as u32);
                 for rule in &chain.rules {
                     let request = batch.request().set_create().set_append();
-                    let request = request.op_newrule_do(&inet()).into_encoder();
+                    let request = request.op_newrule_do(&of(table.family)).into_encoder();
                     let list = request
                         .push_table_bytes(name)
                         .push_chain_bytes(chain.name.as_bytes())
@@ -131,14 +136,17 @@ impl Kernel {
         match self.read_table(table) {
             Ok(seen) => Ok(Some(seen)),
             Err(e) if is(&e, &[Errno::NOENT]) => Ok(None),
-            Err(e) => Err(HostError::nft(&format_args!("read table ip {}", table.name), e)),
+            Err(e) => Err(HostError::nft(
+                &format_args!("read table {} {}", table.family, table.name),
+                e,
+            )),
         }
     }
 
     fn read_table(&mut self, table: &Table) -> io::Result<TableSeen> {
         let of_table = |name: &CStr| name.to_bytes() == table.name.as_bytes();
         let (mut owner, mut intact) = (None, true);
-        let mut request = Request::new().op_gettable_do(&inet());
+        let mut request = Request::new().op_gettable_do(&of(table.family));
         request.encode().push_name_bytes(table.name.as_bytes());
         self.ask(&request, |(_, seen)| {
             owner = seen.get_owner().ok();
@@ -148,7 +156,7 @@ impl Kernel {
         })?;
 
         let mut chains = 0;
-        self.ask(&Request::new().op_getchain_dump(&inet()), |(_, seen)| {
+        self.ask(&Request::new().op_getchain_dump(&of(table.family)), |(_, seen)| {
             if seen.get_table().is_ok_and(of_table) {
                 chains += 1;
                 intact &= table.chains.iter().any(|chain| same_chain(chain, &seen));
@@ -157,7 +165,7 @@ impl Kernel {
 
         // The kernel cannot change a rule, only replace it, and what replaces ours does not carry its text.
         let mut rules = Vec::new();
-        let mut request = Request::new().op_getrule_dump(&inet());
+        let mut request = Request::new().op_getrule_dump(&of(table.family));
         request.encode().push_table_bytes(table.name.as_bytes());
         self.ask(&request, |(_, seen)| {
             if seen.get_table().is_ok_and(of_table) {
@@ -191,20 +199,23 @@ impl Kernel {
     }
 }
 
-pub(super) fn inet() -> Nfgenmsg {
+pub(super) fn of(family: Family) -> Nfgenmsg {
     Nfgenmsg {
-        nfgen_family: AF_INET,
+        nfgen_family: match family {
+            Family::Ip => AF_INET,
+            Family::Ip6 => AF_INET6,
+        },
         ..Nfgenmsg::new()
     }
 }
 
 fn create(batch: &mut Chained<'static>, table: &Table) {
-    let mut request = batch.request().set_create().op_newtable_do(&inet());
+    let mut request = batch.request().set_create().op_newtable_do(&of(table.family));
     request.encode().push_name_bytes(table.name.as_bytes());
 }
 
 fn delete(batch: &mut Chained<'static>, table: &Table) {
-    let mut request = batch.request().op_deltable_do(&inet());
+    let mut request = batch.request().op_deltable_do(&of(table.family));
     request.encode().push_name_bytes(table.name.as_bytes());
 }
 
@@ -221,25 +232,27 @@ fn same_chain(chain: &Chain, seen: &nftables::IterableChainAttrs<'_>) -> bool {
 /// What tells our rule from another one in its place: its own text.
 fn user_data(rule: &Rule) -> Vec<u8> {
     let text = rule.to_string();
-    let length = u8::try_from(text.len()).expect("the longest rule has 90 characters");
+    let length = u8::try_from(text.len()).expect("the longest rule has 130 characters");
     [&[USER_DATA_TEXT, length], text.as_bytes()].concat()
 }
 
 fn push_rule<P: Pusher>(mut list: PushExprListAttrs<P>, rule: &Rule) {
-    // In bytes: struct iphdr (linux/ip.h), struct tcphdr (linux/tcp.h).
-    let (address, port) = match rule.end {
-        End::Source => (12, 0),
-        End::Destination => (16, 2),
+    // In bytes: struct iphdr (linux/ip.h), struct ipv6hdr (linux/ipv6.h), struct tcphdr (linux/tcp.h).
+    let (address, port) = match (rule.end, rule.address) {
+        (End::Source, IpAddr::V4(_)) => (12, 0),
+        (End::Destination, IpAddr::V4(_)) => (16, 2),
+        (End::Source, IpAddr::V6(_)) => (8, 0),
+        (End::Destination, IpAddr::V6(_)) => (24, 2),
     };
     if let Some(link) = rule.input {
         let mut name = [0; IFNAMSIZ];
         name[..link.len()].copy_from_slice(link.as_bytes());
         list = equals(meta(list, MetaKeys::Iifname), &name);
     }
-    list = equals(
-        load(list, PayloadBase::NetworkHeader, address, 4),
-        &rule.address.octets(),
-    );
+    list = match rule.address {
+        IpAddr::V4(octets) => equals(load(list, PayloadBase::NetworkHeader, address, 4), &octets.octets()),
+        IpAddr::V6(octets) => equals(load(list, PayloadBase::NetworkHeader, address, 16), &octets.octets()),
+    };
     if let Some(number) = rule.port {
         list = equals(meta(list, MetaKeys::L4Proto), &[IPPROTO_TCP]);
         list = equals(load(list, PayloadBase::TransportHeader, port, 2), &number.to_be_bytes());

@@ -1,4 +1,5 @@
 use super::*;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4};
 
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 const LISTENER: SocketAddrV4 = SocketAddrV4::new(ADDRESS, 51254);
@@ -146,7 +147,7 @@ fn without_a_daemon_only_the_owned_table_is_left_out() {
 #[test]
 fn a_namespace_needs_the_rules_and_the_address() {
     assert_eq!(
-        told(&diff(&Plan::namespace(LISTENER), &Observed::default())),
+        told(&diff(&Plan::namespace(LISTENER, false), &Observed::default())),
         ["add table ip imds_router", "add address 169.254.169.254/32 on lo"]
     );
 }
@@ -180,7 +181,10 @@ fn tables_read_as_nft_writes_them() {
 \t}
 }";
     assert_eq!(text, [guard, rules]);
-    let text: Vec<String> = Plan::namespace(LISTENER).tables().map(Table::to_string).collect();
+    let text: Vec<String> = Plan::namespace(LISTENER, false)
+        .tables()
+        .map(Table::to_string)
+        .collect();
     assert!(
         text[0].contains("\t\tiifname \"lo\" ip daddr 169.254.169.254 notrack\n"),
         "{}",
@@ -214,4 +218,56 @@ fn an_interception_may_live_in_a_task() {
     }
     // Only the types count: there is nothing to run it on here.
     let _ = |up| sendable(&keep(up));
+}
+
+#[test]
+fn ipv6_has_the_same_rules_and_leaves_the_link_to_ipv4() {
+    const LISTENER: SocketAddr = SocketAddr::new(
+        std::net::IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
+        51254,
+    );
+    assert_eq!(
+        told(&diff(&Plan::host(LISTENER), &Observed::default())),
+        [
+            "add table ip6 imds_router_guard",
+            "add unreachable route fd00:ec2::254/128",
+            "add table ip6 imds_router",
+            "add address fd00:ec2::254/128 on imds0",
+        ]
+    );
+    let inside: Vec<String> = Plan::namespace(LISTENER, true).tables().map(Table::to_string).collect();
+    assert_eq!(
+        inside,
+        ["table ip6 imds_router {
+\tchain out {
+\t\ttype filter hook output priority -310; policy accept;
+\t\tip6 daddr fd00:ec2::254 tcp dport 80 notrack tcp dport set 51254
+\t\tip6 saddr fd00:ec2::254 tcp sport 51254 notrack tcp sport set 80
+\t}
+
+\tchain pre {
+\t\ttype filter hook prerouting priority -310; policy accept;
+\t\tiifname \"lo\" ip6 daddr fd00:ec2::254 notrack
+\t\tip6 daddr fd00:ec2::254 tcp dport 80 notrack tcp dport set 51254
+\t}
+}"]
+    );
+}
+
+#[test]
+fn an_address_of_somebody_else_is_told_of() {
+    let foreign = |link: &str, ours| AddressSeen {
+        link: link.into(),
+        ours,
+    };
+    let observed = Observed {
+        addresses: vec![foreign("eth0", false), foreign("lo", true)],
+        ..Observed::default()
+    };
+    let told: Vec<_> = Plan::namespace(LISTENER, false)
+        .foreign(&observed)
+        .iter()
+        .map(Part::to_string)
+        .collect();
+    assert_eq!(told, ["address 169.254.169.254/32 on eth0"]);
 }

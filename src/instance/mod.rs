@@ -31,6 +31,8 @@ pub struct Instance {
     pub view: InstanceView,
     /// Whether it finds a metadata service at all.
     pub endpoint: bool,
+    /// Whether that is not decided yet: without a label only a role makes it find one, and it may turn out to have none.
+    pub endpoint_open: bool,
     /// Whether it must use IMDSv2.
     pub tokens_required: bool,
     /// Its role, or why it has none.
@@ -148,6 +150,7 @@ pub fn resolve(
         listed,
         profile,
         rule,
+        open,
     } = match problems.first() {
         // A label that was not understood may have been a restriction.
         Some(problem) => Verdict {
@@ -155,6 +158,7 @@ pub fn resolve(
             listed: None,
             profile: None,
             rule: None,
+            open: false,
         },
         None => session::decide(&Case {
             container,
@@ -196,6 +200,7 @@ pub fn resolve(
     Instance {
         view: catalogue::view(&facts),
         endpoint: endpoint(&spec, &role, settings),
+        endpoint_open: open && endpoint(&spec, &role, settings) && !endpoint(&spec, &Role::None, settings),
         tokens_required: tokens_required(&spec, settings, &problems),
         role,
         profile,

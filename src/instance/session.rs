@@ -31,6 +31,8 @@ pub(super) struct Verdict {
     pub profile: Option<String>,
     /// The rule that decided.
     pub rule: Option<String>,
+    /// It may turn out that it asks for none.
+    pub open: bool,
 }
 
 /// Decides on the role of a container whose labels are in order.
@@ -40,6 +42,7 @@ pub(super) fn decide(case: &Case<'_>) -> Verdict {
         listed: None,
         profile: None,
         rule: None,
+        open: false,
     };
     match case.grant(&mut verdict) {
         Ok((session, listed)) => {
@@ -64,13 +67,14 @@ impl Case<'_> {
     fn grant(&self, verdict: &mut Verdict) -> Result<(Session, RoleArn), Role> {
         let (spec, rules) = (self.spec, &self.settings.allow);
         if spec.waits_for_environment {
+            verdict.open = true;
             return Err(Role::Pending(
                 "its variables may name a role, and are not known yet".to_owned(),
             ));
         }
         let typed = match (&spec.role, &spec.profile, &self.settings.default_role) {
             (Some(typed), ..) => Some(typed.clone()),
-            (None, None, Some(template)) => self.fill(template)?,
+            (None, None, Some(template)) => self.fill(template).inspect_err(|_| verdict.open = true)?,
             _ => None,
         };
         let who = self.applicant();

@@ -91,8 +91,6 @@ fn said(instance: &Instance) -> String {
     );
     if let Session::Role(session) = &**session {
         let list = |items: Vec<String>| items.join(",");
-        let chain = session.chain.iter().map(ToString::to_string);
-        add("chain", list(chain.collect()));
         add(
             "external",
             session
@@ -315,7 +313,7 @@ fn every_input_goes_to_sts() {
     assert_eq!(
         outcome("", all),
         format!(
-            "{ARN}/app as shop-web-of-0123456789ab minutes=45 chain={ARN}/hop,arn:aws:iam::444455556666:role/x/y \
+            "{ARN}/app as shop-web-of-0123456789ab, through {ARN}/hop and arn:aws:iam::444455556666:role/x/y minutes=45 \
              external=ex:1 source=me@example.com policy={POLICY} arns=arn:aws:iam::111122223333:policy/x,{READ_ONLY} \
              tags=stage:,team:a b transitive=team"
         )
@@ -517,7 +515,7 @@ fn only_what_a_rule_allows() {
         ),
         (
             &[SHOP, DEV, ("imds.role.chain", "hop")],
-            format!("{ARN}/dev-x as web@h1 minutes=30 chain={ARN}/hop {ceiling}"),
+            format!("{ARN}/dev-x as web@h1, through {ARN}/hop minutes=30 {ceiling}"),
         ),
         // What the rule names, and no more.
         (

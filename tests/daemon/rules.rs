@@ -118,6 +118,33 @@ async fn a_rule_that_looks_at_networks_waits_for_them() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_may_be_nobody_is_not_told_that_this_is_ec2() {
+    let daemon = Daemon::start(Settings {
+        compat: Compat::ALL,
+        ..settings()
+    });
+    daemon.synchronised().await;
+    for (number, variable, status) in [(1, "IAM_ROLE=app", 200), (2, "HOME=/", 403)] {
+        let address = daemon.create(number, &[]);
+        daemon.engine.world(|world| {
+            let container = world.containers.get_mut(&id(number)).unwrap();
+            (container.environment, container.inspect_blocks) = (vec![variable.into()], true);
+        });
+        daemon.boot(number, address);
+        daemon.settle().await;
+        // Asked before its variables are known: whatever it is, it waits until they are.
+        let mut client = daemon.connect(number, address);
+        let answer = tokio::spawn(async move { client.get("/latest/meta-data/").await.unwrap().status });
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert!(!answer.is_finished());
+        daemon
+            .engine
+            .world(|world| world.containers.get_mut(&id(number)).unwrap().inspect_blocks = false);
+        assert_eq!(answer.await.unwrap(), status, "{variable}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn variables_count_once_they_are_known_and_only_where_the_image_did_not_bring_them() {
     let compat = Settings {
         compat: Compat::ALL,

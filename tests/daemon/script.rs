@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::future::Future;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU16, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -18,11 +18,11 @@ use imds_router::clock::Clock;
 use imds_router::config::{CredentialSource, Settings};
 use imds_router::containers::index::{EngineState, Index};
 use imds_router::containers::watcher::{
-    Birth, ContainerEngine, EngineError, Event, Hold, Image, Inspection, Instances, Kernel, Network, Ports, Row,
+    Birth, ContainerEngine, EngineError, Event, Hold, Image, Inspection, Instances, Kernel, Network, Ports, Row, Run,
     Watcher,
 };
 use imds_router::containers::{
-    Attachments, CgroupId, ContainerId, Counters, Definition, Endpoint, Environment, NamespaceId, NetworkId,
+    Attachments, CgroupId, ContainerId, Counters, Definition, Endpoint, Environment, LinkSeen, NamespaceId, NetworkId,
     NetworkMode, SocketEvidence, Witness,
 };
 use imds_router::credentials::broker::{Broker, CredentialProvider, Lease, Limits, Provided, ProviderError};
@@ -36,6 +36,8 @@ use crate::conformance::Reply;
 
 /// The host's own network namespace.
 pub const HOST: NamespaceId = NamespaceId(1);
+/// The gateway of every network.
+pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 255, 255, 254);
 pub const WALL: Duration = Duration::from_secs(1_767_607_872);
 
 /// An id made of a number.
@@ -54,6 +56,8 @@ pub struct Container {
     /// `NAME=value`
     pub environment: Vec<String>,
     pub image_environment: Vec<String>,
+    /// An inspect waits, as while a container starts.
+    pub inspect_blocks: bool,
     pub running: bool,
     pub network_mode: NetworkMode,
 }
@@ -161,14 +165,21 @@ impl ContainerEngine for ScriptedEngine {
     }
 
     fn inspect(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Inspection>, EngineError>> {
-        let id = id.clone();
-        self.ask(move |world| {
-            world.containers.get(&id).map(|container| Inspection {
-                hostname: Some(id.short().to_owned()),
-                pid: None,
-                environment: Environment::of(container.image_environment.iter().chain(&container.environment)),
-            })
-        })
+        let (this, id) = (self.clone(), id.clone());
+        async move {
+            while this.world(|world| world.containers.get(&id).is_some_and(|it| it.inspect_blocks)) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            let inspect = this.ask(move |world| {
+                world.containers.get(&id).map(|container| Inspection {
+                    hostname: Some(id.short().to_owned()),
+                    run: None,
+                    environment: Environment::of(container.image_environment.iter().chain(&container.environment)),
+                })
+            });
+            inspect.await
+        }
+        .boxed()
     }
 
     fn image(&self, id: &str) -> BoxFuture<'static, Result<Option<Image>, EngineError>> {
@@ -191,6 +202,7 @@ impl ContainerEngine for ScriptedEngine {
             let endpoints = world.networks.get(&id)?.clone();
             Some(Network {
                 subnets: vec![("10.0.0.0".parse().unwrap(), 8)],
+                gateways: vec![GATEWAY.into()],
                 endpoints,
             })
         })
@@ -281,7 +293,7 @@ struct ScriptedWitness {
 }
 
 impl Kernel for ScriptedKernel {
-    fn birth(&self, id: &ContainerId, _pid: Option<u32>, mode: Option<&NetworkMode>) -> Result<Birth, String> {
+    fn birth(&self, id: &ContainerId, _run: Option<&Run>, mode: Option<&NetworkMode>) -> Result<Birth, String> {
         let lives = self.0.lock().unwrap();
         let (cgroup, namespace, alive) = lives.lives.get(id).ok_or("not there yet")?;
         if *namespace == HOST && mode != Some(&NetworkMode::Host) {
@@ -336,8 +348,12 @@ impl Witness for ScriptedWitness {
         self.lives.lock().unwrap().inside.contains(&self.namespace)
     }
 
-    fn attach(&self) -> Result<(), String> {
-        Ok(())
+    fn links(&self) -> std::io::Result<Vec<LinkSeen>> {
+        Ok(Vec::new())
+    }
+
+    fn attach(&self) -> Result<Vec<String>, String> {
+        Ok(Vec::new())
     }
 
     fn detach(&self) -> Result<(), String> {

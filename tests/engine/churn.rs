@@ -27,10 +27,13 @@ const WITHIN: f64 = 400.0 + 150.0;
 const STORIES: &str = "/stories";
 
 pub fn trials(rig: &Rig) -> Vec<Trial> {
-    vec![
+    let mut trials = vec![
         rig.once("churn::short_lives_on_few_addresses", short_lives_on_few_addresses),
         rig.once("churn::first_act", first_act),
-    ]
+    ];
+    trials.extend(rig.on_newer("churn::short_lives_on_few_addresses", short_lives_on_few_addresses));
+    trials.extend(rig.on_newer("churn::first_act", first_act));
+    trials
 }
 
 /// What the lives of a trial got, told by themselves.

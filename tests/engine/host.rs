@@ -129,7 +129,7 @@ fn a_namespace_keeps_its_own_port_80() -> Outcome {
     let ns = Namespace::new();
     let application = ns.listen(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 80), false);
     let ours = ns.listen(LISTENER, true);
-    let up = ns.enter(|| Interception::up(Plan::namespace(LISTENER)))?;
+    let up = ns.enter(|| Interception::up(Plan::namespace(LISTENER, false)))?;
     let near = ns.connect()?;
     assert_eq!(ours.accept()?.1, near.local_addr()?);
     let local = ns.enter(|| TcpStream::connect((Ipv4Addr::LOCALHOST, 80)))?;
@@ -526,8 +526,8 @@ fn without_a_daemon_everybody_is_refused() -> Outcome {
 fn a_namespace_goes_back_to_what_it_was() -> Outcome {
     let ns = Namespace::new();
     let before = ns.listing();
-    let plan = Plan::namespace(LISTENER);
-    let up = ns.enter(|| Interception::up(Plan::namespace(LISTENER)))?;
+    let plan = Plan::namespace(LISTENER, false);
+    let up = ns.enter(|| Interception::up(Plan::namespace(LISTENER, false)))?;
     assert_eq!(ns.rules(), sorted(plan.parts().iter().filter_map(text)));
     up.down()?;
     assert_eq!(ns.listing(), before);

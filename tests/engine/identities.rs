@@ -30,6 +30,22 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
         conforms(engine, "host", Mode::Required)
     }));
     trials.extend(rig.in_each_view("identities::networks_that_lead_nowhere", networks_that_lead_nowhere));
+    trials.extend(rig.on_newer("identities::four_roles::namespace", |engine| {
+        four_roles(engine, "namespace", "optional");
+    }));
+    trials.extend(rig.on_newer("identities::four_roles::host", |engine| {
+        four_roles(engine, "host", "required");
+    }));
+    trials.extend(rig.on_newer("identities::sixty_first_acts::namespace", |engine| {
+        sixty_first_acts(engine, "namespace");
+    }));
+    trials.extend(rig.on_newer("identities::sixty_first_acts::host", |engine| {
+        sixty_first_acts(engine, "host");
+    }));
+    trials.extend(rig.on_newer("identities::shared_namespaces", |engine| {
+        host_network_and_shared_namespaces(engine, "namespace");
+    }));
+    trials.extend(rig.on_newer("identities::networks_that_lead_nowhere", networks_that_lead_nowhere));
     trials.push(rig.once(
         "identities::port_80_of_the_container_is_its_own",
         port_80_of_the_container_is_its_own,

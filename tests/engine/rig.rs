@@ -49,7 +49,7 @@ use libtest_mimic::{Failed, Trial};
 pub use clients::{Client, Identity};
 pub use container::Container;
 pub use daemon::Daemon;
-pub use engine::{BOX, Background, Engine, Network, View};
+pub use engine::{BOX, Background, Engine, Kind, Network, Release, View};
 pub use hostile::{Attach, rounds};
 pub use http::{NoReply, Reply};
 pub use moto::Moto;
@@ -69,7 +69,7 @@ pub struct Rig {
 }
 
 /// The shared engines that have been asked for, or why there is none.
-type Engines = BTreeMap<View, Result<Arc<Engine>, String>>;
+type Engines = BTreeMap<Kind, Result<Arc<Engine>, String>>;
 
 impl Rig {
     pub fn new() -> Rig {
@@ -95,13 +95,14 @@ impl Rig {
         &self.views
     }
 
-    /// The engine of that view that the trials share, started on first use.
+    /// The engine of that kind that the trials share, started on first use.
     #[track_caller]
-    pub fn engine(&self, view: View) -> Arc<Engine> {
+    pub fn engine(&self, kind: impl Into<Kind>) -> Arc<Engine> {
+        let kind = kind.into();
         let mut engines = self.engines.lock().unwrap_or_else(PoisonError::into_inner);
-        let engine = engines.entry(view).or_insert_with(|| {
+        let engine = engines.entry(kind).or_insert_with(|| {
             // What failed once fails again, and slowly: remember the reason instead.
-            catch_unwind(AssertUnwindSafe(|| Engine::start(view))).map_err(message)
+            catch_unwind(AssertUnwindSafe(|| Engine::start(kind))).map_err(message)
         });
         match engine {
             Ok(engine) => Arc::clone(engine),
@@ -130,6 +131,21 @@ impl Rig {
     fn in_view(&self, view: View, name: &str, trial: impl FnOnce(&Arc<Engine>) + Send + 'static) -> Trial {
         let rig = self.clone();
         self.alone(name, move || trial(&rig.engine(view)))
+    }
+
+    /// One trial, on each newer generation of the engine.
+    pub fn on_newer(&self, name: &str, trial: impl Fn(&Arc<Engine>) + Copy + Send + 'static) -> Vec<Trial> {
+        let newer = Release::NEWER.into_iter();
+        newer
+            .map(|release| {
+                let rig = self.clone();
+                let kind = Kind {
+                    release,
+                    ..self.views[0].into()
+                };
+                self.alone(&format!("{name}::{}", release.name()), move || trial(&rig.engine(kind)))
+            })
+            .collect()
     }
 
     /// A trial that does not want a shared engine.

@@ -35,7 +35,7 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
 
 fn a_container_runs(engine: &Arc<Engine>) {
     let version = engine.docker(&["info", "--format", "{{.CgroupVersion}} {{.LiveRestoreEnabled}}"]);
-    let expected = match engine.view {
+    let expected = match engine.kind.view {
         View::Hybrid => "1 true",
         View::V2 => "2 true",
     };

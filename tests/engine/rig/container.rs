@@ -107,7 +107,9 @@ impl Start {
                 (tools::examples().to_string_lossy().as_ref(), EXAMPLES),
                 (tools::DAEMON, IMDS_ROUTER),
             ] {
-                docker.arg("-v").arg(format!("{outside}:{inside}:ro"));
+                docker
+                    .arg("-v")
+                    .arg(format!("{}:{inside}:ro", self.engine.outside(outside)));
             }
         }
         docker.args(&self.options).arg(&self.image);

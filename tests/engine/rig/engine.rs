@@ -46,6 +46,57 @@ impl View {
     }
 }
 
+/// Whose Docker it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Release {
+    /// This machine's own (Debian 12: Docker 20.10).
+    Machine,
+    /// That of another Debian, out of a root of its own that `tests/setup` has made.
+    Debian(&'static str),
+}
+
+impl Release {
+    /// Newer generations: Docker 26.1 and 28.5.
+    pub const NEWER: [Release; 2] = [Release::Debian("trixie"), Release::Debian("sid")];
+
+    /// As it stands in the names of trials and logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Release::Machine => "machine",
+            Release::Debian(name) => name,
+        }
+    }
+
+    fn root(self) -> Option<PathBuf> {
+        match self {
+            Release::Machine => None,
+            Release::Debian(name) => Some(Path::new(ROOTS).join(name)),
+        }
+    }
+}
+
+/// Where `tests/setup` makes roots of other Debians.
+const ROOTS: &str = "/var/cache/imds-router-tests";
+
+/// Which engine a trial wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Kind {
+    pub view: View,
+    pub release: Release,
+    /// Containers go on without dockerd. A swarm does not go with that.
+    pub live_restore: bool,
+}
+
+impl From<View> for Kind {
+    fn from(view: View) -> Kind {
+        Kind {
+            view,
+            release: Release::Machine,
+            live_restore: true,
+        }
+    }
+}
+
 /// The image that has the machine's `/usr` when it runs, and so curl, Python, and the SDKs of the test tools.
 pub const SDK: &str = "sdk";
 /// The image that has a static busybox and nothing else.
@@ -59,6 +110,20 @@ const HOST: &str = "
     echo 1 > /proc/sys/net/ipv4/ip_forward
     mount -t tmpfs tmpfs /run
 ";
+/// Where the machine's own files are for an engine that has a root of its own.
+const OUTSIDE: &str = "/old";
+/// Another root, in which the run's files are where they are outside. A plain chroot will not do: runc moves roots itself.
+const OTHER_ROOT: &str = "
+    mkdir -p \"$1/old\"
+    mount --bind \"$1\" \"$1\"
+    cd \"$1\"
+    for part in proc sys dev var/tmp; do mount --rbind /$part $part; done
+    mount -t tmpfs tmpfs run
+    mount -t tmpfs tmpfs tmp
+    pivot_root . old
+    echo ready
+    exec sleep infinity
+";
 const ONLY_CGROUP2: &str = "
     umount -R /sys/fs/cgroup
     mount -t cgroup2 none /sys/fs/cgroup
@@ -66,11 +131,13 @@ const ONLY_CGROUP2: &str = "
 
 /// A running engine. Dropping it ends it with everything that runs in it or beside it.
 pub struct Engine {
-    pub view: View,
+    pub kind: Kind,
     namespace: String,
     directory: PathBuf,
     /// The process that keeps the host's namespaces open while engine and daemons come and go.
     host: Child,
+    /// The process that keeps its other root, if it has one.
+    root: Option<Child>,
     containerd: Mutex<Option<Child>>,
     dockerd: Mutex<Option<Child>>,
     moto: OnceLock<Moto>,
@@ -80,16 +147,20 @@ impl Engine {
     /// Starts an engine of one's own, for trials that do to it what others could not stand. Everybody else shares those of
     /// [`Rig::engine`](super::Rig::engine).
     #[track_caller]
-    pub fn start(view: View) -> Arc<Engine> {
+    pub fn start(kind: impl Into<Kind>) -> Arc<Engine> {
+        let kind = kind.into();
         let namespace = run::new_namespace();
         let directory = run::directory().join(&namespace);
         for part in ["containerd", "docker", "client"] {
             let path = directory.join(part);
             fs::create_dir_all(&path).unwrap_or_else(|e| panic!("cannot make {}: {e}", path.display()));
         }
+        let host = start_host(kind.view, &namespace);
+        let root = kind.release.root().map(|root| start_root(&host, &namespace, &root));
         let engine = Arc::new(Engine {
-            view,
-            host: start_host(view, &namespace),
+            kind,
+            host,
+            root,
             namespace,
             directory,
             containerd: Mutex::default(),
@@ -154,14 +225,27 @@ impl Engine {
 
     /// `program` as a process of the engine's host: in its network and its mounts, in no container, with a clean environment.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
-        let mut command = Command::new("nsenter");
+        let mut command = nsenter(&self.namespace, &self.host);
+        command.arg(program);
         command
-            .arg(format!("--net={}", run::namespace_file(&self.namespace)))
-            .arg(format!("--mount=/proc/{}/ns/mnt", self.host.id()))
-            .arg(program)
-            .env_clear()
-            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    }
+
+    /// A part of the engine itself: in its own root, where it has one.
+    fn part(&self, program: &str) -> Command {
+        let mut command = match &self.root {
+            None => return self.command(program),
+            Some(root) => nsenter(&self.namespace, root),
+        };
+        command.arg(program);
         command
+    }
+
+    /// A path of the machine, as the engine sees it.
+    pub fn outside(&self, path: &str) -> String {
+        match self.root {
+            None => path.to_owned(),
+            Some(_) => format!("{OUTSIDE}{path}"),
+        }
     }
 
     /// Runs a program on the engine's host and returns what it printed.
@@ -248,9 +332,11 @@ impl Engine {
         self.kill();
         let empty = self.directory.join("daemon.json");
         fs::write(&empty, "{}").expect("the engine's directory is writable");
-        let mut dockerd = self.command("dockerd");
+        let mut dockerd = self.part("dockerd");
+        if self.kind.live_restore {
+            dockerd.arg("--live-restore");
+        }
         dockerd
-            .arg("--live-restore")
             // Neither the machine's own configuration nor its containerd.
             .args(["--config-file".into(), empty])
             .args(["--containerd".into(), self.containerd_socket()])
@@ -268,7 +354,7 @@ impl Engine {
             let _ = child.wait();
             panic!(
                 "dockerd does not start ({} view):\n{}\n--- containerd:\n{}",
-                self.view.name(),
+                self.kind.view.name(),
                 tail(&self.log("dockerd"), 25),
                 tail(&self.log("containerd"), 10)
             );
@@ -295,7 +381,8 @@ impl Engine {
     /// The log of a part of this engine.
     pub fn log(&self, part: &str) -> PathBuf {
         let number = self.namespace.rsplit('-').next().unwrap_or_default();
-        run::log_file(&format!("{}-{number}-{part}", self.view.name()))
+        let Kind { view, release, .. } = self.kind;
+        run::log_file(&format!("{}-{}-{number}-{part}", release.name(), view.name()))
     }
 
     /// Ends the engine and all that is in it; what is left nevertheless is in the answer.
@@ -344,7 +431,7 @@ impl Engine {
             self.containerd_socket().display()
         );
         fs::write(&config, text).expect("the engine's directory is writable");
-        let mut containerd = self.command("containerd");
+        let mut containerd = self.part("containerd");
         containerd.arg("--config").arg(config);
         let child = start_logged(&mut containerd, &self.log("containerd"));
         *self.containerd.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);
@@ -383,6 +470,9 @@ impl Drop for Engine {
             eprintln!("left behind: {left}");
         }
         let _ = self.host.wait();
+        if let Some(root) = &mut self.root {
+            let _ = root.wait();
+        }
     }
 }
 
@@ -443,20 +533,49 @@ fn start_host(view: View, namespace: &str) -> Child {
     command
         .arg(format!("--net={}", run::namespace_file(namespace)))
         .args(["unshare", "--mount", "--propagation", "private"])
-        .args(["sh", "-ec", &script])
-        .stdout(Stdio::piped());
-    let mut host = away_from_the_terminal(&mut command)
+        .args(["sh", "-ec", &script]);
+    until_ready(&mut command)
+}
+
+fn start_root(host: &Child, namespace: &str, root: &Path) -> Child {
+    assert!(
+        root.join("usr/sbin/dockerd").exists(),
+        "there is no {}: run tests/setup",
+        root.display()
+    );
+    let mut command = nsenter(namespace, host);
+    command
+        .args(["unshare", "--mount", "--propagation", "private"])
+        .args(["sh", "-ec", OTHER_ROOT, "sh"])
+        .arg(root);
+    until_ready(&mut command)
+}
+
+/// Starts what prints "ready" when it is.
+fn until_ready(command: &mut Command) -> Child {
+    let mut child = away_from_the_terminal(command.stdout(Stdio::piped()))
         .spawn()
         .unwrap_or_else(|e| panic!("cannot run nsenter: {e}"));
     let mut line = String::new();
-    if let Some(stdout) = host.stdout.take() {
+    if let Some(stdout) = child.stdout.take() {
         let _ = BufReader::new(stdout).read_line(&mut line); // nothing read is not "ready"
     }
     assert_eq!(
         line, "ready\n",
         "the engine's host could not be set up; the reason is above"
     );
-    host
+    child
+}
+
+/// In that network and the mounts of that process, with a clean environment.
+fn nsenter(namespace: &str, mounts: &Child) -> Command {
+    let mut command = Command::new("nsenter");
+    command
+        .arg(format!("--net={}", run::namespace_file(namespace)))
+        .arg(format!("--mount=/proc/{}/ns/mnt", mounts.id()))
+        .env_clear()
+        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    command
 }
 
 fn start_logged(command: &mut Command, log: &Path) -> Child {

@@ -1,0 +1,173 @@
+//! The lower level: no kernel to ask, only the engine's word on who is at which address.
+//!
+//! For hosts on which nobody can be proven (a remote engine, cgroup v1 alone, no rights), and only where the operator has
+//! said `[serve] proof = "address"`. A neighbour that sends with another's address is taken for it.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::time::SystemTime;
+
+use dashmap::DashMap;
+use sha2::{Digest as _, Sha256};
+use tokio::sync::watch;
+
+use crate::clock::Clock;
+use crate::containers::watcher::{Birth, Kernel, Run};
+use crate::containers::{CgroupId, ContainerId, Level, LinkSeen, NamespaceId, NetworkMode, SocketEvidence, Witness};
+
+/// Lives as the engine tells them. They end when it says so, or when it is away: addresses may move then.
+pub struct EngineWord {
+    clock: Clock,
+    /// A life ends when its sender is dropped.
+    lives: DashMap<ContainerId, (CgroupId, watch::Sender<()>)>,
+}
+
+impl EngineWord {
+    /// Nobody lives yet.
+    pub fn new(clock: Clock) -> Self {
+        Self {
+            clock,
+            lives: DashMap::new(),
+        }
+    }
+}
+
+impl Kernel for EngineWord {
+    fn birth(&self, id: &ContainerId, run: Option<&Run>, mode: Option<&NetworkMode>) -> Result<Birth, String> {
+        let run = run.ok_or("the engine has not said yet that it runs")?;
+        match mode {
+            Some(NetworkMode::Own) => {}
+            Some(_) => {
+                return Err(
+                    "it has no network of its own: with proof \"address\" it cannot be told from others".to_owned(),
+                );
+            }
+            None => return Err("the engine has not said yet whose network it has".to_owned()),
+        }
+        // What stands for the kernel's number of a run: anything that differs from run to run.
+        let digest = Sha256::digest(format!("{}|{}|{}", id.as_str(), run.pid, run.started));
+        let life = CgroupId(u64::from_be_bytes(*digest.first_chunk().expect("SHA-256 has 32 bytes")));
+        let mut entry = self
+            .lives
+            .entry(id.clone())
+            .or_insert_with(|| (life, watch::Sender::new(())));
+        if entry.0 != life {
+            *entry = (life, watch::Sender::new(()));
+        }
+        Ok(Birth {
+            cgroup: life,
+            pid: run.pid,
+            started: started(&run.started).unwrap_or_else(|| self.clock.wall()),
+            witness: Box::new(EngineWitness {
+                life,
+                runs: entry.1.subscribe(),
+            }),
+        })
+    }
+
+    fn engine_says_ended(&self, id: &ContainerId) {
+        self.lives.remove(id);
+    }
+
+    fn engine_lost(&self) {
+        self.lives.clear();
+    }
+}
+
+fn started(text: &str) -> Option<SystemTime> {
+    text.parse::<jiff::Timestamp>().ok().map(SystemTime::from)
+}
+
+struct EngineWitness {
+    life: CgroupId,
+    runs: watch::Receiver<()>,
+}
+
+impl Witness for EngineWitness {
+    fn level(&self) -> Level {
+        Level::Address
+    }
+
+    fn alive(&self) -> bool {
+        self.runs.has_changed().is_ok()
+    }
+
+    fn ended(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        let mut runs = self.runs.clone();
+        Box::pin(async move { while runs.changed().await.is_ok() {} })
+    }
+
+    fn socket(&self, _: SocketAddr, _: SocketAddr) -> io::Result<Option<SocketEvidence>> {
+        Ok(None)
+    }
+
+    fn holds(&self, _: CgroupId) -> bool {
+        false
+    }
+
+    fn namespace(&self) -> NamespaceId {
+        // Nobody else's: the kernel's numbers of namespaces have 32 bits (proc_ns, linux/proc_ns.h).
+        NamespaceId(self.life.0 | 1 << 63)
+    }
+
+    fn links(&self) -> io::Result<Vec<LinkSeen>> {
+        Ok(Vec::new())
+    }
+
+    fn listens_inside(&self) -> bool {
+        false
+    }
+
+    fn attach(&self) -> Result<Vec<String>, String> {
+        Err("its network namespace cannot be entered".to_owned())
+    }
+
+    fn detach(&self) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id() -> ContainerId {
+        ContainerId::parse(&"ab".repeat(32)).unwrap()
+    }
+
+    fn run(pid: u32) -> Run {
+        Run {
+            pid,
+            started: "2026-11-25T10:00:00.5Z".into(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_life_is_what_the_engine_says_and_ends_when_it_says_so() {
+        let engine = EngineWord::new(Clock::system());
+        let own = Some(&NetworkMode::Own);
+        assert!(engine.birth(&id(), None, own).is_err());
+        assert!(engine.birth(&id(), Some(&run(7)), Some(&NetworkMode::Host)).is_err());
+        let first = engine.birth(&id(), Some(&run(7)), own).unwrap();
+        assert!(first.witness.alive() && first.witness.level() == Level::Address);
+        // Told twice, it is the same life; another run is another.
+        let again = engine.birth(&id(), Some(&run(7)), own).unwrap();
+        assert!(first.cgroup == again.cgroup && first.witness.alive());
+        let next = engine.birth(&id(), Some(&run(8)), own).unwrap();
+        assert!(next.cgroup != first.cgroup && !first.witness.alive() && next.witness.alive());
+        first.witness.ended().await;
+        engine.engine_says_ended(&id());
+        assert!(!next.witness.alive());
+        next.witness.ended().await;
+    }
+
+    #[test]
+    fn without_the_engine_nobody_lives() {
+        let engine = EngineWord::new(Clock::system());
+        let birth = engine.birth(&id(), Some(&run(7)), Some(&NetworkMode::Own)).unwrap();
+        engine.engine_lost();
+        assert!(!birth.witness.alive());
+    }
+}

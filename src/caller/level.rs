@@ -1,0 +1,78 @@
+//! How much of the kernel's word is to be had here: everything, or what is lacking for it.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+use rustix::thread::{CapabilitySet, capabilities};
+
+use super::cgroup::{CgroupError, Cgroups};
+
+/// Something without which the kernel cannot be asked who made a connection.
+#[derive(Debug, thiserror::Error)]
+pub enum Lack {
+    /// Rights.
+    #[error("{} missing: network namespaces of containers cannot be entered", .0.join(", "))]
+    Capabilities(Vec<&'static str>),
+    /// A cgroup v2 hierarchy.
+    #[error("{}", without_hint(.0))]
+    Cgroups(CgroupError),
+    /// The host's view of processes.
+    #[error("the engine's processes are not visible: this process has a PID namespace of its own")]
+    Processes,
+    /// The host's network.
+    #[error(
+        "the engine is in another network namespace than this process (rootless Docker, or a container without the host's network)"
+    )]
+    Network,
+    /// The engine itself.
+    #[error("the engine at {0} is another machine's: the kernel to ask is there")]
+    Remote(String),
+}
+
+fn without_hint(error: &CgroupError) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
+}
+
+/// The capabilities (capabilities(7)) that full proof takes, and what for: entering network namespaces, looking at processes
+/// of others, addresses and rules.
+const NEEDED: [(CapabilitySet, &str); 3] = [
+    (CapabilitySet::SYS_ADMIN, "CAP_SYS_ADMIN"),
+    (CapabilitySet::SYS_PTRACE, "CAP_SYS_PTRACE"),
+    (CapabilitySet::NET_ADMIN, "CAP_NET_ADMIN"),
+];
+
+/// What is lacking here. An engine that does not answer yet lacks nothing: it may come.
+pub async fn lacking(engine: &str) -> Vec<Lack> {
+    let mut lacks = Vec::new();
+    let have = capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
+    let missing: Vec<_> = NEEDED
+        .iter()
+        .filter(|(needed, _)| !have.contains(*needed))
+        .map(|(_, name)| *name)
+        .collect();
+    if !missing.is_empty() {
+        lacks.push(Lack::Capabilities(missing));
+    }
+    if let Err(error) = Cgroups::find() {
+        lacks.push(Lack::Cgroups(error));
+    }
+    if let Some(path) = engine.strip_prefix("unix://") {
+        lacks.extend(of_peer(Path::new(path)).await);
+    }
+    lacks
+}
+
+/// What the process that listens on the engine's socket tells of where this process sits.
+async fn of_peer(socket: &Path) -> Option<Lack> {
+    let peer = tokio::net::UnixStream::connect(socket).await.ok()?.peer_cred().ok()?;
+    // 0: not visible from here (unix(7), pid_namespaces(7)).
+    let Some(pid) = peer.pid().filter(|pid| *pid > 0) else {
+        return Some(Lack::Processes);
+    };
+    let network = |process: &str| std::fs::metadata(format!("/proc/{process}/ns/net")).map(|it| it.ino());
+    match (network(&pid.to_string()), network("self")) {
+        (Ok(theirs), Ok(ours)) if theirs != ours => Some(Lack::Network),
+        // Without the right to look that is what is lacking, and said already.
+        _ => None,
+    }
+}
