@@ -2,6 +2,8 @@
 //!
 //! The only file that sees every other; nobody sees it.
 
+mod base;
+
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::io::{self, Read as _, Write as _};
@@ -21,8 +23,8 @@ use tokio::task::AbortHandle;
 use tracing::{error, info, warn};
 
 use crate::admin::{
-    self, ContainerStatus, CredentialStatus, EngineStatus, Explanation, Judgement, Observatory, RefusalStatus,
-    RequestStatus, Status,
+    self, BaseStatus, ClockStatus, ContainerStatus, CredentialStatus, EngineStatus, Explanation, Judgement,
+    Observatory, RefusalStatus, RequestStatus, Status,
 };
 use crate::caller::address::EngineWord;
 use crate::caller::cgroup::Cgroups;
@@ -45,7 +47,7 @@ use crate::credentials::sts::Sts;
 use crate::credentials::{Session, offline};
 use crate::host::apply::{Interception, clear};
 use crate::host::{HostError, LINK, Plan};
-use crate::instance::{Base, FALLBACK_REGION, Instance, Role, Surroundings, resolve};
+use crate::instance::{FALLBACK_REGION, Instance, Role, Surroundings, resolve};
 use crate::server::{self, RefusedConnection, Service};
 use crate::telemetry::{printable, with_causes};
 use crate::wire::imds::credentials_document;
@@ -61,6 +63,8 @@ pub const DEFAULT_PORT: u16 = 51_254;
 const PORTS: u16 = 64;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 1024;
+/// A clock that is off by more than so many seconds is warned of; AWS takes requests that are off by five minutes.
+const CLOCK_IS_WRONG: u64 = 60;
 /// What attach `host` is not.
 pub const ATTACH_HOST: &str = "attach host protects identity, not confidentiality: it proves who asks, but a neighbour with \
     NET_RAW (Docker's default) on the same bridge can divert answers; --cap-drop NET_RAW, a network each, attach namespace, \
@@ -162,19 +166,18 @@ pub async fn run(
     let listener = TcpListener::from_std(listener).map_err(AppError::Listen)?;
 
     let sts = match settings.source {
-        CredentialSource::Sts => Some(Sts::load(settings.profile.as_deref(), settings.region.as_deref()).await),
+        CredentialSource::Sts => {
+            let bases = base::bases(&settings, &clock);
+            Some((Sts::new(bases.clone(), clock.clone()), bases))
+        }
         CredentialSource::Offline => None,
     };
     let around = Surroundings {
-        base: Base {
-            region: sts.as_ref().and_then(Sts::region),
-            ..Base::default()
-        },
         host: host_name(),
         ..Surroundings::default()
     };
     let provider: Box<dyn CredentialProvider> = match &sts {
-        Some(sts) => Box::new(sts.clone()),
+        Some((sts, _)) => Box::new(sts.clone()),
         None => Box::new(Offline::new(clock.clone())),
     };
     let limits = Limits {
@@ -189,6 +192,8 @@ pub async fn run(
         around: ArcSwap::from_pointee(around),
         broker: broker.clone(),
         changed,
+        wanted: base::Wanted::default(),
+        sts: sts.as_ref().map(|(sts, _)| sts.clone()),
     });
     let settings = resolver.settings.load_full();
 
@@ -199,8 +204,11 @@ pub async fn run(
         broker.clone(),
         tokens,
         clock.clone(),
-        settings.hold,
-        settings.hosts.clone(),
+        server::Options {
+            hold: settings.hold,
+            hosts: settings.hosts.clone(),
+            ec2_error_documents: settings.ec2_error_documents,
+        },
         own_ends,
     );
     let kernel: Arc<dyn Kernel> = match level {
@@ -254,8 +262,9 @@ pub async fn run(
     tasks.spawn(admin::serve(admin, observer));
     tasks.spawn(broker.watch_clocks());
     tasks.spawn(reload(reloads, resolver.clone()));
-    if let Some(sts) = sts {
-        tasks.spawn(learn_base(sts, resolver.clone()));
+    if let Some((sts, bases)) = sts {
+        tasks.spawn(bases.clone().watch_files());
+        tasks.spawn(base::learn(sts, bases, resolver.clone(), index.clone()));
     }
     info!(
         version = env!("CARGO_PKG_VERSION"), attach = resolver.attach(), proof = resolver.proof(), %listening, engine,
@@ -426,26 +435,6 @@ async fn guard(mut interception: Vec<Interception>, shutdown: impl Future<Output
     }
 }
 
-/// Asks STS for the base account until it has said it: roles by name need it.
-async fn learn_base(sts: Sts, resolver: Arc<Resolver>) {
-    let mut pause = Duration::from_millis(250);
-    loop {
-        match sts.base_identity(&resolver.region()).await {
-            Ok(identity) => {
-                info!(account = identity.account, arn = identity.arn, "base credentials");
-                let mut around = Surroundings::clone(&resolver.around.load());
-                (around.base.account, around.base.arn) = (Some(identity.account), Some(identity.arn));
-                resolver.around.store(Arc::new(around));
-                resolver.changed.send_modify(|version| *version += 1);
-                return;
-            }
-            Err(error) => warn!(%error, "base credentials are not usable yet"),
-        }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(Duration::from_secs(15));
-    }
-}
-
 /// Takes each new configuration, and has every container looked at again: a role that is no longer allowed is no longer
 /// served from then on.
 async fn reload(mut reloads: mpsc::Receiver<Settings>, resolver: Arc<Resolver>) {
@@ -453,6 +442,7 @@ async fn reload(mut reloads: mpsc::Receiver<Settings>, resolver: Arc<Resolver>) 
         let (settings, whole) = resolver.settings.load().reloaded(&new);
         resolver.settings.store(Arc::new(settings));
         resolver.changed.send_modify(|version| *version += 1);
+        resolver.broker.try_again(|_| true);
         info!("the configuration has been read again");
         if !whole {
             warn!(
@@ -489,21 +479,18 @@ pub async fn check(settings: Settings, compat: bool) -> Result<Checked, EngineEr
         ..Surroundings::default()
     };
     let mut text = String::new();
-    if settings.source == CredentialSource::Sts {
-        let sts = Sts::load(settings.profile.as_deref(), settings.region.as_deref()).await;
-        around.base.region = sts.region();
-        let region = settings
-            .region
-            .clone()
-            .or(sts.region())
-            .unwrap_or_else(|| FALLBACK_REGION.to_owned());
-        match sts.base_identity(&region).await {
-            Ok(identity) => {
-                text.push_str(&format!("base credentials: {}\n", identity.arn));
-                (around.base.account, around.base.arn) = (Some(identity.account), Some(identity.arn));
-            }
-            Err(error) => text.push_str(&format!("base credentials: {error}\n")),
-        }
+    let sts = (settings.source == CredentialSource::Sts).then(|| {
+        let clock = Clock::system();
+        Sts::new(base::bases(&settings, &clock), clock)
+    });
+    if let Some(sts) = &sts {
+        let (base, _) = base::ask(sts, None).await;
+        let said = base.arn.as_ref().or(base.problem.as_ref());
+        text.push_str(&format!(
+            "base credentials: {}\n",
+            said.map_or("unknown", String::as_str)
+        ));
+        base::note(&mut around, None, base);
     }
     text.push_str(&rules(&settings));
     let (mut containers, mut problems) = (0, 0);
@@ -517,6 +504,16 @@ pub async fn check(settings: Settings, compat: bool) -> Result<Checked, EngineEr
             .unwrap_or_default();
         let attached = attachments.remove(&row.id).unwrap_or_default();
         let prefix = format!("{}.", settings.label_prefix);
+        let mut whole = row.clone().define(None, true, &prefix);
+        let mut definition = row.define(image.as_ref(), settings.image_labels, &prefix);
+        definition.environment = Some(own_environment(&all, image.as_ref(), settings.image_labels));
+        let first = resolve(&definition, &attached, SystemTime::UNIX_EPOCH, &settings, &around);
+        if let (Some(sts), Some(profile)) = (&sts, &first.profile)
+            && !around.profiles.contains_key(profile)
+        {
+            let (base, _) = base::ask(sts, Some(profile)).await;
+            base::note(&mut around, Some(profile), base);
+        }
         let gets = |definition: &Definition, settings: &Settings| {
             described(&resolve(
                 definition,
@@ -526,9 +523,6 @@ pub async fn check(settings: Settings, compat: bool) -> Result<Checked, EngineEr
                 &around,
             ))
         };
-        let mut whole = row.clone().define(None, true, &prefix);
-        let mut definition = row.define(image.as_ref(), settings.image_labels, &prefix);
-        definition.environment = Some(own_environment(&all, image.as_ref(), settings.image_labels));
         let name = printable(&definition.name, 40);
         let (said, fine) = gets(&definition, &settings);
         containers += 1;
@@ -762,6 +756,10 @@ struct Resolver {
     around: ArcSwap<Surroundings>,
     broker: Arc<Broker>,
     changed: watch::Sender<u64>,
+    /// Profiles whose base credentials somebody's role depends on.
+    wanted: base::Wanted,
+    /// Where real credentials come from.
+    sts: Option<Sts>,
 }
 
 impl Resolver {
@@ -827,13 +825,17 @@ impl Resolver {
 
 impl Instances for Resolver {
     fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance {
-        resolve(
+        let instance = resolve(
             container,
             attachments,
             started,
             &self.settings.load(),
             &self.around.load(),
-        )
+        );
+        if let Some(profile) = &instance.profile {
+            self.want(profile);
+        }
+        instance
     }
 
     fn hold(&self, session: &Session) -> Box<dyn Hold> {
@@ -901,7 +903,14 @@ impl Observatory for Observer {
             },
             region: self.resolver.region(),
             account: self.resolver.account(),
-            warnings: self.resolver.warnings(),
+            warnings: self
+                .resolver
+                .warnings()
+                .into_iter()
+                .chain(self.clock_warnings())
+                .collect(),
+            bases: self.bases(),
+            clock: self.clock_status(),
             containers: self
                 .service
                 .index
@@ -940,9 +949,69 @@ impl Observatory for Observer {
             refused: refused.collect(),
         })
     }
+
+    fn trust(&self, container: &str) -> Option<Vec<admin::Trust>> {
+        let record = self.meant(container)?;
+        let around = self.resolver.around.load();
+        Some(match record.instance.role.session().map(|session| &**session) {
+            Some(Session::Role(session)) => {
+                base::trust(session, around.base(session.profile.as_deref()).arn.as_deref())
+            }
+            _ => Vec::new(),
+        })
+    }
+
+    fn login(&self, profile: Option<&str>, handover: &admin::Handover) -> Result<String, String> {
+        match &self.resolver.sts {
+            Some(sts) => base::login(sts, profile, handover),
+            None => Err("this daemon is offline: it has no base credentials".to_owned()),
+        }
+    }
 }
 
 impl Observer {
+    fn bases(&self) -> Vec<BaseStatus> {
+        let states = self.resolver.sts.as_ref().map(Sts::states).unwrap_or_default();
+        let around = self.resolver.around.load();
+        let states = states.into_iter();
+        states
+            .map(|(profile, state)| {
+                // The daemon's own base has its profile's name, if it was given one.
+                let own = profile == self.resolver.settings.load().profile;
+                let base = around.base(profile.as_deref().filter(|_| !own));
+                base::status(profile, state, base.arn.clone())
+            })
+            .collect()
+    }
+
+    fn clock_status(&self) -> ClockStatus {
+        let skew = self.clock.skew();
+        ClockStatus {
+            ahead_of_aws: skew.aws,
+            ahead_of_rtc: skew.rtc,
+            last_shift: skew.last.map(|(at, _)| rfc3339_seconds(at)),
+            last_shift_seconds: skew.last.map(|(_, shift)| shift.wall / 1000),
+            last_sleep_seconds: skew.last.map(|(_, shift)| shift.slept.as_secs()),
+        }
+    }
+
+    /// What a wrong clock does, and how it is put right.
+    fn clock_warnings(&self) -> Option<String> {
+        let skew = self.clock.skew();
+        let (seconds, than) = match (skew.aws, skew.rtc) {
+            (Some(aws), _) => (aws, "AWS's"),
+            (None, Some(rtc)) => (rtc, "the machine's battery-backed one"),
+            (None, None) => return None,
+        };
+        let (off, way) = (seconds.unsigned_abs(), if seconds < 0 { "behind" } else { "ahead of" });
+        (off > CLOCK_IS_WRONG).then(|| {
+            format!(
+                "this clock is {off} s {way} {than}: applications' requests are refused by AWS when it is more than 5 min; \
+                 put it right: chronyc makestep, or timedatectl set-ntp true, or in a VM hwclock --hctosys"
+            )
+        })
+    }
+
     /// The one container that is meant: by name, else by the beginning of its id, else by compose service.
     fn meant(&self, container: &str) -> Option<Arc<Record>> {
         let all = self.service.index.all();
@@ -1057,10 +1126,17 @@ impl Observer {
                 .as_ref()
                 .map(|error| format!(", last try: {error}"))
                 .unwrap_or_default();
+            let hint = match credentials.error.as_ref() {
+                Some(error) if error.starts_with("denied by sts") => format!(
+                    "; what the role must trust: imds-router explain {} --trust-policy",
+                    record.definition.name
+                ),
+                _ => String::new(),
+            };
             step(
                 "credentials",
                 credentials.state == "live",
-                format!("{}{until}{fake}{error}", credentials.state),
+                format!("{}{until}{fake}{error}{hint}", credentials.state),
             );
         }
         steps

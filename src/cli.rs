@@ -57,6 +57,21 @@ pub enum Verb {
         /// As JSON, with stable names
         #[arg(long)]
         json: bool,
+        /// Print instead what the trust policies of its roles must say
+        #[arg(long)]
+        trust_policy: bool,
+        /// The daemon's admin socket
+        #[arg(long, value_name = "PATH", env = "IMDS_ROUTER_SERVE_ADMIN_SOCKET", default_value = DEFAULT_ADMIN_SOCKET)]
+        admin: PathBuf,
+    },
+    /// Hand over session credentials to the daemon, as base: aws configure export-credentials | imds-router login --stdin
+    Login {
+        /// For containers of this profile; without it, for the daemon itself
+        #[arg(long, value_name = "P")]
+        profile: Option<String>,
+        /// Read them from standard input. They are kept in memory until they expire, and never shown
+        #[arg(long, required = true)]
+        stdin: bool,
         /// The daemon's admin socket
         #[arg(long, value_name = "PATH", env = "IMDS_ROUTER_SERVE_ADMIN_SOCKET", default_value = DEFAULT_ADMIN_SOCKET)]
         admin: PathBuf,

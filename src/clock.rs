@@ -189,22 +189,27 @@ impl Clock {
         self.evidence().aws_at_boot = since_1970.checked_sub(self.boot());
     }
 
+    /// What time it is for AWS, by what it said last.
+    pub fn heard(&self) -> Option<SystemTime> {
+        let at_boot = self.evidence().aws_at_boot;
+        at_boot.map(|at_boot| UNIX_EPOCH + at_boot + self.boot())
+    }
+
     /// What time it is for AWS: by what it said last, else wall time.
     pub fn aws(&self) -> SystemTime {
-        let at_boot = self.evidence().aws_at_boot;
-        at_boot.map_or_else(|| self.wall(), |at_boot| UNIX_EPOCH + at_boot + self.boot())
+        self.heard().unwrap_or_else(|| self.wall())
     }
 
     /// How wrong wall time seems to be.
     pub fn skew(&self) -> Skew {
-        let (wall, aws) = (self.wall(), self.aws());
+        let (wall, heard) = (self.wall(), self.heard());
         let rtc = match &self.source {
             Source::System => rtc_time().map(|rtc| rtc_skew(millis_between(rtc, wall) / 1000)),
             Source::Scripted(_) => None,
         };
         let evidence = self.evidence();
         Skew {
-            aws: evidence.aws_at_boot.map(|_| millis_between(aws, wall) / 1000),
+            aws: heard.map(|aws| millis_between(aws, wall) / 1000),
             rtc,
             last: evidence.last,
         }

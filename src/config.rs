@@ -154,6 +154,12 @@ pub struct Settings {
     pub min_remaining: Duration,
     /// `credentials.concurrent_calls`: calls of STS at once.
     pub sts_calls: usize,
+    /// `credentials.aws_dir`: where the files of AWS's tools are.
+    pub aws_dir: Option<PathBuf>,
+    /// `credentials.allow_process`: whether these files may run programs and name endpoints.
+    pub allow_process: bool,
+    /// `credentials.ec2_error_documents`: whether a role that is denied is answered as EC2 does it.
+    pub ec2_error_documents: bool,
     /// `[compat]`
     pub compat: Compat,
     /// `[[allow]]`: none means that every container may have every role.
@@ -192,6 +198,9 @@ impl Default for Settings {
             duration: Duration::from_secs(3600),
             min_remaining: Duration::from_secs(1800),
             sts_calls: 16,
+            aws_dir: None,
+            allow_process: false,
+            ec2_error_documents: false,
             compat: Compat::default(),
             allow: Vec::new(),
             roles: BTreeMap::new(),
@@ -587,6 +596,28 @@ pub const KEYS: &[Key] = &[
             let number = v.text()?.parse().ok();
             number.filter(|it| (1..=64).contains(it)).map(|it| s.sts_calls = it)
         },
+    },
+    Key {
+        path: "credentials.aws_dir",
+        default: "~/.aws, under sudo that of the user who called it",
+        expected: "an absolute path",
+        about: "Directory of the AWS files: config, credentials, sso/cache. Its owner may own them.",
+        read: |s, v| absolute(v).map(|it| s.aws_dir = Some(it)),
+    },
+    Key {
+        path: "credentials.allow_process",
+        default: "false",
+        expected: "true or false",
+        about: "Whether the AWS files may run programs (credential_process), name endpoints, and token files anywhere.",
+        read: |s, v| v.boolean().map(|it| s.allow_process = it),
+    },
+    Key {
+        path: "credentials.ec2_error_documents",
+        default: "false",
+        expected: "true or false",
+        about: "Whether a role that STS denies is listed, with EC2's own error document in place of credentials; some SDKs \
+                abort on it. Else there is no role, which all of them survive.",
+        read: |s, v| v.boolean().map(|it| s.ec2_error_documents = it),
     },
     Key {
         path: "compat.iam_docker",

@@ -1,7 +1,7 @@
 //! What each verb of the command line does.
 
 use std::error::Error;
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -57,7 +57,23 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
             let text = if json { serde_json::to_string_pretty(&status)? + "\n" } else { admin::render(&status) };
             Ok(io::stdout().write_all(text.as_bytes())?)
         })?,
-        Verb::Explain { container, json, admin } => block_on(async move {
+        Verb::Explain {
+            container,
+            json,
+            trust_policy: true,
+            admin,
+        } => block_on(async move {
+            let trust = admin::ask_trust(&admin, &container).await?;
+            if trust.is_empty() {
+                return Err(Said(format!("{container} has no role")).into());
+            }
+            let text = match json {
+                true => serde_json::to_string_pretty(&trust)? + "\n",
+                false => admin::render_trust(&trust),
+            };
+            Ok(io::stdout().write_all(text.as_bytes())?)
+        })?,
+        Verb::Explain { container, json, admin, .. } => block_on(async move {
             let explanation = admin::ask_explanation(&admin, &container).await?;
             let text = match json {
                 true => serde_json::to_string_pretty(&explanation)? + "\n",
@@ -65,9 +81,19 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
             };
             Ok(io::stdout().write_all(text.as_bytes())?)
         })?,
+        Verb::Login { profile, admin, .. } => block_on(async move {
+            let mut text = String::new();
+            io::stdin().take(MOST_HANDED_OVER).read_to_string(&mut text)?;
+            let handover = admin::Handover::read(&text).map_err(|why| usage(Said(why.to_owned())))?;
+            let said = admin::hand_over(&admin, profile.as_deref(), &handover).await?;
+            Ok(writeln!(io::stdout(), "{said}")?)
+        })?,
         Verb::Get { path } => block_on(get(&path))?,
     }
 }
+
+/// The most that `login` reads.
+const MOST_HANDED_OVER: u64 = 64 * 1024;
 
 fn block_on<T>(work: impl Future<Output = T>) -> io::Result<T> {
     Ok(tokio::runtime::Builder::new_multi_thread()

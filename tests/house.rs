@@ -43,11 +43,14 @@ const MAP: &[(&str, &[&str])] = &[
     ("containers::labels", &["config", "credentials", "credentials::inputs"]),
     ("containers::watcher", &["clock", "credentials", "instance"]),
     ("credentials", &[]),
+    ("credentials::base", &["clock", "telemetry"]),
     ("credentials::broker", &["clock"]),
     // How a role is typed is settled by the settings' aliases.
     ("credentials::naming", &["config"]),
     ("credentials::offline", &["clock"]),
-    ("credentials::sts", &["telemetry"]),
+    ("credentials::profile", &["config", "telemetry"]),
+    ("credentials::sso", &["clock"]),
+    ("credentials::sts", &["clock", "telemetry"]),
     ("host", &[]),
     (
         "instance",

@@ -1,13 +1,23 @@
 //! What AWS gives a container: roles, sessions and credentials, as nouns.
 //!
 //! [`naming`] reads a role as people name it; [`inputs`] is what labels may tell STS besides, and [`policy`] which
-//! container may have what; [`broker`] keeps credentials fresh; [`sts`] and [`offline`] make them.
+//! container may have what; [`broker`] keeps credentials fresh; [`sts`] and [`offline`] make them. [`base`] is whose
+//! credentials ask STS: [`profile`]s of AWS's [`files`], [`sso`] logins, and the rest of the usual chain.
 
+#[cfg(target_os = "linux")]
+pub mod base;
 pub mod broker;
+#[cfg(target_os = "linux")]
+pub mod files;
 pub mod inputs;
 pub mod naming;
 pub mod offline;
 pub mod policy;
+#[cfg(target_os = "linux")]
+pub mod profile;
+#[cfg(target_os = "linux")]
+pub mod sso;
+#[cfg(target_os = "linux")]
 pub mod sts;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -94,6 +104,37 @@ impl fmt::Debug for RoleArn {
         fmt::Display::fmt(self, f)
     }
 }
+
+/// The partition that a region belongs to.
+pub fn partition_of(region: &str) -> &'static str {
+    PARTITIONS
+        .iter()
+        .find(|(_, prefix, _)| region.starts_with(prefix))
+        .map_or(AWS, |(name, ..)| name)
+}
+
+/// The region whose STS is asked for something in `partition`, when `region` is the wished one: an STS knows its own
+/// partition only.
+pub fn region_in(partition: &str, region: &str) -> String {
+    if partition_of(region) == partition {
+        return region.to_owned();
+    }
+    let known = PARTITIONS.iter().find(|(name, ..)| *name == partition);
+    known.map_or("us-east-1", |(_, _, first)| first).to_owned()
+}
+
+const AWS: &str = "aws";
+
+/// The partitions beside `aws`: name, what their regions begin with, and their first region (the SDKs' `partitions.json`).
+const PARTITIONS: &[(&str, &str, &str)] = &[
+    ("aws-cn", "cn-", "cn-northwest-1"),
+    ("aws-us-gov", "us-gov-", "us-gov-west-1"),
+    ("aws-eusc", "eusc-", "eusc-de-east-1"),
+    ("aws-iso", "us-iso-", "us-iso-east-1"),
+    ("aws-iso-b", "us-isob-", "us-isob-east-1"),
+    ("aws-iso-e", "eu-isoe-", "eu-isoe-west-1"),
+    ("aws-iso-f", "us-isof-", "us-isof-south-1"),
+];
 
 /// Whether `text` is `[PATH/]NAME` of a role: the characters that IAM takes, no empty part.
 pub fn is_role_path(text: &str) -> bool {
@@ -324,6 +365,25 @@ mod tests {
         ] {
             assert_eq!(RoleArn::parse(arn), None, "{arn}");
         }
+    }
+
+    #[test]
+    fn an_sts_is_asked_in_the_partition_of_the_role() {
+        for (partition, region, asked) in [
+            ("aws", "eu-west-1", "eu-west-1"),
+            ("aws-cn", "cn-north-1", "cn-north-1"),
+            ("aws-cn", "us-east-1", "cn-northwest-1"),
+            ("aws-us-gov", "eu-west-1", "us-gov-west-1"),
+            ("aws-us-gov", "us-gov-east-1", "us-gov-east-1"),
+            ("aws", "us-gov-east-1", "us-east-1"),
+            ("aws-iso-b", "us-iso-east-1", "us-isob-east-1"),
+        ] {
+            assert_eq!(region_in(partition, region), asked, "{partition} {region}");
+        }
+        for (partition, _, region) in PARTITIONS {
+            assert_eq!(partition_of(region), *partition);
+        }
+        assert_eq!(partition_of("us-east-1"), "aws");
     }
 
     #[test]

@@ -15,9 +15,9 @@ use self::session::{Case, Verdict};
 use crate::config::{HttpEndpoint, HttpTokens, Settings};
 use crate::containers::labels::{self, ContainerSpec};
 use crate::containers::{Attachments, Definition};
-use crate::credentials::{RoleArn, Session, offline};
+use crate::credentials::{RoleArn, Session, offline, partition_of};
 use crate::metadata::InstanceView;
-use crate::metadata::catalogue::{self, Facts, partition_of};
+use crate::metadata::catalogue::{self, Facts};
 
 /// Region of last resort; `status` warns that it is a guess.
 pub const FALLBACK_REGION: &str = "us-east-1";

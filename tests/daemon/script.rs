@@ -500,7 +500,11 @@ impl Daemon {
         );
         let (index, misses) = Index::new();
         let tokens = TokenAuthority::new(&TokenKey([7; 32]), "boot", clock.clone());
-        let (hold, hosts) = (settings.hold, settings.hosts.clone());
+        let options = server::Options {
+            hold: settings.hold,
+            hosts: settings.hosts.clone(),
+            ec2_error_documents: settings.ec2_error_documents,
+        };
         let (changed, changes) = watch::channel(0);
         let settings = Arc::new(Mutex::new(settings));
         let ports = Ports {
@@ -519,7 +523,7 @@ impl Daemon {
             engine,
             kernel,
             sts,
-            service: Service::new(index.clone(), broker, tokens, clock.clone(), hold, hosts, own_ends),
+            service: Service::new(index.clone(), broker, tokens, clock.clone(), options, own_ends),
             index,
             clock,
             changed,
