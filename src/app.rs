@@ -2,7 +2,9 @@
 //!
 //! The only file that sees every other; nobody sees it.
 
-use std::collections::BTreeMap;
+mod base;
+
+use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -16,13 +18,13 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwap;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::Handle;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 use tracing::{error, info, warn};
 
 use crate::admin::{
-    self, ContainerStatus, CredentialStatus, EngineStatus, Explanation, Judgement, Observatory, RefusalStatus,
-    RequestStatus, Status,
+    self, BaseStatus, ClockStatus, ContainerStatus, CredentialStatus, EngineStatus, Explanation, Judgement,
+    Observatory, RefusalStatus, RequestStatus, Status,
 };
 use crate::caller::address::EngineWord;
 use crate::caller::cgroup::Cgroups;
@@ -31,15 +33,20 @@ use crate::caller::kernel::{Doors, HostKernel, KernelError, Opened};
 use crate::caller::level::{Lack, lacking};
 use crate::caller::socket::DiagSocket;
 use crate::clock::{Clock, rfc3339_seconds};
-use crate::config::{Attach, CredentialSource, Nested, Proof, Settings};
+use crate::config::{Attach, Compat, CredentialSource, Nested, Proof, RELOADED, Settings};
+use crate::containers::compat;
 use crate::containers::docker::{DEFAULT_HOST, Engine};
 use crate::containers::index::{EngineState, Index};
-use crate::containers::watcher::{ContainerEngine as _, EngineError, Hold, Instances, Kernel, Ports, Watcher};
-use crate::containers::{Attachments, CgroupId, Definition, Level, LinkSeen, NamespaceId, NetworkMode, Record};
-use crate::credentials::broker::{Broker, LINGER, LINGER_NEVER_STARTED, Lease};
+use crate::containers::watcher::{
+    ContainerEngine as _, EngineError, Hold, Instances, Kernel, Ports, Watcher, own_environment,
+};
+use crate::containers::{
+    Attachments, CgroupId, ContainerId, Definition, Level, LinkSeen, NamespaceId, NetworkMode, Record,
+};
+use crate::credentials::broker::{Broker, CredentialProvider, LINGER, LINGER_NEVER_STARTED, Lease, Limits};
 use crate::credentials::offline::Offline;
 use crate::credentials::sts::Sts;
-use crate::credentials::{RoleSession, offline};
+use crate::credentials::{Session, offline};
 use crate::host::apply::{Interception, clear};
 use crate::host::freeze::{Frozen, Held};
 use crate::host::{HostError, LINK, Plan};
@@ -59,6 +66,8 @@ pub const DEFAULT_PORT: u16 = 51_254;
 const PORTS: u16 = 64;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 1024;
+/// A clock that is off by more than so many seconds is warned of; AWS takes requests that are off by five minutes.
+const CLOCK_IS_WRONG: u64 = 60;
 /// What attach `host` is not.
 pub const ATTACH_HOST: &str = "attach host protects identity, not confidentiality: it proves who asks, but a neighbour with \
     NET_RAW (Docker's default) on the same bridge can divert answers; --cap-drop NET_RAW, a network each, attach namespace, \
@@ -142,11 +151,16 @@ async fn level(settings: &Settings) -> Result<Level, AppError> {
     }
 }
 
-/// Runs until `shutdown` completes, then takes everything down again.
+/// Runs until `shutdown` completes, then takes everything down again. What comes from `reloads` takes the place of
+/// `settings`, as far as a running daemon can change them.
 ///
 /// # Errors
 /// Why it could not start, or not take everything down.
-pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Result<(), AppError> {
+pub async fn run(
+    settings: Settings,
+    reloads: mpsc::Receiver<Settings>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), AppError> {
     let clock = Clock::system();
     let tokens = token_authority(&settings.state_dir, &clock)?;
     let level = level(&settings).await?;
@@ -155,31 +169,36 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
     let listener = TcpListener::from_std(listener).map_err(AppError::Listen)?;
 
     let sts = match settings.source {
-        CredentialSource::Sts => Some(Sts::load(settings.profile.as_deref(), settings.region.as_deref()).await),
+        CredentialSource::Sts => {
+            let bases = base::bases(&settings, &clock);
+            Some((Sts::new(bases.clone(), clock.clone()), bases))
+        }
         CredentialSource::Offline => None,
     };
     let around = Surroundings {
-        base_account: None,
-        base_region: sts.as_ref().and_then(Sts::region),
         host: host_name(),
+        ..Surroundings::default()
     };
-    let broker = match &sts {
-        Some(sts) => Broker::new(Box::new(sts.clone()), credentials_document, clock.clone()),
-        None => Broker::new(
-            Box::new(Offline::new(clock.clone())),
-            credentials_document,
-            clock.clone(),
-        ),
+    let provider: Box<dyn CredentialProvider> = match &sts {
+        Some((sts, _)) => Box::new(sts.clone()),
+        None => Box::new(Offline::new(clock.clone())),
     };
+    let limits = Limits {
+        calls: settings.sts_calls,
+        min_remaining: settings.min_remaining,
+    };
+    let broker = Broker::new(provider, credentials_document, clock.clone(), limits);
     let (changed, changes) = watch::channel(0);
     let resolver = Arc::new(Resolver {
-        settings,
+        settings: ArcSwap::from_pointee(settings),
         level,
         around: ArcSwap::from_pointee(around),
         broker: broker.clone(),
         changed,
+        wanted: base::Wanted::default(),
+        sts: sts.as_ref().map(|(sts, _)| sts.clone()),
     });
-    let settings = &resolver.settings;
+    let settings = resolver.settings.load_full();
 
     let (index, misses) = Index::new();
     let own_ends = Box::new(DiagSocket::open().map_err(AppError::Diag)?);
@@ -188,8 +207,11 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
         broker.clone(),
         tokens,
         clock.clone(),
-        settings.hold,
-        settings.hosts.clone(),
+        server::Options {
+            hold: settings.hold,
+            hosts: settings.hosts.clone(),
+            ec2_error_documents: settings.ec2_error_documents,
+        },
         own_ends,
     );
     let kernel: Arc<dyn Kernel> = match level {
@@ -202,7 +224,7 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
         Level::Address => Arc::new(EngineWord::new(clock.clone())),
     };
     let host = Cgroups::this_threads_namespace().map_err(|error| KernelError::Namespace(error.to_string()))?;
-    let engine = engine_host(settings);
+    let engine = engine_host(&settings);
     let ports = Ports {
         engine: Arc::new(Engine::new(&engine, clock.clone())),
         kernel,
@@ -248,8 +270,11 @@ pub async fn run(settings: Settings, shutdown: impl Future<Output = ()>) -> Resu
     if let Some(frozen) = frozen {
         tasks.spawn(keep_frozen(frozen, index.clone()));
     }
-    if let Some(sts) = sts {
-        tasks.spawn(learn_base(sts, resolver.clone()));
+    tasks.spawn(broker.watch_clocks());
+    tasks.spawn(reload(reloads, resolver.clone()));
+    if let Some((sts, bases)) = sts {
+        tasks.spawn(bases.clone().watch_files());
+        tasks.spawn(base::learn(sts, bases, resolver.clone(), index.clone()));
     }
     info!(
         version = env!("CARGO_PKG_VERSION"), attach = resolver.attach(), proof = resolver.proof(), %listening, engine,
@@ -510,23 +535,23 @@ async fn guard(mut interception: Vec<Interception>, shutdown: impl Future<Output
     }
 }
 
-/// Asks STS for the base account until it has said it: roles by name need it.
-async fn learn_base(sts: Sts, resolver: Arc<Resolver>) {
-    let mut pause = Duration::from_millis(250);
-    loop {
-        match sts.base_identity(&resolver.region()).await {
-            Ok(identity) => {
-                info!(account = identity.account, arn = identity.arn, "base credentials");
-                let mut around = Surroundings::clone(&resolver.around.load());
-                around.base_account = Some(identity.account);
-                resolver.around.store(Arc::new(around));
-                resolver.changed.send_modify(|version| *version += 1);
-                return;
-            }
-            Err(error) => warn!(%error, "base credentials are not usable yet"),
+/// Takes each new configuration, and has every container looked at again: a role that is no longer allowed is no longer
+/// served from then on.
+async fn reload(mut reloads: mpsc::Receiver<Settings>, resolver: Arc<Resolver>) {
+    while let Some(new) = reloads.recv().await {
+        let (settings, whole) = resolver.settings.load().reloaded(&new);
+        resolver.settings.store(Arc::new(settings));
+        resolver.changed.send_modify(|version| *version += 1);
+        resolver.broker.try_again(|_| true);
+        info!("the configuration has been read again");
+        if !whole {
+            warn!(
+                "some of what has changed in it takes effect when the daemon is started again: {RELOADED} take effect now"
+            );
         }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(Duration::from_secs(15));
+        for warning in resolver.warnings() {
+            warn!("{warning}");
+        }
     }
 }
 
@@ -539,68 +564,156 @@ pub struct Checked {
     pub problems: usize,
 }
 
-/// What each container of this host would get, without serving anybody.
+/// What each container of this host would get, without serving anybody; with `compat`, also what it got from the settings
+/// of the programs that `[compat]` knows.
 ///
 /// # Errors
 /// When the engine does not answer.
-pub async fn check(settings: Settings) -> Result<Checked, EngineError> {
+pub async fn check(settings: Settings, compat: bool) -> Result<Checked, EngineError> {
     let host = engine_host(&settings);
     let engine = Engine::new(&host, Clock::system());
     // The subscription connects; the events themselves are not wanted.
     drop(engine.subscribe().await?);
     let mut around = Surroundings {
-        base_account: None,
-        base_region: None,
         host: host_name(),
+        ..Surroundings::default()
     };
     let mut text = String::new();
-    if settings.source == CredentialSource::Sts {
-        let sts = Sts::load(settings.profile.as_deref(), settings.region.as_deref()).await;
-        around.base_region = sts.region();
-        let region = settings
-            .region
-            .clone()
-            .or(sts.region())
-            .unwrap_or_else(|| FALLBACK_REGION.to_owned());
-        match sts.base_identity(&region).await {
-            Ok(identity) => {
-                text.push_str(&format!("base credentials: {}\n", identity.arn));
-                around.base_account = Some(identity.account);
-            }
-            Err(error) => text.push_str(&format!("base credentials: {error}\n")),
-        }
+    let sts = (settings.source == CredentialSource::Sts).then(|| {
+        let clock = Clock::system();
+        Sts::new(base::bases(&settings, &clock), clock)
+    });
+    if let Some(sts) = &sts {
+        let (base, _) = base::ask(sts, None).await;
+        let said = base.arn.as_ref().or(base.problem.as_ref());
+        text.push_str(&format!(
+            "base credentials: {}\n",
+            said.map_or("unknown", String::as_str)
+        ));
+        base::note(&mut around, None, base);
     }
+    text.push_str(&rules(&settings));
     let (mut containers, mut problems) = (0, 0);
+    let mut attachments = attachments(&engine).await?;
     for row in engine.containers().await? {
-        let image = engine.image_labels(&row.image_id).await?;
-        let definition = row.define(image, settings.image_labels, &format!("{}.", settings.label_prefix));
-        let instance = resolve(
-            &definition,
-            &Attachments::default(),
-            SystemTime::UNIX_EPOCH,
-            &settings,
-            &around,
-        );
-        let name = printable(&definition.name, 40);
-        containers += 1;
-        let said = match &instance.role {
-            _ if !instance.endpoint => "not served: no label of ours, or its endpoint is disabled".to_owned(),
-            Role::None => "metadata, no role".to_owned(),
-            Role::Session(session) => format!("role {} as {}", session.role, session.session_name),
-            Role::Pending(why) | Role::Refused(why) => {
-                problems += 1;
-                format!("no credentials: {}", printable(why, 400))
-            }
+        let image = engine.image(&row.image_id).await?;
+        let all = engine
+            .inspect(&row.id)
+            .await?
+            .map(|it| it.environment)
+            .unwrap_or_default();
+        let attached = attachments.remove(&row.id).unwrap_or_default();
+        let prefix = format!("{}.", settings.label_prefix);
+        let mut whole = row.clone().define(None, true, &prefix);
+        let mut definition = row.define(image.as_ref(), settings.image_labels, &prefix);
+        definition.environment = Some(own_environment(&all, image.as_ref(), settings.image_labels));
+        let first = resolve(&definition, &attached, SystemTime::UNIX_EPOCH, &settings, &around);
+        if let (Some(sts), Some(profile)) = (&sts, &first.profile)
+            && !around.profiles.contains_key(profile)
+        {
+            let (base, _) = base::ask(sts, Some(profile)).await;
+            base::note(&mut around, Some(profile), base);
+        }
+        let gets = |definition: &Definition, settings: &Settings| {
+            described(&resolve(
+                definition,
+                &attached,
+                SystemTime::UNIX_EPOCH,
+                settings,
+                &around,
+            ))
         };
+        let name = printable(&definition.name, 40);
+        let (said, fine) = gets(&definition, &settings);
+        containers += 1;
+        problems += usize::from(!fine);
         text.push_str(&format!("{name}: {said}\n"));
         for label in &definition.image_labels {
             text.push_str(&format!(
                 "{name}: label {label} comes from the image and does not count\n"
             ));
         }
+        let found = compat::found(&whole.labels, &all, &settings.label_prefix);
+        if !compat || found.is_empty() {
+            continue;
+        }
+        // What the other program saw: all labels and variables, the image's among them, and none of ours.
+        whole
+            .labels
+            .retain(|label, _| !label.starts_with(&prefix) || found.contains(label));
+        whole.environment = Some(all);
+        let old = Settings {
+            compat: Compat::ALL,
+            allow: Vec::new(),
+            default_role: None,
+            ..settings.clone()
+        };
+        let new = Settings {
+            compat: Compat::ALL,
+            ..settings.clone()
+        };
+        text.push_str(&format!(
+            "{name}:   by {} alone: {}\n",
+            found.join(", "),
+            gets(&whole, &old).0
+        ));
+        text.push_str(&format!(
+            "{name}:   with all of [compat]: {}\n",
+            gets(&definition, &new).0
+        ));
     }
     text.push_str(&format!("{containers} containers on {host}\n"));
     Ok(Checked { text, problems })
+}
+
+/// What a container gets, and whether that is what it asks for.
+fn described(instance: &Instance) -> (String, bool) {
+    let rule = instance
+        .rule
+        .as_ref()
+        .map(|rule| format!(", by {rule}"))
+        .unwrap_or_default();
+    match &instance.role {
+        _ if !instance.endpoint => (
+            "not served: no label of ours, or its endpoint is disabled".to_owned(),
+            true,
+        ),
+        Role::None => ("metadata, no role".to_owned(), true),
+        Role::Session(session) => (format!("{}{rule}", printable(&session.to_string(), 400)), true),
+        Role::Pending(why) | Role::Refused(why) => (format!("no credentials: {}", printable(why, 800)), false),
+    }
+}
+
+/// What there is to say about the rules themselves.
+fn rules(settings: &Settings) -> String {
+    let mut text = String::new();
+    if settings.allow.is_empty() {
+        text.push_str("no [[allow]] rules: any container gets any role that it names and that the base may assume\n");
+    }
+    for rule in &settings.allow {
+        if let Some(keys) = rule.rests_on_its_applicants() {
+            text.push_str(&format!(
+                "warning: {rule} rests on {keys}: whoever writes a container's role label writes that, too, so the rule \
+                 keeps mistakes out, but nobody who means it; image_id would\n"
+            ));
+        }
+    }
+    text
+}
+
+/// Which container is on which network.
+async fn attachments(engine: &Engine) -> Result<HashMap<ContainerId, Attachments>, EngineError> {
+    let mut all: HashMap<ContainerId, Attachments> = HashMap::new();
+    for id in engine.networks().await? {
+        // One that has gone meanwhile has nobody on it.
+        let Some(network) = engine.network(&id).await? else {
+            continue;
+        };
+        for (container, endpoint) in network.endpoints {
+            all.entry(container).or_default().0.insert(id.clone(), endpoint);
+        }
+    }
+    Ok(all)
 }
 
 /// The engine that is meant.
@@ -738,17 +851,22 @@ fn token_key(state_dir: &Path) -> Result<TokenKey, AppError> {
 
 /// Settings, and what was learnt since.
 struct Resolver {
-    settings: Settings,
+    settings: ArcSwap<Settings>,
     level: Level,
     around: ArcSwap<Surroundings>,
     broker: Arc<Broker>,
     changed: watch::Sender<u64>,
+    /// Profiles whose base credentials somebody's role depends on.
+    wanted: base::Wanted,
+    /// Where real credentials come from.
+    sts: Option<Sts>,
 }
 
 impl Resolver {
     fn region(&self) -> String {
-        let base = || self.around.load().base_region.clone();
+        let base = || self.around.load().base.region.clone();
         self.settings
+            .load()
             .region
             .clone()
             .or_else(base)
@@ -756,11 +874,13 @@ impl Resolver {
     }
 
     fn account(&self) -> Option<String> {
-        let offline = || (self.settings.source == CredentialSource::Offline).then(|| offline::ACCOUNT.to_owned());
+        let offline =
+            || (self.settings.load().source == CredentialSource::Offline).then(|| offline::ACCOUNT.to_owned());
         self.settings
+            .load()
             .account_id
             .clone()
-            .or_else(|| self.around.load().base_account.clone())
+            .or_else(|| self.around.load().base.account.clone())
             .or_else(offline)
     }
 
@@ -777,21 +897,22 @@ impl Resolver {
 
     fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
-        if self.settings.source == CredentialSource::Offline {
+        if self.settings.load().source == CredentialSource::Offline {
             warnings.push("credentials are fakes (offline): AWS does not know them".to_owned());
-        } else {
+        }
+        if self.settings.load().allow.is_empty() {
             warnings.push(
                 "any container gets any role that it names and that the base credentials may assume: \
-                 this version has no [[allow]] rules yet"
+                 there are no [[allow]] rules"
                     .to_owned(),
             );
         }
-        if self.settings.region.is_none() && self.around.load().base_region.is_none() {
+        if self.settings.load().region.is_none() && self.around.load().base.region.is_none() {
             warnings.push(format!(
                 "no region is configured; {FALLBACK_REGION} is a guess: --region, AWS_REGION or region = \"…\""
             ));
         }
-        if self.settings.attach == Attach::Host {
+        if self.settings.load().attach == Attach::Host {
             warnings.push(
                 "attach host proves who asks, but does not keep answers secret from a neighbour with NET_RAW on the same \
              bridge: --cap-drop NET_RAW, or a network each, closes that"
@@ -804,30 +925,40 @@ impl Resolver {
 
 impl Instances for Resolver {
     fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance {
-        resolve(container, attachments, started, &self.settings, &self.around.load())
+        let instance = resolve(
+            container,
+            attachments,
+            started,
+            &self.settings.load(),
+            &self.around.load(),
+        );
+        if let Some(profile) = &instance.profile {
+            self.want(profile);
+        }
+        instance
     }
 
-    fn hold(&self, session: &RoleSession) -> Box<dyn Hold> {
+    fn hold(&self, session: &Session) -> Box<dyn Hold> {
         let mut lease = self.broker.lease(session);
         lease.set_linger(LINGER_NEVER_STARTED);
         Box::new(lease)
     }
 
     fn attaches(&self) -> bool {
-        self.level == Level::Full && self.settings.attach != Attach::Host
+        self.level == Level::Full && self.settings.load().attach != Attach::Host
     }
 
     fn image_labels_count(&self) -> bool {
-        self.settings.image_labels
+        self.settings.load().image_labels
     }
 
     fn label_prefix(&self) -> String {
-        format!("{}.", self.settings.label_prefix)
+        format!("{}.", self.settings.load().label_prefix)
     }
 }
 
 impl Hold for Lease {
-    fn session(&self) -> &RoleSession {
+    fn session(&self) -> &Session {
         Self::session(self)
     }
 
@@ -851,7 +982,7 @@ impl Observatory for Observer {
             EngineState::Synchronising => ("synchronising", None),
             EngineState::Synchronised => ("synchronised", None),
         };
-        let source = match self.resolver.settings.source {
+        let source = match self.resolver.settings.load().source {
             CredentialSource::Sts => "sts",
             CredentialSource::Offline => "offline",
         };
@@ -872,7 +1003,14 @@ impl Observatory for Observer {
             },
             region: self.resolver.region(),
             account: self.resolver.account(),
-            warnings: self.resolver.warnings(),
+            warnings: self
+                .resolver
+                .warnings()
+                .into_iter()
+                .chain(self.clock_warnings())
+                .collect(),
+            bases: self.bases(),
+            clock: self.clock_status(),
             containers: self
                 .service
                 .index
@@ -911,9 +1049,69 @@ impl Observatory for Observer {
             refused: refused.collect(),
         })
     }
+
+    fn trust(&self, container: &str) -> Option<Vec<admin::Trust>> {
+        let record = self.meant(container)?;
+        let around = self.resolver.around.load();
+        Some(match record.instance.role.session().map(|session| &**session) {
+            Some(Session::Role(session)) => {
+                base::trust(session, around.base(session.profile.as_deref()).arn.as_deref())
+            }
+            _ => Vec::new(),
+        })
+    }
+
+    fn login(&self, profile: Option<&str>, handover: &admin::Handover) -> Result<String, String> {
+        match &self.resolver.sts {
+            Some(sts) => base::login(sts, profile, handover),
+            None => Err("this daemon is offline: it has no base credentials".to_owned()),
+        }
+    }
 }
 
 impl Observer {
+    fn bases(&self) -> Vec<BaseStatus> {
+        let states = self.resolver.sts.as_ref().map(Sts::states).unwrap_or_default();
+        let around = self.resolver.around.load();
+        let states = states.into_iter();
+        states
+            .map(|(profile, state)| {
+                // The daemon's own base has its profile's name, if it was given one.
+                let own = profile == self.resolver.settings.load().profile;
+                let base = around.base(profile.as_deref().filter(|_| !own));
+                base::status(profile, state, base.arn.clone())
+            })
+            .collect()
+    }
+
+    fn clock_status(&self) -> ClockStatus {
+        let skew = self.clock.skew();
+        ClockStatus {
+            ahead_of_aws: skew.aws,
+            ahead_of_rtc: skew.rtc,
+            last_shift: skew.last.map(|(at, _)| rfc3339_seconds(at)),
+            last_shift_seconds: skew.last.map(|(_, shift)| shift.wall / 1000),
+            last_sleep_seconds: skew.last.map(|(_, shift)| shift.slept.as_secs()),
+        }
+    }
+
+    /// What a wrong clock does, and how it is put right.
+    fn clock_warnings(&self) -> Option<String> {
+        let skew = self.clock.skew();
+        let (seconds, than) = match (skew.aws, skew.rtc) {
+            (Some(aws), _) => (aws, "AWS's"),
+            (None, Some(rtc)) => (rtc, "the machine's battery-backed one"),
+            (None, None) => return None,
+        };
+        let (off, way) = (seconds.unsigned_abs(), if seconds < 0 { "behind" } else { "ahead of" });
+        (off > CLOCK_IS_WRONG).then(|| {
+            format!(
+                "this clock is {off} s {way} {than}: applications' requests are refused by AWS when it is more than 5 min; \
+                 put it right: chronyc makestep, or timedatectl set-ntp true, or in a VM hwclock --hctosys"
+            )
+        })
+    }
+
     /// The one container that is meant: by name, else by the beginning of its id, else by compose service.
     fn meant(&self, container: &str) -> Option<Arc<Record>> {
         let all = self.service.index.all();
@@ -1007,7 +1205,14 @@ impl Observer {
         match &instance.role {
             Role::None => step("role", false, "it asks for none: the role list is 404".to_owned()),
             Role::Pending(why) | Role::Refused(why) => step("role", false, format!("none: {why}")),
-            Role::Session(session) => step("role", true, format!("{} as {}", session.role, session.session_name)),
+            Role::Session(session) => {
+                let rule = instance
+                    .rule
+                    .as_ref()
+                    .map(|rule| format!(", by {rule}"))
+                    .unwrap_or_default();
+                step("role", true, format!("{session}{rule}"));
+            }
         }
         if let Some(credentials) = &status.credentials {
             let until = credentials
@@ -1021,10 +1226,17 @@ impl Observer {
                 .as_ref()
                 .map(|error| format!(", last try: {error}"))
                 .unwrap_or_default();
+            let hint = match credentials.error.as_ref() {
+                Some(error) if error.starts_with("denied by sts") => format!(
+                    "; what the role must trust: imds-router explain {} --trust-policy",
+                    record.definition.name
+                ),
+                _ => String::new(),
+            };
             step(
                 "credentials",
                 credentials.state == "live",
-                format!("{}{until}{fake}{error}", credentials.state),
+                format!("{}{until}{fake}{error}{hint}", credentials.state),
             );
         }
         steps
@@ -1067,8 +1279,10 @@ impl Observer {
                 "optional"
             }
             .to_owned(),
-            role: session.map(|session| session.role.to_string()),
-            session_name: session.map(|session| session.session_name.clone()),
+            role: session.and_then(|session| session.role()).map(ToString::to_string),
+            session_name: session.and_then(|session| session.session_name()).map(str::to_owned),
+            profile: session.and_then(|session| session.profile()).map(str::to_owned),
+            rule: session.and(instance.rule.clone()),
             credentials: session.map(|session| self.credentials(session)),
             last_request: record
                 .life
@@ -1089,7 +1303,13 @@ impl Observer {
         if record.definition.network_mode == NetworkMode::Host {
             return None;
         }
-        let role = |record: &Record| record.instance.role.session().map(|session| session.role.clone());
+        let role = |record: &Record| {
+            record
+                .instance
+                .role
+                .session()
+                .and_then(|session| session.role().cloned())
+        };
         let others = self.service.index.within(life.witness.namespace());
         let other = others
             .iter()
@@ -1102,11 +1322,11 @@ impl Observer {
         })
     }
 
-    fn credentials(&self, session: &RoleSession) -> CredentialStatus {
+    fn credentials(&self, session: &Session) -> CredentialStatus {
         let state = self.service.broker.state(session).unwrap_or_default();
         let published = state.published.as_ref().map(|it| &it.credentials);
         let word = match published {
-            Some(credentials) if self.clock.wall() < credentials.expiration => "live",
+            Some(_) if state.published.as_ref().is_some_and(|it| it.is_live(&self.clock)) => "live",
             Some(_) => "expired",
             None if state.error.is_some() => "failed",
             None => "pending",

@@ -24,13 +24,16 @@ pub struct Cli {
 /// What to do.
 #[derive(Subcommand, Debug)]
 pub enum Verb {
-    /// Serve the containers of this host until SIGTERM or SIGINT
+    /// Serve the containers of this host until SIGTERM or SIGINT; SIGHUP reads the configuration again
     Serve(Serve),
     /// Show what each running container would get, and what is wrong with its labels, without serving
     Check {
         /// Flags of the configuration.
         #[command(flatten)]
         common: Common,
+        /// Also what each container got from iam-docker, metadataproxy, ec2metaproxy or imds-server
+        #[arg(long)]
+        compat: bool,
     },
     /// Put the address, routes and rules up or down by themselves
     Intercept {
@@ -54,6 +57,21 @@ pub enum Verb {
         /// As JSON, with stable names
         #[arg(long)]
         json: bool,
+        /// Print instead what the trust policies of its roles must say
+        #[arg(long)]
+        trust_policy: bool,
+        /// The daemon's admin socket
+        #[arg(long, value_name = "PATH", env = "IMDS_ROUTER_SERVE_ADMIN_SOCKET", default_value = DEFAULT_ADMIN_SOCKET)]
+        admin: PathBuf,
+    },
+    /// Hand over session credentials to the daemon, as base: aws configure export-credentials | imds-router login --stdin
+    Login {
+        /// For containers of this profile; without it, for the daemon itself
+        #[arg(long, value_name = "P")]
+        profile: Option<String>,
+        /// Read them from standard input. They are kept in memory until they expire, and never shown
+        #[arg(long, required = true)]
+        stdin: bool,
         /// The daemon's admin socket
         #[arg(long, value_name = "PATH", env = "IMDS_ROUTER_SERVE_ADMIN_SOCKET", default_value = DEFAULT_ADMIN_SOCKET)]
         admin: PathBuf,

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use toml::de::{DeTable, DeValue};
 
-use crate::credentials::{RoleArn, is_account_id};
+use crate::credentials::policy::{Glob, Pair, Rule};
+use crate::credentials::{RoleArn, inputs, is_account_id};
 
 /// Where the configuration is read from when `--config` does not say.
 pub const DEFAULT_FILE: &str = "/etc/imds-router/config.toml";
@@ -80,6 +81,26 @@ pub enum CredentialSource {
     Offline,
 }
 
+/// Which settings of other programs count.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Compat {
+    /// `compat.iam_docker`
+    pub iam_docker: bool,
+    /// `compat.env`
+    pub env: bool,
+    /// `compat.imds_server`
+    pub imds_server: bool,
+}
+
+impl Compat {
+    /// All of them.
+    pub const ALL: Self = Self {
+        iam_docker: true,
+        env: true,
+        imds_server: true,
+    };
+}
+
 /// Everything that an operator can decide. One field per key of [`KEYS`]; the tables of the file at the end.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Settings {
@@ -131,6 +152,18 @@ pub struct Settings {
     pub duration: Duration,
     /// `credentials.min_remaining`
     pub min_remaining: Duration,
+    /// `credentials.concurrent_calls`: calls of STS at once.
+    pub sts_calls: usize,
+    /// `credentials.aws_dir`: where the files of AWS's tools are.
+    pub aws_dir: Option<PathBuf>,
+    /// `credentials.allow_process`: whether these files may run programs and name endpoints.
+    pub allow_process: bool,
+    /// `credentials.ec2_error_documents`: whether a role that is denied is answered as EC2 does it.
+    pub ec2_error_documents: bool,
+    /// `[compat]`
+    pub compat: Compat,
+    /// `[[allow]]`: none means that every container may have every role.
+    pub allow: Vec<Rule>,
     /// `[roles]`: alias → ARN.
     pub roles: BTreeMap<String, RoleArn>,
     /// `[accounts]`: alias → account id.
@@ -164,6 +197,12 @@ impl Default for Settings {
             session_name: "{container}@{host}".to_owned(),
             duration: Duration::from_secs(3600),
             min_remaining: Duration::from_secs(1800),
+            sts_calls: 16,
+            aws_dir: None,
+            allow_process: false,
+            ec2_error_documents: false,
+            compat: Compat::default(),
+            allow: Vec::new(),
             roles: BTreeMap::new(),
             accounts: BTreeMap::new(),
         }
@@ -171,11 +210,33 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// The least life that served credentials have while STS works: `min_remaining`, at most half of the session.
-    pub fn min_remaining(&self) -> Duration {
-        self.min_remaining.min(self.duration / 2)
+    /// These settings with everything of `new` that a running daemon can change ([`RELOADED`]), and whether that is all
+    /// that differs.
+    pub fn reloaded(&self, new: &Self) -> (Self, bool) {
+        let settings = Self {
+            region: new.region.clone(),
+            account_id: new.account_id.clone(),
+            unknown_labels_are_errors: new.unknown_labels_are_errors,
+            labels_may_lower: new.labels_may_lower,
+            http_endpoint: new.http_endpoint,
+            http_tokens: new.http_tokens,
+            default_role: new.default_role.clone(),
+            session_name: new.session_name.clone(),
+            duration: new.duration,
+            compat: new.compat,
+            allow: new.allow.clone(),
+            roles: new.roles.clone(),
+            accounts: new.accounts.clone(),
+            ..self.clone()
+        };
+        let whole = settings == *new;
+        (settings, whole)
     }
 }
+
+/// What [`Settings::reloaded`] takes over, as a message says it.
+pub const RELOADED: &str = "region, account_id, roles, accounts, allow, compat, docker.unknown_labels, imds.http_endpoint, \
+    imds.http_tokens, imds.labels_may_lower, credentials.default_role, credentials.session_name, credentials.duration";
 
 /// One configuration key.
 pub struct Key {
@@ -197,6 +258,7 @@ struct Typed(Vec<String>, Form);
 enum Form {
     Text,
     Number,
+    Boolean,
     Table,
 }
 
@@ -233,6 +295,22 @@ impl Typed {
 
     fn boolean(&self) -> Option<bool> {
         self.one_of(&[("true", true), ("false", false)])
+    }
+
+    fn globs(&self, into: &mut Vec<Glob>) -> Option<()> {
+        *into = self.each(Glob::parse)?;
+        Some(())
+    }
+
+    fn pairs(&self, into: &mut Vec<Pair>) -> Option<()> {
+        *into = self.each(Pair::parse)?;
+        Some(())
+    }
+
+    /// One or more of something.
+    fn each<T>(&self, read: impl Fn(&str) -> Option<T>) -> Option<Vec<T>> {
+        let items: Option<Vec<_>> = self.0.iter().map(|it| read(it)).collect();
+        items.filter(|items| !items.is_empty() && self.1 == Form::Text)
     }
 
     fn duration(&self, least: Duration, most: Duration) -> Option<Duration> {
@@ -473,8 +551,8 @@ pub const KEYS: &[Key] = &[
     Key {
         path: "credentials.default_role",
         default: "none",
-        expected: "a role: ARN, name, name@account or alias; {container}, {project} and {service} are filled in",
-        about: "Role of containers that name none.",
+        expected: "a role: ARN, name, name@account or alias; {container}, {project}, {service} … are filled in",
+        about: "Role of containers that name none; also a template, and a missing part means no role.",
         read: |s, v| {
             v.text()
                 .filter(|it| template_fits(it))
@@ -484,7 +562,7 @@ pub const KEYS: &[Key] = &[
     Key {
         path: "credentials.session_name",
         default: "{container}@{host}",
-        expected: "text with {container}, {project}, {service}, {id} and {host}",
+        expected: "text with {container}, {project}, {service}, {id}, {host}, {label:KEY} and {env:KEY}",
         about: "Role session name, as CloudTrail shows it; cleaned to what STS takes.",
         read: |s, v| {
             v.text()
@@ -497,7 +575,10 @@ pub const KEYS: &[Key] = &[
         default: "1h",
         expected: "a duration from 15m to 12h (STS's own bounds)",
         about: "How long a session is asked for.",
-        read: |s, v| v.duration(HOUR / 4, HOUR * 12).map(|it| s.duration = it),
+        read: |s, v| {
+            v.duration(*inputs::DURATION.start(), *inputs::DURATION.end())
+                .map(|it| s.duration = it)
+        },
     },
     Key {
         path: "credentials.min_remaining",
@@ -505,6 +586,167 @@ pub const KEYS: &[Key] = &[
         expected: "a duration from 0s to 6h",
         about: "The least life of what is served while STS works; at most half of the session.",
         read: |s, v| v.duration(Duration::ZERO, HOUR * 6).map(|it| s.min_remaining = it),
+    },
+    Key {
+        path: "credentials.concurrent_calls",
+        default: "16",
+        expected: "a whole number from 1 to 64",
+        about: "Calls of STS at once; who waits for one is served in turn.",
+        read: |s, v| {
+            let number = v.text()?.parse().ok();
+            number.filter(|it| (1..=64).contains(it)).map(|it| s.sts_calls = it)
+        },
+    },
+    Key {
+        path: "credentials.aws_dir",
+        default: "~/.aws, under sudo that of the user who called it",
+        expected: "an absolute path",
+        about: "Directory of the AWS files: config, credentials, sso/cache. Its owner may own them.",
+        read: |s, v| absolute(v).map(|it| s.aws_dir = Some(it)),
+    },
+    Key {
+        path: "credentials.allow_process",
+        default: "false",
+        expected: "true or false",
+        about: "Whether the AWS files may run programs (credential_process), name endpoints, and token files anywhere.",
+        read: |s, v| v.boolean().map(|it| s.allow_process = it),
+    },
+    Key {
+        path: "credentials.ec2_error_documents",
+        default: "false",
+        expected: "true or false",
+        about: "Whether a role that STS denies is listed, with EC2's own error document in place of credentials; some SDKs \
+                abort on it. Else there is no role, which all of them survive.",
+        read: |s, v| v.boolean().map(|it| s.ec2_error_documents = it),
+    },
+    Key {
+        path: "compat.iam_docker",
+        default: "false",
+        expected: "true or false",
+        about: "Whether the label com.swipely.iam-docker.iam-profile counts.",
+        read: |s, v| v.boolean().map(|it| s.compat.iam_docker = it),
+    },
+    Key {
+        path: "compat.env",
+        default: "false",
+        expected: "true or false",
+        about: "Whether a container's variables IAM_ROLE, IAM_EXTERNAL_ID and IAM_POLICY count (metadataproxy, ec2metaproxy).",
+        read: |s, v| v.boolean().map(|it| s.compat.env = it),
+    },
+    Key {
+        path: "compat.imds_server",
+        default: "false",
+        expected: "true or false",
+        about: "Whether labels imds.aws.… count (imds-server).",
+        read: |s, v| v.boolean().map(|it| s.compat.imds_server = it),
+    },
+];
+
+/// One key of `[[allow]]`.
+struct RuleKey {
+    name: &'static str,
+    expected: &'static str,
+    read: fn(&mut Rule, &Typed) -> Option<()>,
+}
+
+const GLOBS: &str = "a pattern such as \"web-*\", or a list of them";
+
+const RULE_KEYS: &[RuleKey] = &[
+    RuleKey {
+        name: "role",
+        expected: "a pattern of role ARNs such as \"arn:aws:iam::111122223333:role/dev-*\" (\"**\": every role), or a list of them",
+        read: |rule, v| {
+            // A pattern that begins otherwise matches no role, whatever was meant.
+            let arns = v.0.iter().all(|it| it.starts_with("arn:") || it == "**");
+            arns.then(|| v.globs(&mut rule.role))?
+        },
+    },
+    RuleKey {
+        name: "profile",
+        expected: GLOBS,
+        read: |rule, v| v.globs(&mut rule.profile),
+    },
+    RuleKey {
+        name: "container",
+        expected: GLOBS,
+        read: |rule, v| v.globs(&mut rule.container),
+    },
+    RuleKey {
+        name: "image",
+        expected: GLOBS,
+        read: |rule, v| v.globs(&mut rule.image),
+    },
+    RuleKey {
+        name: "image_id",
+        expected: "an image id such as \"sha256:0123…\", or a list of them",
+        read: |rule, v| {
+            let ids = v.0.iter().all(|it| it.starts_with("sha256:"));
+            ids.then(|| v.globs(&mut rule.image_id))?
+        },
+    },
+    RuleKey {
+        name: "project",
+        expected: GLOBS,
+        read: |rule, v| v.globs(&mut rule.project),
+    },
+    RuleKey {
+        name: "service",
+        expected: GLOBS,
+        read: |rule, v| v.globs(&mut rule.service),
+    },
+    RuleKey {
+        name: "network",
+        expected: GLOBS,
+        read: |rule, v| v.globs(&mut rule.network),
+    },
+    RuleKey {
+        name: "label",
+        expected: "\"KEY\" or \"KEY=PATTERN\", or a list of them",
+        read: |rule, v| v.pairs(&mut rule.label),
+    },
+    RuleKey {
+        name: "session_name",
+        expected: GLOBS,
+        read: |rule, v| v.globs(&mut rule.session_name),
+    },
+    RuleKey {
+        name: "external_id",
+        expected: GLOBS,
+        read: |rule, v| v.globs(&mut rule.external_id),
+    },
+    RuleKey {
+        name: "source_identity",
+        expected: GLOBS,
+        read: |rule, v| v.globs(&mut rule.source_identity),
+    },
+    RuleKey {
+        name: "session_tags",
+        expected: "\"KEY\" or \"KEY=PATTERN\", or a list of them",
+        read: |rule, v| v.pairs(&mut rule.session_tags),
+    },
+    RuleKey {
+        name: "session_policy_arns",
+        expected: "1 to 10 policy ARNs such as \"arn:aws:iam::aws:policy/ReadOnlyAccess\"",
+        read: |rule, v| {
+            let arns: Vec<_> = v.0.iter().map(String::as_str).collect();
+            inputs::policy_arns(&arns).map(|arns| rule.session_policy_arns = arns)
+        },
+    },
+    RuleKey {
+        name: "session_policy",
+        expected: "an IAM policy in JSON with a Statement, of at most 2048 characters",
+        read: |rule, v| {
+            let policy = v.text().filter(|it| inputs::is_policy(it));
+            policy.map(|it| rule.session_policy = Some(it.to_owned()))
+        },
+    },
+    RuleKey {
+        name: "max_duration",
+        expected: "a duration from 15m to 12h (STS's own bounds)",
+        read: |rule, v| {
+            let duration = v.duration(*inputs::DURATION.start(), *inputs::DURATION.end());
+            duration.map(|it| rule.max_duration = Some(it))
+        },
     },
 ];
 
@@ -520,9 +762,19 @@ fn absolute(value: &Typed) -> Option<PathBuf> {
 
 /// What may stand between braces in a template.
 pub const PLACEHOLDERS: &[&str] = &["container", "project", "service", "id", "host"];
+/// What may stand there with the name of a label or of a variable behind it.
+const KEYED_PLACEHOLDERS: &[&str] = &["label:", "env:"];
 
-fn template_fits(text: &str) -> bool {
-    fill(text, |name| PLACEHOLDERS.contains(&name).then(String::new)).is_some()
+/// Whether every part of a template is one that there is.
+pub fn template_fits(text: &str) -> bool {
+    let keyed = |name: &str| {
+        let key = KEYED_PLACEHOLDERS.iter().find_map(|it| name.strip_prefix(it));
+        key.is_some_and(|key| !key.is_empty())
+    };
+    fill(text, |name| {
+        (PLACEHOLDERS.contains(&name) || keyed(name)).then(String::new)
+    })
+    .is_some()
 }
 
 /// Fills a template; `None` when a brace is not closed or a part is missing: a missing part means no value, never a
@@ -715,6 +967,19 @@ fn read_file(settings: &mut Settings, path: &Path, text: &str) -> Result<(), Con
         let section = KEYS.iter().any(|key| key.path.starts_with(&format!("{name}.")));
         let table = TABLES.iter().find(|(table, _)| *table == name);
         match value.get_ref() {
+            DeValue::Array(rules) if name == ALLOW => {
+                for rule in rules {
+                    read_rule(settings, rule, &at)?;
+                }
+            }
+            value if name == ALLOW => {
+                return Err(ConfigError::BadValue {
+                    origin,
+                    key: name.to_owned(),
+                    value: typed(value).shown(),
+                    expected: "rules: a line [[allow]] in double brackets, and the keys of a rule below".to_owned(),
+                });
+            }
             DeValue::Table(entries) if section || table.is_some() => {
                 for (key, value) in entries {
                     let origin = at(key.span().start);
@@ -749,6 +1014,7 @@ fn read_key(settings: &mut Settings, path: &str, value: &DeValue<'_>, origin: Or
             .iter()
             .map(|key| key.path)
             .chain(TABLES.iter().map(|(name, _)| *name))
+            .chain([ALLOW])
             .chain(sections);
         return Err(ConfigError::UnknownKey {
             origin,
@@ -759,6 +1025,63 @@ fn read_key(settings: &mut Settings, path: &str, value: &DeValue<'_>, origin: Or
     set(settings, key, &typed(value), origin)
 }
 
+/// The rules.
+const ALLOW: &str = "allow";
+
+fn read_rule(
+    settings: &mut Settings,
+    rule: &toml::Spanned<DeValue<'_>>,
+    at: &dyn Fn(usize) -> Origin,
+) -> Result<(), ConfigError> {
+    let place = at(rule.span().start);
+    let bad = |origin: Origin, key: &str, value: String, expected: &str| ConfigError::BadValue {
+        origin,
+        key: key.to_owned(),
+        value,
+        expected: expected.to_owned(),
+    };
+    let DeValue::Table(entries) = rule.get_ref() else {
+        let expected = "rules: a line [[allow]] in double brackets, and the keys of a rule below";
+        return Err(bad(place, ALLOW, typed(rule.get_ref()).shown(), expected));
+    };
+    let mut read = Rule {
+        number: settings.allow.len() + 1,
+        line: match &place {
+            Origin::File(_, line) => *line,
+            _ => 0,
+        },
+        ..Rule::default()
+    };
+    for (name, value) in entries {
+        let origin = at(name.span().start);
+        let name = name.get_ref().as_ref();
+        let path = format!("{ALLOW}.{name}");
+        let Some(key) = RULE_KEYS.iter().find(|key| key.name == name) else {
+            let mut nearest = Nearest::among(name, RULE_KEYS.iter().map(|key| key.name));
+            nearest.0 = nearest.0.map(|name| format!("{ALLOW}.{name}"));
+            return Err(ConfigError::UnknownKey {
+                origin,
+                key: path,
+                nearest,
+            });
+        };
+        let value = typed(value.get_ref());
+        (key.read)(&mut read, &value).ok_or_else(|| bad(origin, &path, value.shown(), key.expected))?;
+    }
+    if read.role.is_empty() && read.profile.is_empty() {
+        let expected = "role, or profile: what the rule allows; role = \"**\" is every role";
+        return Err(bad(place, ALLOW, "neither".to_owned(), expected));
+    }
+    // GetSessionToken takes no policy (STS API reference), so the ceiling could not be kept.
+    let ceiling = read.session_policy.is_some() || !read.session_policy_arns.is_empty();
+    if read.role.is_empty() && ceiling {
+        let expected = "role: a profile that is served as it is cannot have a session policy";
+        return Err(bad(place, ALLOW, "a session policy without role".to_owned(), expected));
+    }
+    settings.allow.push(read);
+    Ok(())
+}
+
 fn typed(value: &DeValue<'_>) -> Typed {
     let number = |text: String| Typed(vec![text], Form::Number);
     match value {
@@ -767,7 +1090,7 @@ fn typed(value: &DeValue<'_>) -> Typed {
             Form::Text,
         ),
         DeValue::String(text) => Typed::of(text),
-        DeValue::Boolean(value) => Typed::of(&value.to_string()),
+        DeValue::Boolean(value) => Typed(vec![value.to_string()], Form::Boolean),
         DeValue::Integer(value) => number(value.to_string()),
         DeValue::Float(value) => number(value.to_string()),
         DeValue::Datetime(value) => Typed::of(&value.to_string()),
@@ -910,7 +1233,7 @@ prod = "444455556666"
             ),
             (
                 "[credentials]\nsession_name = \"{containr}\"",
-                "c.toml, line 2: credentials.session_name = \"{containr}\": expected text with {container}, {project}, {service}, {id} and {host}",
+                "c.toml, line 2: credentials.session_name = \"{containr}\": expected text with {container}, {project}, {service}, {id}, {host}, {label:KEY} and {env:KEY}",
             ),
         ] {
             assert_eq!(read(text).unwrap_err(), message);
@@ -936,6 +1259,138 @@ prod = "444455556666"
             assert_eq!(read(text).unwrap_err(), message);
         }
         assert!(read("a = ").unwrap_err().starts_with("c.toml, line 1: not TOML: "));
+    }
+
+    #[test]
+    fn rules_are_read_in_their_order() {
+        let settings = read(
+            r#"
+[[allow]]
+role = ["arn:aws:iam::111122223333:role/a*", "arn:*:iam::*:role/b/**"]
+label = ["team", "stage=test-*"]
+session_policy = '{"Statement":[]}'
+max_duration = "30m"
+
+[[allow]]
+profile = "dev"
+"#,
+        )
+        .unwrap();
+        let [first, second] = settings.allow.as_slice() else {
+            panic!("two rules")
+        };
+        assert_eq!(
+            (first.to_string(), second.to_string()),
+            ("allow rule 1 (line 2)".into(), "allow rule 2 (line 8)".into())
+        );
+        assert_eq!(first.max_duration, Some(Duration::from_secs(1800)));
+        assert!(first.has_ceiling() && !second.has_ceiling());
+        assert_eq!(first.rests_on_its_applicants().as_deref(), Some("label"));
+        assert_eq!(second.rests_on_its_applicants(), None);
+    }
+
+    #[test]
+    fn the_rules_of_the_readme_are_read() {
+        let readme = include_str!("../README.md");
+        let block = readme
+            .split("```toml\n")
+            .nth(1)
+            .and_then(|rest| rest.split("```").next());
+        let settings = read(block.expect("README has rules")).unwrap();
+        assert_eq!(settings.allow.len(), 2);
+        assert!(settings.allow[1].has_ceiling());
+    }
+
+    #[test]
+    fn bad_rules_say_where_what_and_what_was_expected() {
+        const RULE: &str = "[[allow]]\nrole = \"**\"\n";
+        const ROLES: &str = "expected a pattern of role ARNs such as \"arn:aws:iam::111122223333:role/dev-*\" \
+            (\"**\": every role), or a list of them";
+        const GLOB: &str = "expected a pattern such as \"web-*\", or a list of them";
+        const PAIR: &str = "expected \"KEY\" or \"KEY=PATTERN\", or a list of them";
+        for (rule, message) in [
+            ("[allow]\nrole = \"x\"", "1: allow = \"a table\": expected rules: a line [[allow]] in double brackets, and the keys of a rule below".to_owned()),
+            ("allow = 3", "1: allow = \"3\": expected rules: a line [[allow]] in double brackets, and the keys of a rule below".to_owned()),
+            ("allow = [\"x\"]", "1: allow = \"x\": expected rules: a line [[allow]] in double brackets, and the keys of a rule below".to_owned()),
+            ("[[allow]]\n", "1: allow = \"neither\": expected role, or profile: what the rule allows; role = \"**\" is every role".to_owned()),
+            ("[[allow]]\nprofile = \"p\"\nsession_policy_arns = \"arn:aws:iam::aws:policy/x\"", "1: allow = \"a session policy without role\": expected role: a profile that is served as it is cannot have a session policy".to_owned()),
+            ("[[alow]]\nrole = \"**\"", "1: unknown key alow; did you mean allow?".to_owned()),
+            ("[[allow]]\nrol = \"**\"", "2: unknown key allow.rol; did you mean allow.role?".to_owned()),
+            ("[[allow]]\nsession_policys = \"**\"", "2: unknown key allow.session_policys; did you mean allow.session_policy?".to_owned()),
+            ("[[allow]]\nrole = \"dev-*\"", format!("2: allow.role = \"dev-*\": {ROLES}")),
+            ("[[allow]]\nrole = \"*\"", format!("2: allow.role = \"*\": {ROLES}")),
+            ("[[allow]]\nrole = []", format!("2: allow.role = \"\": {ROLES}")),
+            ("[[allow]]\nrole = \"arn:aws:iam::1:role/[x\"", format!("2: allow.role = \"arn:aws:iam::1:role/[x\": {ROLES}")),
+            ("container = \"\"", format!("3: allow.container = \"\": {GLOB}")),
+            ("project = 7", format!("3: allow.project = \"7\": {GLOB}")),
+            ("network = \"a**b\"", format!("3: allow.network = \"a**b\": {GLOB}")),
+            ("image_id = \"0123\"", "3: allow.image_id = \"0123\": expected an image id such as \"sha256:0123…\", or a list of them".to_owned()),
+            ("label = \"=x\"", format!("3: allow.label = \"=x\": {PAIR}")),
+            ("label = \"x=\"", format!("3: allow.label = \"x=\": {PAIR}")),
+            ("session_tags = [\"a\", \"\"]", format!("3: allow.session_tags = \"a,\": {PAIR}")),
+            ("session_name = true", "3: allow.session_name = \"true\": expected a pattern such as \"web-*\", or a list of them".to_owned()),
+            ("session_policy_arns = \"ReadOnlyAccess\"", "3: allow.session_policy_arns = \"ReadOnlyAccess\": expected 1 to 10 policy ARNs such as \"arn:aws:iam::aws:policy/ReadOnlyAccess\"".to_owned()),
+            ("session_policy = \"{}\"", "3: allow.session_policy = \"{}\": expected an IAM policy in JSON with a Statement, of at most 2048 characters".to_owned()),
+            ("max_duration = \"5m\"", "3: allow.max_duration = \"5m\": expected a duration from 15m to 12h (STS's own bounds)".to_owned()),
+        ] {
+            let whole = match rule.contains("allow") || rule.contains("alow") {
+                true => rule.to_owned(),
+                false => format!("{RULE}{rule}"),
+            };
+            assert_eq!(read(&whole).unwrap_err(), format!("c.toml, line {message}"), "{rule}");
+        }
+        for (text, message) in [
+            ("[compat]\nenv = 1", "2: compat.env = \"1\": expected true or false"),
+            (
+                "[compat]\niamdocker = true",
+                "2: unknown key compat.iamdocker; did you mean compat.iam_docker?",
+            ),
+            (
+                "[credentials]\nsession_name = \"{label:}\"",
+                "2: credentials.session_name = \"{label:}\": expected text with {container}, {project}, {service}, {id}, {host}, {label:KEY} and {env:KEY}",
+            ),
+            (
+                "[credentials]\ndefault_role = \"{proj}\"",
+                "2: credentials.default_role = \"{proj}\": expected a role: ARN, name, name@account or alias; {container}, {project}, {service} … are filled in",
+            ),
+        ] {
+            assert_eq!(read(text).unwrap_err(), format!("c.toml, line {message}"));
+        }
+    }
+
+    #[test]
+    fn what_a_running_daemon_takes_over_is_what_it_says() {
+        let old = read("[serve]\nhold = \"300ms\"").unwrap();
+        let same = old.reloaded(&old);
+        assert!(same == (old.clone(), true));
+        for key in KEYS {
+            // Another value than the default of every key, where there is one to be had.
+            let values = [
+                "eu-west-2",
+                "111122223333",
+                "warn",
+                "true",
+                "enabled",
+                "required",
+                "x-{id}",
+                "45m",
+            ];
+            let mut new = old.clone();
+            let set = values
+                .iter()
+                .any(|value| (key.read)(&mut new, &Typed::of(value)).is_some() && new != old);
+            let (settings, whole) = old.reloaded(&new);
+            let says = |path: &str| {
+                RELOADED
+                    .split(", ")
+                    .any(|told| told == path || path.starts_with(&format!("{told}.")))
+            };
+            assert_eq!(whole && settings == new, says(key.path) || !set, "{}", key.path);
+        }
+        let mut new = read("[roles]\na = \"arn:aws:iam::111122223333:role/a\"\n[[allow]]\nrole = \"**\"").unwrap();
+        assert!(!old.reloaded(&new).1);
+        new.hold = old.hold;
+        assert!(old.reloaded(&new) == (new, true));
     }
 
     #[test]

@@ -29,7 +29,7 @@ use crate::caller::{Caller, Connection, OwnEnds, Refusal, Via, identify, other_e
 use crate::clock::Clock;
 use crate::containers::index::Index;
 use crate::containers::{ContainerId, Level, Life, NamespaceId};
-use crate::credentials::broker::{Broker, NoCredentials, Published};
+use crate::credentials::broker::{Broker, NoCredentials, ProviderError, Published};
 use crate::instance::{Instance, Role};
 use crate::metadata::Node;
 use crate::metadata::catalogue::ROLE_LIST;
@@ -68,11 +68,24 @@ pub struct Service {
     pub hold: Duration,
     /// More names that are accepted in `Host`.
     pub hosts: Vec<String>,
+    /// Whether a role that is denied is answered as EC2 does it.
+    pub ec2_error_documents: bool,
     /// Our ends of connections.
     pub own_ends: Box<dyn OwnEnds>,
     before_proof: Gate,
     versions: Bytes,
     refusals: Refusals,
+}
+
+/// How requests are answered.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Options {
+    /// The longest that a request waits in all.
+    pub hold: Duration,
+    /// More names that are accepted in `Host`.
+    pub hosts: Vec<String>,
+    /// Whether a role that is denied is answered as EC2 does it.
+    pub ec2_error_documents: bool,
 }
 
 impl Service {
@@ -82,10 +95,14 @@ impl Service {
         broker: Arc<Broker>,
         tokens: TokenAuthority,
         clock: Clock,
-        hold: Duration,
-        hosts: Vec<String>,
+        options: Options,
         own_ends: Box<dyn OwnEnds>,
     ) -> Arc<Self> {
+        let Options {
+            hold,
+            hosts,
+            ec2_error_documents,
+        } = options;
         Arc::new(Self {
             index,
             broker,
@@ -94,6 +111,7 @@ impl Service {
             clock,
             hold,
             hosts,
+            ec2_error_documents,
             own_ends,
             before_proof: Gate::new(),
             versions: version_list().into(),
@@ -388,7 +406,10 @@ impl Session {
 
     async fn reply(&self, request: &Parts, deadline: Instant) -> Reply {
         let life = self.caller.life();
-        let instance = life.instance.load_full();
+        let mut instance = life.instance.load_full();
+        if instance.endpoint_open {
+            instance = self.decided(instance, deadline).await;
+        }
         if !instance.endpoint {
             let hint = "this container has no imds label, or its endpoint is disabled";
             return Reply::refused(Refused::Disabled)
@@ -448,11 +469,18 @@ impl Session {
             Some(Node::Dir(text) | Node::Text(text)) => Reply::value(text.clone(), modified),
             Some(Node::RoleList(role)) => match self.credentials(&instance, deadline).await {
                 Ok(_) => Reply::value(role.clone(), modified),
-                Err(why) => no_role(&why, container),
+                // Denied: EC2 lists it all the same.
+                Err(why) if self.as_ec2(&why) => hinted(Reply::value(role.clone(), modified), &why, container),
+                Err(why) => no_role(&said(&why), container),
             },
             Some(Node::Credentials) => match self.credentials(&instance, deadline).await {
                 Ok(published) => Reply::value(published.body.0.clone(), modified),
-                Err(why) => no_role(&why, container),
+                Err(why) if self.as_ec2(&why) => {
+                    let role = path.rsplit('/').next().unwrap_or_default();
+                    let document = imds::denied_document(role, self.service.clock.wall());
+                    hinted(Reply::value(document, modified), &why, container)
+                }
+                Err(why) => no_role(&said(&why), container),
             },
             None => match &instance.role {
                 Role::Refused(why) | Role::Pending(why) if path.starts_with(IAM) => no_role(why, container),
@@ -474,17 +502,32 @@ impl Session {
         instance
     }
 
-    async fn credentials(&self, instance: &Instance, deadline: Instant) -> Result<Arc<Published>, String> {
-        let session = instance.role.session().ok_or("no role")?;
-        self.service
-            .broker
-            .get(session, deadline)
-            .await
-            .map_err(|error| match error {
-                NoCredentials::Failed(error) => error.summary().to_owned(),
-                error => error.to_string(),
-            })
+    async fn credentials(&self, instance: &Instance, deadline: Instant) -> Result<Arc<Published>, NoCredentials> {
+        let session = instance.role.session().ok_or(NoCredentials::NotLeased)?;
+        self.service.broker.get(session, deadline).await
     }
+
+    /// Whether EC2 has an answer of its own to that, and is to be followed.
+    fn as_ec2(&self, why: &NoCredentials) -> bool {
+        let denied = matches!(why, NoCredentials::Failed(ProviderError::Denied { .. }));
+        denied && self.service.ec2_error_documents
+    }
+}
+
+/// In a few words, for a header.
+fn said(why: &NoCredentials) -> String {
+    match why {
+        NoCredentials::Failed(error) => error.summary().to_owned(),
+        error => error.to_string(),
+    }
+}
+
+fn hinted(reply: Reply, why: &NoCredentials, container: &ContainerId) -> Reply {
+    reply.with_hint(&hint(&said(why), container))
+}
+
+fn hint(why: &str, container: &ContainerId) -> String {
+    printable(&format!("{why}; ask: imds-router explain {container}"), 160)
 }
 
 /// Where everything that a role decides stands.
@@ -492,8 +535,7 @@ const IAM: &str = "meta-data/iam";
 
 /// No role, or no credentials of it. 404 is what every SDK takes as "none here"; anything else stops some of them.
 fn no_role(why: &str, container: &ContainerId) -> Reply {
-    let hint = printable(&format!("{why}; ask: imds-router explain {container}"), 160);
-    Reply::refused(Refused::NotFound).with_hint(&hint)
+    Reply::refused(Refused::NotFound).with_hint(&hint(why, container))
 }
 
 /// A connection that was refused, with the evidence that was seen. For the operator.

@@ -1,7 +1,7 @@
 //! What each verb of the command line does.
 
 use std::error::Error;
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -43,7 +43,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         #[cfg(target_os = "linux")]
         Verb::Serve(flags) => serve(&flags),
         #[cfg(target_os = "linux")]
-        Verb::Check { common } => block_on(check(&common))?,
+        Verb::Check { common, compat } => block_on(check(&common, compat))?,
         #[cfg(target_os = "linux")]
         Verb::Intercept { what } => intercept(what),
         #[cfg(not(target_os = "linux"))]
@@ -57,7 +57,23 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
             let text = if json { serde_json::to_string_pretty(&status)? + "\n" } else { admin::render(&status) };
             Ok(io::stdout().write_all(text.as_bytes())?)
         })?,
-        Verb::Explain { container, json, admin } => block_on(async move {
+        Verb::Explain {
+            container,
+            json,
+            trust_policy: true,
+            admin,
+        } => block_on(async move {
+            let trust = admin::ask_trust(&admin, &container).await?;
+            if trust.is_empty() {
+                return Err(Said(format!("{container} has no role")).into());
+            }
+            let text = match json {
+                true => serde_json::to_string_pretty(&trust)? + "\n",
+                false => admin::render_trust(&trust),
+            };
+            Ok(io::stdout().write_all(text.as_bytes())?)
+        })?,
+        Verb::Explain { container, json, admin, .. } => block_on(async move {
             let explanation = admin::ask_explanation(&admin, &container).await?;
             let text = match json {
                 true => serde_json::to_string_pretty(&explanation)? + "\n",
@@ -65,9 +81,19 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
             };
             Ok(io::stdout().write_all(text.as_bytes())?)
         })?,
+        Verb::Login { profile, admin, .. } => block_on(async move {
+            let mut text = String::new();
+            io::stdin().take(MOST_HANDED_OVER).read_to_string(&mut text)?;
+            let handover = admin::Handover::read(&text).map_err(|why| usage(Said(why.to_owned())))?;
+            let said = admin::hand_over(&admin, profile.as_deref(), &handover).await?;
+            Ok(writeln!(io::stdout(), "{said}")?)
+        })?,
         Verb::Get { path } => block_on(get(&path))?,
     }
 }
+
+/// The most that `login` reads.
+const MOST_HANDED_OVER: u64 = 64 * 1024;
 
 fn block_on<T>(work: impl Future<Output = T>) -> io::Result<T> {
     Ok(tokio::runtime::Builder::new_multi_thread()
@@ -82,7 +108,8 @@ fn usage(error: impl Error + 'static) -> Failure {
 
 #[cfg(target_os = "linux")]
 fn serve(flags: &Serve) -> Result<(), Failure> {
-    let settings = config::load(&flags.sources()).map_err(usage)?;
+    let sources = flags.sources();
+    let settings = config::load(&sources).map_err(usage)?;
     let level = std::env::var(telemetry::LOG_VARIABLE).ok();
     telemetry::start(flags.log_format, level.as_deref()).map_err(|error| usage(Said(error)))?;
     block_on(async {
@@ -94,15 +121,31 @@ fn serve(flags: &Serve) -> Result<(), Failure> {
                 _ = interrupt.recv() => {}
             }
         };
-        Ok(crate::app::run(settings, shutdown).await?)
+        let mut hangups = signal(SignalKind::hangup())?;
+        let (sender, reloads) = tokio::sync::mpsc::channel(1);
+        tokio::spawn(async move {
+            while hangups.recv().await.is_some() {
+                let sent = match config::load(&sources) {
+                    Ok(settings) => sender.send(settings).await.is_ok(),
+                    Err(error) => {
+                        tracing::error!("{}; what held before holds on", telemetry::with_causes(&error));
+                        true
+                    }
+                };
+                if !sent {
+                    return;
+                }
+            }
+        });
+        Ok(crate::app::run(settings, reloads, shutdown).await?)
     })?
 }
 
 /// Configuration and labels of this host's containers, without serving.
 #[cfg(target_os = "linux")]
-async fn check(flags: &Common) -> Result<(), Failure> {
+async fn check(flags: &Common, compat: bool) -> Result<(), Failure> {
     let settings = config::load(&flags.sources()).map_err(usage)?;
-    let checked = crate::app::check(settings).await?;
+    let checked = crate::app::check(settings, compat).await?;
     io::stdout().write_all(checked.text.as_bytes())?;
     match checked.problems {
         0 => Ok(()),

@@ -6,6 +6,8 @@
 //! |---|---|
 //! | `GET /status` | [`Status`] |
 //! | `GET /explain/CONTAINER` | [`Explanation`]; 404 if there is no such container |
+//! | `GET /trust-policy/CONTAINER` | a list of [`Trust`]; 404 if there is no such container |
+//! | `POST /login`, `POST /login/PROFILE` | takes over a [`Handover`]; 400 with a sentence if it does not |
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -14,7 +16,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http_body_util::{BodyExt as _, Full};
+use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -46,6 +48,12 @@ pub struct Status {
     pub account: Option<String>,
     /// What the operator should know.
     pub warnings: Vec<String>,
+    /// Base credentials that somebody needs.
+    #[serde(default)]
+    pub bases: Vec<BaseStatus>,
+    /// How wrong the clock seems to be.
+    #[serde(default)]
+    pub clock: ClockStatus,
     /// All containers, by name.
     pub containers: Vec<ContainerStatus>,
     /// Connections that were refused because nobody was proven, by reason.
@@ -59,6 +67,84 @@ pub struct EngineStatus {
     pub state: String,
     /// Why it is away.
     pub reason: Option<String>,
+}
+
+/// Whose credentials ask STS.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct BaseStatus {
+    /// Profile; absent: the daemon's own.
+    pub profile: Option<String>,
+    /// `good`, `needs attention` or `failed`.
+    pub state: String,
+    /// Where they come from.
+    pub origin: Option<String>,
+    /// Who they are, as STS says it.
+    pub arn: Option<String>,
+    /// When they expire; absent: not at all, or nobody knows.
+    pub until: Option<String>,
+    /// Why there are none, or no new ones.
+    pub error: Option<String>,
+    /// What to type, where a person is needed.
+    pub command: Option<String>,
+}
+
+/// The clock, against others. Seconds; positive: it is ahead.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct ClockStatus {
+    /// Against AWS's own clock; absent: it has not answered yet.
+    pub ahead_of_aws: Option<i64>,
+    /// Against the machine's battery-backed clock, but for time zones; absent: there is none.
+    pub ahead_of_rtc: Option<i64>,
+    /// When it was set last, or the machine has slept, in UTC.
+    pub last_shift: Option<String>,
+    /// By how much it was set then.
+    pub last_shift_seconds: Option<i64>,
+    /// How long the machine had slept then, in seconds.
+    pub last_sleep_seconds: Option<u64>,
+}
+
+/// What the trust policy of a role must say.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Trust {
+    /// The role.
+    pub role: String,
+    /// The statement, as IAM writes it.
+    pub statement: serde_json::Value,
+}
+
+/// Session credentials, as `aws configure export-credentials` prints them.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Handover {
+    /// `ASIA…`.
+    pub access_key_id: String,
+    /// The secret access key.
+    pub secret_access_key: String,
+    /// The session token.
+    #[serde(default)]
+    pub session_token: Option<String>,
+    /// Until when they are good.
+    #[serde(default)]
+    pub expiration: Option<String>,
+}
+
+impl std::fmt::Debug for Handover {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "credentials {}", self.access_key_id)
+    }
+}
+
+impl Handover {
+    /// Reads what was piped in.
+    ///
+    /// # Errors
+    /// When it is something else; nothing of it is in the message.
+    pub fn read(text: &str) -> Result<Self, &'static str> {
+        serde_json::from_str(text).map_err(|_| {
+            "this is not what was expected: the JSON that `aws configure export-credentials` prints, with AccessKeyId, \
+             SecretAccessKey, SessionToken and Expiration"
+        })
+    }
 }
 
 /// One container.
@@ -80,6 +166,12 @@ pub struct ContainerStatus {
     pub role: Option<String>,
     /// Session name, as CloudTrail shows it.
     pub session_name: Option<String>,
+    /// Profile whose base credentials ask for it, or are served; absent: the daemon's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile: Option<String>,
+    /// The rule of `[[allow]]` that let it have it; absent: there are no rules, or it has no role.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<String>,
     /// Its credentials, if it has a role.
     pub credentials: Option<CredentialStatus>,
     /// What was asked last.
@@ -155,6 +247,14 @@ pub trait Observatory: Send + Sync + 'static {
     fn status(&self) -> Status;
     /// One container: by name, by the beginning of its id, or by compose service. `None`: there is none, or several.
     fn explain(&self, container: &str) -> Option<Explanation>;
+    /// What the trust policies of its roles must say. `None`: there is no such container, or several. An empty list: it has
+    /// no role.
+    fn trust(&self, container: &str) -> Option<Vec<Trust>>;
+    /// Takes over session credentials for `profile`, or for the daemon itself; answers what was taken.
+    ///
+    /// # Errors
+    /// Why not.
+    fn login(&self, profile: Option<&str>, handover: &Handover) -> Result<String, String>;
 }
 
 /// Answers on the socket until the task is dropped.
@@ -163,8 +263,8 @@ pub async fn serve(listener: UnixListener, observatory: Arc<dyn Observatory>) {
         let observatory = observatory.clone();
         tokio::spawn(async move {
             let service = service_fn(move |request: Request<Incoming>| {
-                let reply = answer(&request, observatory.as_ref());
-                async move { Ok::<_, std::convert::Infallible>(reply) }
+                let observatory = observatory.clone();
+                async move { Ok::<_, std::convert::Infallible>(answer(request, observatory.as_ref()).await) }
             });
             // Whoever hangs up has seen enough.
             let _ = http1::Builder::new()
@@ -175,8 +275,12 @@ pub async fn serve(listener: UnixListener, observatory: Arc<dyn Observatory>) {
     }
 }
 
-fn answer(request: &Request<Incoming>, observatory: &dyn Observatory) -> Response<Full<Bytes>> {
-    let path = percent_encoding::percent_decode_str(request.uri().path())
+/// The largest body of a request.
+const MOST_BYTES: usize = 64 * 1024;
+
+async fn answer(request: Request<Incoming>, observatory: &dyn Observatory) -> Response<Full<Bytes>> {
+    let (parts, body) = request.into_parts();
+    let path = percent_encoding::percent_decode_str(parts.uri.path())
         .decode_utf8_lossy()
         .into_owned();
     let json = |value: serde_json::Result<Vec<u8>>| match value {
@@ -184,12 +288,29 @@ fn answer(request: &Request<Incoming>, observatory: &dyn Observatory) -> Respons
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string().into_bytes()),
     };
     let absent = || (StatusCode::NOT_FOUND, b"{}".to_vec());
-    let (status, body) = match (request.method(), path.strip_prefix("/explain/")) {
-        (&Method::GET, None) if path == "/status" => json(serde_json::to_vec_pretty(&observatory.status())),
-        (&Method::GET, Some(container)) => match observatory.explain(container) {
-            Some(explanation) => json(serde_json::to_vec_pretty(&explanation)),
-            None => absent(),
-        },
+    let (verb, of) = match path.trim_start_matches('/').split_once('/') {
+        Some((verb, of)) => (verb, Some(of)),
+        None => (path.trim_start_matches('/'), None),
+    };
+    let (status, body) = match (&parts.method, verb, of) {
+        (&Method::GET, "status", None) => json(serde_json::to_vec_pretty(&observatory.status())),
+        (&Method::GET, "explain", Some(container)) => observatory
+            .explain(container)
+            .map_or_else(absent, |it| json(serde_json::to_vec_pretty(&it))),
+        (&Method::GET, "trust-policy", Some(container)) => observatory
+            .trust(container)
+            .map_or_else(absent, |it| json(serde_json::to_vec_pretty(&it))),
+        (&Method::POST, "login", profile) => {
+            let body = Limited::new(body, MOST_BYTES).collect().await;
+            let text = body.map(|body| body.to_bytes()).unwrap_or_default();
+            let taken = Handover::read(&String::from_utf8_lossy(&text))
+                .map_err(str::to_owned)
+                .and_then(|handover| observatory.login(profile, &handover));
+            match taken {
+                Ok(said) => (StatusCode::OK, said.into_bytes()),
+                Err(why) => (StatusCode::BAD_REQUEST, why.into_bytes()),
+            }
+        }
         _ => absent(),
     };
     let mut response = Response::new(Full::new(body.into()));
@@ -224,6 +345,9 @@ pub enum AskError {
         /// As typed.
         container: String,
     },
+    /// It did not take what was handed over.
+    #[error("not taken over: {0}")]
+    NotTaken(String),
     /// Somebody listens who is not us.
     #[error("what listens on {path} does not answer as imds-router does: {what}")]
     Strange {
@@ -255,8 +379,45 @@ pub async fn ask_status(socket: &Path) -> Result<Status, AskError> {
 /// # Errors
 /// When none answers, or knows no such container.
 pub async fn ask_explanation(socket: &Path, container: &str) -> Result<Explanation, AskError> {
-    let name = percent_encoding::utf8_percent_encode(container, percent_encoding::NON_ALPHANUMERIC);
-    let (status, body) = ask(socket, &format!("/explain/{name}")).await?;
+    ask_about(socket, "explain", container).await
+}
+
+/// Asks a daemon what the trust policies of a container's roles must say.
+///
+/// # Errors
+/// When none answers, or knows no such container.
+pub async fn ask_trust(socket: &Path, container: &str) -> Result<Vec<Trust>, AskError> {
+    ask_about(socket, "trust-policy", container).await
+}
+
+/// Hands over session credentials for `profile`, or for the daemon itself; answers what was taken.
+///
+/// # Errors
+/// When no daemon answers, or it does not take them.
+pub async fn hand_over(socket: &Path, profile: Option<&str>, handover: &Handover) -> Result<String, AskError> {
+    let strange = |what: String| AskError::Strange {
+        path: socket.display().to_string(),
+        what,
+    };
+    let profile = profile
+        .map(|profile| format!("/{}", encoded(profile)))
+        .unwrap_or_default();
+    let body = serde_json::to_vec(handover).map_err(|error| strange(error.to_string()))?;
+    let (status, said) = send(socket, Method::POST, &format!("/login{profile}"), body.into()).await?;
+    let said = printable(&String::from_utf8_lossy(&said), 400);
+    match status {
+        StatusCode::OK => Ok(said),
+        StatusCode::BAD_REQUEST => Err(AskError::NotTaken(said)),
+        status => Err(strange(format!("status {status}"))),
+    }
+}
+
+fn encoded(text: &str) -> percent_encoding::PercentEncode<'_> {
+    percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC)
+}
+
+async fn ask_about<T: serde::de::DeserializeOwned>(socket: &Path, what: &str, container: &str) -> Result<T, AskError> {
+    let (status, body) = ask(socket, &format!("/{what}/{}", encoded(container))).await?;
     if status == StatusCode::NOT_FOUND {
         return Err(AskError::NoContainer {
             container: container.to_owned(),
@@ -269,6 +430,10 @@ pub async fn ask_explanation(socket: &Path, container: &str) -> Result<Explanati
 }
 
 async fn ask(socket: &Path, path: &str) -> Result<(StatusCode, Bytes), AskError> {
+    send(socket, Method::GET, path, Bytes::new()).await
+}
+
+async fn send(socket: &Path, method: Method, path: &str, body: Bytes) -> Result<(StatusCode, Bytes), AskError> {
     let shown = socket.display().to_string();
     let stream = UnixStream::connect(socket)
         .await
@@ -284,9 +449,11 @@ async fn ask(socket: &Path, path: &str) -> Result<(StatusCode, Bytes), AskError>
         .await
         .map_err(|error| strange(&error))?;
     let connection = tokio::spawn(connection);
-    let request = Request::get(path)
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
         .header(hyper::header::HOST, "imds-router")
-        .body(Full::<Bytes>::default())
+        .body(Full::new(body))
         .map_err(|error| strange(&error))?;
     let reply = client.send_request(request).await.map_err(|error| strange(&error))?;
     let status = reply.status();
@@ -351,6 +518,9 @@ pub fn render(status: &Status) -> String {
             .map(|why| format!(": {}", printable(why, 200)))
             .unwrap_or_default(),
     );
+    for base in &status.bases {
+        let _ = writeln!(text, "base {}", shown_base(base));
+    }
     for warning in &status.warnings {
         let _ = writeln!(text, "warning: {warning}");
     }
@@ -411,6 +581,37 @@ pub fn render(status: &Status) -> String {
     text
 }
 
+fn shown_base(base: &BaseStatus) -> String {
+    let profile = base.profile.as_deref().map_or("(the daemon's own)", |profile| profile);
+    let mut text = format!("{}: {}", printable(profile, 60), base.state);
+    if let Some(arn) = &base.arn {
+        text.push_str(&format!(", {}", printable(arn, 200)));
+    }
+    if let Some(origin) = &base.origin {
+        text.push_str(&format!(", by {}", printable(origin, 200)));
+    }
+    if let Some(until) = &base.until {
+        text.push_str(&format!(", until {until}"));
+    }
+    if let Some(error) = &base.error {
+        text.push_str(&format!(", {}", printable(error, 400)));
+    }
+    text
+}
+
+/// Trust policies for people: each is JSON that IAM takes.
+pub fn render_trust(trust: &[Trust]) -> String {
+    let mut text = String::new();
+    for trust in trust {
+        let statement = serde_json::to_string_pretty(&trust.statement).unwrap_or_default();
+        text.push_str(&format!(
+            "{} must have this statement in its trust policy:\n{statement}\n",
+            printable(&trust.role, 200)
+        ));
+    }
+    text
+}
+
 fn or_dash(text: String) -> String {
     if text.is_empty() { "-".to_owned() } else { text }
 }
@@ -448,6 +649,13 @@ mod tests {
             region: "eu-west-1".into(),
             account: None,
             warnings: vec!["w".into()],
+            bases: vec![BaseStatus {
+                profile: Some("dev".into()),
+                state: "needs attention".into(),
+                error: Some("its login has expired".into()),
+                ..BaseStatus::default()
+            }],
+            clock: ClockStatus::default(),
             containers: vec![ContainerStatus {
                 id: "ab".repeat(32),
                 name: "web\u{1b}[2J".into(),
@@ -457,6 +665,8 @@ mod tests {
                 tokens: "optional".into(),
                 role: Some("arn:aws:iam::000000000000:role/web".into()),
                 session_name: Some("web@h".into()),
+                profile: None,
+                rule: None,
                 credentials: Some(CredentialStatus {
                     state: "live".into(),
                     key: Some("ASIAFAKE".into()),
@@ -478,6 +688,7 @@ mod tests {
             "credentials offline (fake)",
             "engine away: no\\u{a}socket",
             "warning: w",
+            "base dev: needs attention, its login has expired",
             "refused connections: no-socket 3",
             "live until 2026-01-05T10:11:12Z (fake)",
             "2026-01-05T09:11:12Z 200",

@@ -4,7 +4,7 @@
 //! stream. So the engine filters by type and action, a list that fails is asked again state by state, and a stream that
 //! ends is subscribed again (the watcher resynchronises).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,8 +21,8 @@ use futures_util::stream::{BoxStream, StreamExt as _};
 use futures_util::{FutureExt as _, future};
 use tracing::{debug, warn};
 
-use super::watcher::{ContainerEngine, EngineError, Event, Inspection, Network, Row, Run};
-use super::{ContainerId, Endpoint, NetworkId, NetworkMode};
+use super::watcher::{ContainerEngine, EngineError, Event, Image, Inspection, Network, Row, Run};
+use super::{ContainerId, Endpoint, Environment, NetworkId, NetworkMode};
 use crate::clock::Clock;
 use crate::telemetry::{printable, with_causes};
 
@@ -212,8 +212,10 @@ impl ContainerEngine for Engine {
             Ok(absent(answer)?.map(|answer| Inspection {
                 hostname: answer
                     .config
-                    .and_then(|config| config.hostname)
+                    .as_ref()
+                    .and_then(|config| config.hostname.clone())
                     .filter(|it| !it.is_empty()),
+                environment: Environment::of(answer.config.and_then(|config| config.env).unwrap_or_default()),
                 run: answer
                     .state
                     .filter(|state| state.running == Some(true))
@@ -227,13 +229,16 @@ impl ContainerEngine for Engine {
         })
     }
 
-    fn image_labels(&self, id: &str) -> BoxFuture<'static, Result<Option<BTreeMap<String, String>>, EngineError>> {
+    fn image(&self, id: &str) -> BoxFuture<'static, Result<Option<Image>, EngineError>> {
         let id = id.to_owned();
         self.ask(|docker| async move {
             let image = absent(docker.inspect_image(&id).await)?;
             Ok(image.map(|image| {
-                let labels = image.config.and_then(|config| config.labels).unwrap_or_default();
-                labels.into_iter().collect()
+                let config = image.config.unwrap_or_default();
+                Image {
+                    labels: config.labels.unwrap_or_default().into_iter().collect(),
+                    environment: Environment::of(config.env.unwrap_or_default()),
+                }
             }))
         })
     }
@@ -507,7 +512,7 @@ mod tests {
         let id = ContainerId::parse(&"ab".repeat(32)).unwrap();
         assert_eq!(engine.inspect(&id).await.unwrap(), None);
         assert_eq!(engine.network(&NetworkId::from("n")).await.unwrap(), None);
-        assert_eq!(engine.image_labels("sha256:x").await.unwrap(), None);
+        assert_eq!(engine.image("sha256:x").await.unwrap(), None);
         let away = Engine::new(&format!("unix://{}/away.sock", dir.path().display()), Clock::system());
         let error = away.subscribe().await.err().unwrap().to_string();
         assert!(error.contains("away.sock"), "{error}");

@@ -5,7 +5,10 @@
 
 use std::collections::BTreeMap;
 
-use crate::config::{HttpEndpoint, HttpTokens, Nearest, Settings, is_region};
+use super::{Environment, compat};
+use crate::config::{HttpEndpoint, HttpTokens, Nearest, Settings, is_region, parse_duration, template_fits};
+use crate::credentials::Secret;
+use crate::credentials::inputs::{self, Inputs};
 
 /// What a container's labels ask for. `None`: the label is not there.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -14,6 +17,12 @@ pub struct ContainerSpec {
     pub labelled: bool,
     /// `imds.role`, as typed.
     pub role: Option<String>,
+    /// `imds.profile`
+    pub profile: Option<String>,
+    /// `imds.role.…`
+    pub inputs: Inputs,
+    /// A variable of the container may decide, and its environment is not known yet.
+    pub waits_for_environment: bool,
     /// `imds.http-endpoint`
     pub http_endpoint: Option<bool>,
     /// `imds.http-tokens`
@@ -51,6 +60,14 @@ pub enum LabelError {
         /// What it takes.
         expected: String,
     },
+    /// A label that is nothing by itself, or not with the others.
+    #[error("label {label}: {what}")]
+    Contradiction {
+        /// The label.
+        label: String,
+        /// What was expected, and what is there.
+        what: String,
+    },
     /// A label that would make an option laxer than the configuration.
     #[error("label {label}={value:?} is laxer than the configuration's; [imds] labels_may_lower = true allows it")]
     Lowers {
@@ -68,12 +85,88 @@ struct Label {
     read: fn(&mut ContainerSpec, &str) -> Option<()>,
 }
 
+const EXTERNAL_ID: &str = "role.external-id";
+/// What session tags stand below.
+const SESSION_TAG: &str = "role.session-tag.";
+const SESSION_TAG_EXPECTED: &str = "a key of 1 to 128 and a value of up to 256 letters, digits, blanks and _.:/=+-@, \
+    the key not beginning with aws:";
+
 /// Every label that this version knows.
 const LABELS: &[Label] = &[
     Label {
         name: "role",
         expected: "a role ARN, name, name@account or alias",
         read: |spec, value| (!value.is_empty()).then(|| spec.role = Some(value.to_owned())),
+    },
+    Label {
+        name: "role.session-name",
+        expected: "text with {container}, {project}, {service}, {id}, {host}, {label:KEY} and {env:KEY}",
+        read: |spec, value| {
+            let fits = !value.is_empty() && template_fits(value);
+            fits.then(|| spec.inputs.session_name = Some(value.to_owned()))
+        },
+    },
+    Label {
+        name: EXTERNAL_ID,
+        expected: "2 to 1224 characters: letters, digits and _+=,.@:/-",
+        read: |spec, value| {
+            let fits = inputs::is_external_id(value);
+            fits.then(|| spec.inputs.external_id = Some(Secret::new(value)))
+        },
+    },
+    Label {
+        name: "role.duration",
+        expected: "a duration from 15m to 12h (STS's own bounds)",
+        read: |spec, value| {
+            let duration = parse_duration(value).filter(|it| inputs::DURATION.contains(it));
+            duration.map(|it| spec.inputs.duration = Some(it))
+        },
+    },
+    Label {
+        name: "role.source-identity",
+        expected: "2 to 64 characters: letters, digits and _+=,.@-",
+        read: |spec, value| {
+            let fits = inputs::is_source_identity(value);
+            fits.then(|| spec.inputs.source_identity = Some(value.to_owned()))
+        },
+    },
+    Label {
+        name: "role.policy",
+        expected: "an IAM policy in JSON with a Statement, of at most 2048 characters",
+        read: |spec, value| inputs::is_policy(value).then(|| spec.inputs.policy = Some(value.to_owned())),
+    },
+    Label {
+        name: "role.policy-arns",
+        expected: "1 to 10 policy ARNs such as arn:aws:iam::aws:policy/ReadOnlyAccess, separated by commas",
+        read: |spec, value| inputs::policy_arns(&items(value)).map(|arns| spec.inputs.policy_arns = arns),
+    },
+    Label {
+        name: "role.transitive-tag-keys",
+        expected: "keys of session tags, separated by commas",
+        read: |spec, value| {
+            let keys = items(value);
+            keys.iter().all(|key| inputs::is_tag_key(key)).then(|| {
+                spec.inputs.transitive_tag_keys = keys.into_iter().map(str::to_owned).collect();
+            })
+        },
+    },
+    Label {
+        name: "role.chain",
+        expected: "the roles to go through, as in the label role, separated by commas",
+        read: |spec, value| {
+            let roles = items(value);
+            roles.iter().all(|role| inputs::is_role_word(role)).then(|| {
+                spec.inputs.chain = roles.into_iter().map(str::to_owned).collect();
+            })
+        },
+    },
+    Label {
+        name: "profile",
+        expected: "the name of a profile",
+        read: |spec, value| {
+            let fits = !value.trim().is_empty() && !value.contains(char::is_control);
+            fits.then(|| spec.profile = Some(value.to_owned()))
+        },
     },
     Label {
         name: "http-endpoint",
@@ -132,6 +225,18 @@ const LABELS: &[Label] = &[
     },
 ];
 
+/// The items of a list.
+fn items(value: &str) -> Vec<&str> {
+    value.split(',').map(str::trim).collect()
+}
+
+fn session_tag(spec: &mut ContainerSpec, key: &str, value: &str) -> Option<()> {
+    let fits = inputs::is_tag_key(key) && inputs::is_tag_value(value);
+    fits.then(|| {
+        spec.inputs.tags.insert(key.to_owned(), value.to_owned());
+    })
+}
+
 fn choose<T: Copy>(value: &str, choices: &[(&str, T)], into: &mut Option<T>) -> Option<()> {
     *into = Some(choices.iter().find(|(name, _)| *name == value)?.1);
     Some(())
@@ -153,7 +258,11 @@ fn is_id(prefix: &str, text: &str) -> bool {
 /// # Errors
 /// Everything that is wrong, not only the first, so that a compose file is mended once. What could be read comes along:
 /// a container with a bad label still lives, without credentials.
-pub fn read(labels: &BTreeMap<String, String>, settings: &Settings) -> (ContainerSpec, Vec<LabelError>) {
+pub fn read(
+    labels: &BTreeMap<String, String>,
+    environment: Option<&Environment>,
+    settings: &Settings,
+) -> (ContainerSpec, Vec<LabelError>) {
     let mut spec = ContainerSpec::default();
     let mut errors = Vec::new();
     let prefix = format!("{}.", settings.label_prefix);
@@ -162,11 +271,28 @@ pub fn read(labels: &BTreeMap<String, String>, settings: &Settings) -> (Containe
             continue;
         };
         spec.labelled = true;
+        if settings.compat.imds_server && name.starts_with(compat::IMDS_SERVER) {
+            continue;
+        }
+        if let Some(key) = name.strip_prefix(SESSION_TAG) {
+            if session_tag(&mut spec, key, value).is_none() {
+                errors.push(LabelError::BadValue {
+                    label: label.clone(),
+                    value: value.clone(),
+                    expected: SESSION_TAG_EXPECTED.to_owned(),
+                });
+            }
+            continue;
+        }
         match LABELS.iter().find(|known| known.name == name) {
             Some(known) if (known.read)(&mut spec, value).is_some() => {}
             Some(known) => errors.push(LabelError::BadValue {
                 label: label.clone(),
-                value: value.clone(),
+                // What an external id is to be is no secret; what it is, is.
+                value: match name {
+                    EXTERNAL_ID => "…".to_owned(),
+                    _ => value.clone(),
+                },
                 expected: known.expected.to_owned(),
             }),
             None if settings.unknown_labels_are_errors => {
@@ -179,6 +305,20 @@ pub fn read(labels: &BTreeMap<String, String>, settings: &Settings) -> (Containe
             }
             None => {}
         }
+    }
+    compat::read(labels, environment, settings, &mut spec, &mut errors);
+    if let Some((label, what)) = spec.inputs.contradiction() {
+        errors.push(LabelError::Contradiction {
+            label: format!("{prefix}{label}"),
+            what,
+        });
+    }
+    let as_it_is = spec.profile.is_some() && spec.role.is_none();
+    if let Some(label) = spec.inputs.of_a_role_only().filter(|_| as_it_is) {
+        errors.push(LabelError::Contradiction {
+            label: format!("{prefix}{label}"),
+            what: format!("expected {prefix}role, too: without it the profile is served as it is"),
+        });
     }
     let lowers = [
         (
@@ -207,6 +347,11 @@ pub fn read(labels: &BTreeMap<String, String>, settings: &Settings) -> (Containe
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    fn read(labels: &BTreeMap<String, String>, settings: &Settings) -> (ContainerSpec, Vec<LabelError>) {
+        super::read(labels, Some(&Environment::default()), settings)
+    }
 
     fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
         pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
@@ -293,11 +438,155 @@ mod tests {
     }
 
     #[test]
+    fn every_input_of_sts_has_its_limits() {
+        let long = |length| "x".repeat(length);
+        let role = ("imds.role", "app");
+        let tag = |key: &str, value: &str| {
+            format!("label imds.role.session-tag.{key}={value:?}: expected {SESSION_TAG_EXPECTED}")
+        };
+        let policy = "an IAM policy in JSON with a Statement, of at most 2048 characters";
+        let arns = "1 to 10 policy ARNs such as arn:aws:iam::aws:policy/ReadOnlyAccess, separated by commas";
+        let template = "text with {container}, {project}, {service}, {id}, {host}, {label:KEY} and {env:KEY}";
+        let roles = "the roles to go through, as in the label role, separated by commas";
+        let (long_id, long_tag, eleven) = (long(65), long(129), ["arn:aws:iam::aws:policy/x"; 11].join(","));
+        let bad =
+            |label: &str, value: &str, expected: &str| format!("label imds.{label}={value:?}: expected {expected}");
+        let mut rows: Vec<(String, String, String)> = [
+            ("role.session-name", "{nam}", template),
+            ("role.session-name", "", template),
+            ("role.session-name", "{env:}", template),
+            (
+                "role.source-identity",
+                "x",
+                "2 to 64 characters: letters, digits and _+=,.@-",
+            ),
+            (
+                "role.source-identity",
+                &long_id,
+                "2 to 64 characters: letters, digits and _+=,.@-",
+            ),
+            ("role.duration", "1", "a duration from 15m to 12h (STS's own bounds)"),
+            ("role.duration", "14m", "a duration from 15m to 12h (STS's own bounds)"),
+            ("role.duration", "13h", "a duration from 15m to 12h (STS's own bounds)"),
+            ("role.policy", "ReadOnlyAccess", policy),
+            ("role.policy", "{}", policy),
+            ("role.policy-arns", "ReadOnlyAccess", arns),
+            ("role.policy-arns", &eleven, arns),
+            ("role.policy-arns", "arn:aws:iam::aws:policy/x,", arns),
+            (
+                "role.transitive-tag-keys",
+                "a,,b",
+                "keys of session tags, separated by commas",
+            ),
+            ("role.chain", "a,", roles),
+            ("role.chain", "a b", roles),
+            ("profile", " ", "the name of a profile"),
+            ("profile", "a\nb", "the name of a profile"),
+        ]
+        .map(|(label, value, expected)| (label.to_owned(), value.to_owned(), bad(label, value, expected)))
+        .into();
+        let external_id =
+            "label imds.role.external-id=\"…\": expected 2 to 1224 characters: letters, digits and _+=,.@:/-";
+        rows.extend(["x", "no blank", ""].map(|value| ("role.external-id".into(), value.into(), external_id.into())));
+        for (key, value) in [
+            ("", "x"),
+            (long_tag.as_str(), "x"),
+            ("aws:x", "x"),
+            ("a", "b;c"),
+            ("a", &long(257)),
+        ] {
+            rows.push((format!("role.session-tag.{key}"), value.to_owned(), tag(key, value)));
+        }
+        let nearest = "unknown label imds.role.session-nam; did you mean imds.role.session-name?";
+        rows.push(("role.session-nam".into(), "x".into(), nearest.into()));
+        for (label, value, message) in &rows {
+            let (_, errors) = read(
+                &labels(&[role, (&format!("imds.{label}"), value)]),
+                &Settings::default(),
+            );
+            let [error] = errors.as_slice() else {
+                panic!("{label}: {errors:?}")
+            };
+            assert_eq!(error.to_string(), *message);
+        }
+        assert!(rows.len() >= 25);
+    }
+
+    #[test]
+    fn what_no_label_is_wrong_in_alone() {
+        let many: Vec<_> = (0..51).map(|n| (format!("imds.role.session-tag.k{n}"), "v")).collect();
+        let mut many: Vec<_> = many.iter().map(|(label, value)| (label.as_str(), *value)).collect();
+        many.push(("imds.role", "app"));
+        for (given, message) in [
+            (
+                &[
+                    ("imds.role", "app"),
+                    ("imds.role.session-tag.team", "x"),
+                    ("imds.role.session-tag.Team", "y"),
+                ][..],
+                "label imds.role.session-tag: expected keys that differ in more than capitals; team is there twice",
+            ),
+            (
+                &[("imds.role", "app"), ("imds.role.transitive-tag-keys", "team")],
+                "label imds.role.transitive-tag-keys: expected keys of session tags; there is no label role.session-tag.team",
+            ),
+            (
+                &[
+                    ("imds.role", "app"),
+                    ("imds.role.chain", "hop"),
+                    ("imds.role.duration", "90m"),
+                ],
+                "label imds.role.duration: expected at most 1h where roles are gone through (role.chain), which is STS's own limit, not 90m",
+            ),
+            (
+                &[("imds.profile", "dev"), ("imds.role.external-id", "ex")],
+                "label imds.role.external-id: expected imds.role, too: without it the profile is served as it is",
+            ),
+            (
+                &many,
+                "label imds.role.session-tag: expected at most 50 session tags, not 51",
+            ),
+        ] {
+            let (_, errors) = read(&labels(given), &Settings::default());
+            assert_eq!(errors.iter().map(ToString::to_string).collect::<Vec<_>>(), [message]);
+        }
+    }
+
+    #[test]
     fn unknown_labels_can_be_let_pass() {
         let settings = Settings {
             unknown_labels_are_errors: false,
             ..Settings::default()
         };
         assert_eq!(read(&labels(&[("imds.future", "x")]), &settings).1, []);
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_an_input_that_sts_takes_or_an_error(
+            name in proptest::sample::select(LABELS.iter().map(|label| label.name).collect::<Vec<_>>()),
+            value in ".*",
+            key in ".{0,3}",
+        ) {
+            let given = [(format!("imds.{name}"), value.clone()), (format!("imds.{SESSION_TAG}{key}"), value)];
+            let (spec, errors) = read(&given.clone().into(), &Settings::default());
+            let inputs = &spec.inputs;
+            let nothing = ContainerSpec {
+                labelled: true,
+                ..ContainerSpec::default()
+            };
+            prop_assert!(spec != nothing || !errors.is_empty(), "a label is neither read nor refused");
+            prop_assert!(inputs.tags.iter().all(|(key, value)| inputs::is_tag_key(key) && inputs::is_tag_value(value)));
+            prop_assert!(inputs.external_id.as_ref().is_none_or(|it| inputs::is_external_id(it.reveal())));
+            prop_assert!(inputs.source_identity.as_deref().is_none_or(inputs::is_source_identity));
+            prop_assert!(inputs.policy.as_deref().is_none_or(inputs::is_policy));
+            prop_assert!(inputs.duration.is_none_or(|it| inputs::DURATION.contains(&it)));
+            // Every error names its label.
+            for error in &errors {
+                let text = error.to_string();
+                let names = given.iter().any(|(label, _)| text.contains(label.as_str()));
+                prop_assert!(names || text.contains("imds.role"), "{}", text);
+            }
+        }
     }
 }

@@ -3,6 +3,7 @@
 //! Nothing in this file does I/O, reads a clock or holds a lock. [`watcher`] is the one writer, [`index`] is what
 //! everybody reads.
 
+pub mod compat;
 pub mod docker;
 pub mod index;
 pub mod labels;
@@ -103,6 +104,8 @@ pub struct Definition {
     pub labels: BTreeMap<String, String>,
     /// Labels with our prefix that were left out because they are the image's.
     pub image_labels: Vec<String>,
+    /// Its environment, as far as it is not the image's; `None`: not known yet.
+    pub environment: Option<Environment>,
     /// The image as the engine names it.
     pub image: String,
     /// The image's id (`sha256:…`).
@@ -111,6 +114,38 @@ pub struct Definition {
     pub network_mode: NetworkMode,
     /// Its hostname; the first 12 digits of the id until the engine has said otherwise.
     pub hostname: String,
+}
+
+/// Variables that whoever started a container gave it. Applications keep secrets there: `Debug` shows names only.
+#[derive(Clone, PartialEq, Eq, Default)]
+pub struct Environment(BTreeMap<String, String>);
+
+impl Environment {
+    /// Reads `NAME=value` lines, as the engine has them.
+    pub fn of(lines: impl IntoIterator<Item = impl AsRef<str>>) -> Self {
+        let pairs = lines.into_iter().filter_map(|line| {
+            let (name, value) = line.as_ref().split_once('=')?;
+            Some((name.to_owned(), value.to_owned()))
+        });
+        Self(pairs.collect())
+    }
+
+    /// Without what an image brings: what is absent from it, or different in it.
+    pub fn without(&self, image: &Self) -> Self {
+        let own = self.0.iter().filter(|(name, value)| image.0.get(*name) != Some(value));
+        Self(own.map(|(name, value)| (name.clone(), value.clone())).collect())
+    }
+
+    /// One variable.
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str)
+    }
+}
+
+impl fmt::Debug for Environment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
 }
 
 impl Definition {

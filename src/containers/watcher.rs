@@ -21,11 +21,11 @@ use tracing::{debug, info, warn};
 
 use super::index::{EngineState, Index, Miss};
 use super::{
-    Attachments, CgroupId, ContainerId, Definition, Endpoint, LastRequest, Life, NetworkId, NetworkMode, Record,
-    Witness,
+    Attachments, CgroupId, ContainerId, Definition, Endpoint, Environment, LastRequest, Life, NetworkId, NetworkMode,
+    Record, Witness,
 };
 use crate::clock::Clock;
-use crate::credentials::RoleSession;
+use crate::credentials::Session;
 use crate::instance::Instance;
 
 /// What an engine can be asked. Implemented by [`super::docker`] and by a script in tests.
@@ -38,8 +38,8 @@ pub trait ContainerEngine: Send + Sync + 'static {
     fn container(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Row>, EngineError>>;
     /// What only an inspect tells; blocks while the container starts, so nothing waits for it.
     fn inspect(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Inspection>, EngineError>>;
-    /// The labels that an image brings. `None`: it cannot be read any more.
-    fn image_labels(&self, id: &str) -> BoxFuture<'static, Result<Option<BTreeMap<String, String>>, EngineError>>;
+    /// What an image brings. `None`: it cannot be read any more.
+    fn image(&self, id: &str) -> BoxFuture<'static, Result<Option<Image>, EngineError>>;
     /// All networks.
     fn networks(&self) -> BoxFuture<'static, Result<Vec<NetworkId>, EngineError>>;
     /// One network and who is on it.
@@ -87,21 +87,41 @@ pub struct Row {
     pub running: bool,
 }
 
+/// What an image brings to every container that is made of it.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Image {
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// Variables.
+    pub environment: Environment,
+}
+
+/// Which of a container's variables are its own: not its image's (`None`: unreadable, so any of them may be).
+/// `image_counts`: the image's count, too.
+pub fn own_environment(all: &Environment, image: Option<&Image>, image_counts: bool) -> Environment {
+    match image {
+        _ if image_counts => all.clone(),
+        Some(image) => all.without(&image.environment),
+        None => Environment::default(),
+    }
+}
+
 impl Row {
-    /// The definition that follows from a row and the labels that its image brings (`None`: unreadable, so any of them
-    /// may be the image's). `image_counts`: those count, too. `prefix`: ours, with the dot.
-    pub fn define(self, image: Option<BTreeMap<String, String>>, image_counts: bool, prefix: &str) -> Definition {
+    /// The definition that follows from a row and what its image brings (`None`: unreadable, so any label may be the
+    /// image's). `image_counts`: that counts, too. `prefix`: ours, with the dot.
+    pub fn define(self, image: Option<&Image>, image_counts: bool, prefix: &str) -> Definition {
         let (labels, brought) = match image {
             _ if image_counts => (self.labels, BTreeMap::new()),
             Some(image) => self
                 .labels
                 .into_iter()
-                .partition(|(key, value)| image.get(key) != Some(value)),
+                .partition(|(key, value)| image.labels.get(key) != Some(value)),
             None => (BTreeMap::new(), self.labels),
         };
         Definition {
             name: self.name,
             labels,
+            environment: None,
             image_labels: brought.into_keys().filter(|key| key.starts_with(prefix)).collect(),
             image: self.image,
             image_id: self.image_id,
@@ -117,6 +137,8 @@ impl Row {
 pub struct Inspection {
     /// Hostname.
     pub hostname: Option<String>,
+    /// All its variables, the image's among them.
+    pub environment: Environment,
     /// Its present run, if it runs.
     pub run: Option<Run>,
 }
@@ -174,7 +196,7 @@ pub trait Instances: Send + Sync + 'static {
     /// [`crate::instance::resolve`] with the settings in force.
     fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance;
     /// Has credentials kept fresh until the hold is dropped.
-    fn hold(&self, session: &RoleSession) -> Box<dyn Hold>;
+    fn hold(&self, session: &Session) -> Box<dyn Hold>;
     /// Whether the service is to listen inside the containers' own network namespaces.
     fn attaches(&self) -> bool;
     /// Whether what an image brought counts, too.
@@ -186,7 +208,7 @@ pub trait Instances: Send + Sync + 'static {
 /// A wish for credentials to be kept.
 pub trait Hold: Send {
     /// What for.
-    fn session(&self) -> &RoleSession;
+    fn session(&self) -> &Session;
     /// The container has run: its credentials are kept longer after it.
     fn started(&mut self);
 }
@@ -218,7 +240,7 @@ enum Subject {
 }
 
 /// A row with the labels that its image brings (`None`: unreadable).
-type ReadRow = (Row, Option<BTreeMap<String, String>>);
+type ReadRow = (Row, Option<Image>);
 
 enum Found {
     Rows(Vec<ReadRow>),
@@ -229,7 +251,7 @@ enum Found {
 }
 
 type Answer = (Subject, Result<Found, EngineError>);
-type Images = Arc<dashmap::DashMap<String, BTreeMap<String, String>>>;
+type Images = Arc<dashmap::DashMap<String, Image>>;
 
 /// What the writer knows of a container.
 struct Known {
@@ -237,6 +259,10 @@ struct Known {
     running: bool,
     attachments: Attachments,
     hostname: Option<String>,
+    /// What its image brings, if that can be read.
+    image: Option<Image>,
+    /// All its variables, once an inspect has told them.
+    environment: Option<Environment>,
     run: Option<Run>,
     birth: Option<Birth>,
     life: Option<Arc<Life>>,
@@ -608,8 +634,11 @@ impl Watcher {
             (Subject::Inspect(id), Found::Inspect(Some(inspection))) => {
                 if let Some(known) = self.known.get_mut(id) {
                     known.run = inspection.run;
-                    if inspection.hostname.is_some() && known.hostname != inspection.hostname {
+                    let renamed = inspection.hostname.is_some() && known.hostname != inspection.hostname;
+                    if renamed {
                         known.hostname = inspection.hostname;
+                    }
+                    if known.environment.replace(inspection.environment).is_none() || renamed {
                         self.publish(id);
                     }
                 }
@@ -620,10 +649,10 @@ impl Watcher {
         }
     }
 
-    fn define(&mut self, (row, image_labels): ReadRow) {
+    fn define(&mut self, (row, image): ReadRow) {
         let (id, running) = (row.id.clone(), row.running);
         let definition = row.define(
-            image_labels,
+            image.as_ref(),
             self.instances.image_labels_count(),
             &self.instances.label_prefix(),
         );
@@ -631,9 +660,13 @@ impl Watcher {
             self.kernel.engine_says_ended(&id);
         }
         let known = self.known(&id);
+        known.image = image;
         known.running = running;
         known.definition = Some(definition);
-        let (unborn, unnamed) = (known.life.is_none() && known.birth.is_none(), known.hostname.is_none());
+        let (unborn, unnamed) = (
+            known.life.is_none() && known.birth.is_none(),
+            known.environment.is_none(),
+        );
         self.publish(&id);
         if unnamed || (running && unborn) {
             self.touch(Subject::Inspect(id.clone()));
@@ -650,6 +683,8 @@ impl Watcher {
             running: false,
             attachments: Attachments::default(),
             hostname: None,
+            image: None,
+            environment: None,
             run: None,
             birth: None,
             life: None,
@@ -832,6 +867,9 @@ impl Watcher {
         if let Some(hostname) = &known.hostname {
             definition.hostname.clone_from(hostname);
         }
+        let environment = known.environment.as_ref();
+        let all_count = self.instances.image_labels_count();
+        definition.environment = environment.map(|all| own_environment(all, known.image.as_ref(), all_count));
         let started = match (&known.birth, &known.life) {
             (Some(birth), _) => birth.started,
             (None, Some(life)) => life.started,
@@ -968,14 +1006,14 @@ async fn with_image(
     if all_count {
         return Ok((row, None));
     }
-    if let Some(labels) = images.get(&row.image_id) {
-        return Ok((row, Some(labels.clone())));
+    if let Some(image) = images.get(&row.image_id) {
+        return Ok((row, Some(image.clone())));
     }
-    let labels = engine.image_labels(&row.image_id).await?;
-    if let Some(labels) = &labels {
-        images.insert(row.image_id.clone(), labels.clone());
+    let image = engine.image(&row.image_id).await?;
+    if let Some(image) = &image {
+        images.insert(row.image_id.clone(), image.clone());
     }
-    Ok((row, labels))
+    Ok((row, image))
 }
 
 /// Does what may block on a thread that may. One that panicked or was cancelled never comes back: the runtime is going down

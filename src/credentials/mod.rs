@@ -1,14 +1,30 @@
 //! What AWS gives a container: roles, sessions and credentials, as nouns.
 //!
-//! [`naming`] reads a role as people name it; [`broker`] keeps credentials fresh; [`sts`] and [`offline`] make them.
+//! [`naming`] reads a role as people name it; [`inputs`] is what labels may tell STS besides, and [`policy`] which
+//! container may have what; [`broker`] keeps credentials fresh; [`sts`] and [`offline`] make them. [`base`] is whose
+//! credentials ask STS: [`profile`]s of AWS's [`files`], [`sso`] logins, and the rest of the usual chain.
 
+#[cfg(target_os = "linux")]
+pub mod base;
 pub mod broker;
+#[cfg(target_os = "linux")]
+pub mod files;
+pub mod inputs;
 pub mod naming;
 pub mod offline;
+pub mod policy;
+#[cfg(target_os = "linux")]
+pub mod profile;
+#[cfg(target_os = "linux")]
+pub mod sso;
+#[cfg(target_os = "linux")]
 pub mod sts;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::{Duration, SystemTime};
+
+use sha2::{Digest as _, Sha256};
 
 /// Whether `text` is an AWS account id.
 pub fn is_account_id(text: &str) -> bool {
@@ -89,6 +105,37 @@ impl fmt::Debug for RoleArn {
     }
 }
 
+/// The partition that a region belongs to.
+pub fn partition_of(region: &str) -> &'static str {
+    PARTITIONS
+        .iter()
+        .find(|(_, prefix, _)| region.starts_with(prefix))
+        .map_or(AWS, |(name, ..)| name)
+}
+
+/// The region whose STS is asked for something in `partition`, when `region` is the wished one: an STS knows its own
+/// partition only.
+pub fn region_in(partition: &str, region: &str) -> String {
+    if partition_of(region) == partition {
+        return region.to_owned();
+    }
+    let known = PARTITIONS.iter().find(|(name, ..)| *name == partition);
+    known.map_or("us-east-1", |(_, _, first)| first).to_owned()
+}
+
+const AWS: &str = "aws";
+
+/// The partitions beside `aws`: name, what their regions begin with, and their first region (the SDKs' `partitions.json`).
+const PARTITIONS: &[(&str, &str, &str)] = &[
+    ("aws-cn", "cn-", "cn-northwest-1"),
+    ("aws-us-gov", "us-gov-", "us-gov-west-1"),
+    ("aws-eusc", "eusc-", "eusc-de-east-1"),
+    ("aws-iso", "us-iso-", "us-iso-east-1"),
+    ("aws-iso-b", "us-isob-", "us-isob-east-1"),
+    ("aws-iso-e", "eu-isoe-", "eu-isoe-west-1"),
+    ("aws-iso-f", "us-isof-", "us-isof-south-1"),
+];
+
 /// Whether `text` is `[PATH/]NAME` of a role: the characters that IAM takes, no empty part.
 pub fn is_role_path(text: &str) -> bool {
     let part = |part: &str| {
@@ -101,10 +148,28 @@ pub fn is_role_path(text: &str) -> bool {
     text.split('/').all(part) && name_length <= 64 && text.len() <= 512
 }
 
-/// Every input of AssumeRole that this version sets. It is the key under which credentials are kept: two containers
-/// share credentials exactly when all of it is the same.
+/// What a container is given credentials of. It is the key under which they are kept: two containers share credentials
+/// exactly when all of it is the same.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly all are roles, and what is shared is shared behind an Arc"
+)]
+pub enum Session {
+    /// A session of a role.
+    Role(RoleSession),
+    /// A profile's own temporary credentials.
+    Profile(ProfileSession),
+}
+
+/// Every input of AssumeRole, and whose credentials ask.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct RoleSession {
+    /// Profile of the base credentials; `None`: the daemon's own base.
+    pub profile: Option<String>,
+    /// Roles to go through, in this order, before `role`. They get the same session name and nothing else, except the
+    /// source identity: it is set with the first role, and STS keeps it from then on.
+    pub chain: Vec<RoleArn>,
     /// The role.
     pub role: RoleArn,
     /// `RoleSessionName`.
@@ -113,24 +178,130 @@ pub struct RoleSession {
     pub duration: Duration,
     /// Region whose STS is asked.
     pub region: String,
+    /// `ExternalId`: a word that the role's owner and we share.
+    pub external_id: Option<Secret>,
+    /// `Policy`: an inline session policy.
+    pub policy: Option<String>,
+    /// `PolicyArns`: managed session policies.
+    pub policy_arns: BTreeSet<String>,
+    /// `Tags`.
+    pub tags: BTreeMap<String, String>,
+    /// `TransitiveTagKeys`: those of the tags that go on to roles that the container itself assumes.
+    pub transitive_tag_keys: BTreeSet<String>,
+    /// `SourceIdentity`.
+    pub source_identity: Option<String>,
+}
+
+impl RoleSession {
+    /// A session of `role` from the daemon's own base, with what STS requires and nothing else.
+    pub fn new(role: RoleArn, session_name: impl Into<String>, duration: Duration, region: impl Into<String>) -> Self {
+        Self {
+            profile: None,
+            chain: Vec::new(),
+            role,
+            session_name: session_name.into(),
+            duration,
+            region: region.into(),
+            external_id: None,
+            policy: None,
+            policy_arns: BTreeSet::new(),
+            tags: BTreeMap::new(),
+            transitive_tag_keys: BTreeSet::new(),
+            source_identity: None,
+        }
+    }
+}
+
+/// A profile served as it is, without assuming a role.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct ProfileSession {
+    /// The profile; `None`: the daemon's own base.
+    pub profile: Option<String>,
+    /// How long credentials live where they are made for this, in exchange for long-lived keys.
+    pub duration: Duration,
+    /// Region whose STS is asked.
+    pub region: String,
+}
+
+impl Session {
+    /// The role, unless a profile is served as it is.
+    pub fn role(&self) -> Option<&RoleArn> {
+        match self {
+            Self::Role(session) => Some(&session.role),
+            Self::Profile(_) => None,
+        }
+    }
+
+    /// `RoleSessionName`, unless a profile is served as it is.
+    pub fn session_name(&self) -> Option<&str> {
+        match self {
+            Self::Role(session) => Some(&session.session_name),
+            Self::Profile(_) => None,
+        }
+    }
+
+    /// The profile of the base credentials; `None`: the daemon's own base.
+    pub fn profile(&self) -> Option<&str> {
+        match self {
+            Self::Role(session) => session.profile.as_deref(),
+            Self::Profile(session) => session.profile.as_deref(),
+        }
+    }
+
+    /// How long credentials are asked for.
+    pub fn duration(&self) -> Duration {
+        match self {
+            Self::Role(session) => session.duration,
+            Self::Profile(session) => session.duration,
+        }
+    }
+
+    /// The region whose STS is asked.
+    pub fn region(&self) -> &str {
+        match self {
+            Self::Role(session) => &session.region,
+            Self::Profile(session) => &session.region,
+        }
+    }
+}
+
+impl fmt::Display for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Role(session) => write!(f, "{} as {}", session.role, session.session_name)?,
+            Self::Profile(_) => f.write_str("credentials of its own")?,
+        }
+        if let Self::Role(session) = self
+            && !session.chain.is_empty()
+        {
+            let chain: Vec<_> = session.chain.iter().map(ToString::to_string).collect();
+            write!(f, ", through {}", chain.join(" and "))?;
+        }
+        match self.profile() {
+            Some(profile) => write!(f, ", by profile {profile}"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// STS's bounds of `RoleSessionName`: 2 to 64 characters of `[\w+=,.@-]` (STS API reference, AssumeRole).
 const SESSION_NAME: std::ops::RangeInclusive<usize> = 2..=64;
 
-/// Makes a session name of any text: what STS does not take becomes `-`, and the length is brought into bounds.
+/// Makes a session name of any text: what STS does not take becomes `-`, and the length is brought into bounds. Of what
+/// is too long, the end becomes a digest of all of it: two long names stay two.
 pub fn clean_session_name(text: &str) -> String {
-    let mut name: String = text
-        .chars()
-        .map(|c| {
-            if c.is_ascii_alphanumeric() || "_+=,.@-".contains(c) {
-                c
-            } else {
-                '-'
-            }
-        })
-        .take(*SESSION_NAME.end())
-        .collect();
+    // A dash and hexadecimal digits.
+    const TAIL: usize = 9;
+    let fits = |c: char| c.is_ascii_alphanumeric() || "_+=,.@-".contains(c);
+    let mut name: String = text.chars().map(|c| if fits(c) { c } else { '-' }).collect();
+    if name.len() > *SESSION_NAME.end() {
+        let digest = Sha256::digest(text);
+        name.truncate(SESSION_NAME.end() - TAIL);
+        name.push('-');
+        for byte in digest.iter().take(TAIL / 2) {
+            name.push_str(&format!("{byte:02x}"));
+        }
+    }
     while name.len() < *SESSION_NAME.start() {
         name.push('-');
     }
@@ -138,7 +309,7 @@ pub fn clean_session_name(text: &str) -> String {
 }
 
 /// Text that must not be seen: its `Debug` shows nothing of it.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Secret(String);
 
 impl Secret {
@@ -197,6 +368,25 @@ mod tests {
     }
 
     #[test]
+    fn an_sts_is_asked_in_the_partition_of_the_role() {
+        for (partition, region, asked) in [
+            ("aws", "eu-west-1", "eu-west-1"),
+            ("aws-cn", "cn-north-1", "cn-north-1"),
+            ("aws-cn", "us-east-1", "cn-northwest-1"),
+            ("aws-us-gov", "eu-west-1", "us-gov-west-1"),
+            ("aws-us-gov", "us-gov-east-1", "us-gov-east-1"),
+            ("aws", "us-gov-east-1", "us-east-1"),
+            ("aws-iso-b", "us-iso-east-1", "us-isob-east-1"),
+        ] {
+            assert_eq!(region_in(partition, region), asked, "{partition} {region}");
+        }
+        for (partition, _, region) in PARTITIONS {
+            assert_eq!(partition_of(region), *partition);
+        }
+        assert_eq!(partition_of("us-east-1"), "aws");
+    }
+
+    #[test]
     fn a_secret_is_not_in_debug() {
         let credentials = Credentials {
             access_key_id: "ASIAEXAMPLE".into(),
@@ -216,6 +406,13 @@ mod tests {
             let name = clean_session_name(&text);
             prop_assert!(SESSION_NAME.contains(&name.len()));
             prop_assert!(name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_+=,.@-".contains(&b)));
+        }
+
+        #[test]
+        fn long_names_that_differ_stay_different(text in "[a-z]{80}", end in "[a-z]{1,9}") {
+            let longer = format!("{text}{end}");
+            prop_assert_ne!(clean_session_name(&text), clean_session_name(&longer));
+            prop_assert_eq!(clean_session_name(&text).len(), 64);
         }
 
         #[test]

@@ -8,7 +8,7 @@ use crate::config::{Nearest, Settings};
 pub enum NamedRole {
     /// It is known whole.
     Arn(RoleArn),
-    /// A role of the base account, which is not known (yet).
+    /// A role of the account of its base credentials, which may not be known yet.
     InBaseAccount(String),
 }
 
@@ -63,10 +63,7 @@ pub fn read_role(text: &str, settings: &Settings, partition: &str) -> Result<Nam
         }
         return Ok(NamedRole::Arn(RoleArn::of(partition, account, name)));
     }
-    match &settings.account_id {
-        Some(account) => Ok(NamedRole::Arn(RoleArn::of(partition, account, text))),
-        None => Ok(NamedRole::InBaseAccount(text.to_owned())),
-    }
+    Ok(NamedRole::InBaseAccount(text.to_owned()))
 }
 
 impl NamedRole {
@@ -84,10 +81,7 @@ mod tests {
     use super::*;
 
     fn settings() -> Settings {
-        let mut settings = Settings {
-            account_id: Some("111122223333".into()),
-            ..Settings::default()
-        };
+        let mut settings = Settings::default();
         settings.accounts.insert("prod".into(), "444455556666".into());
         settings.roles.insert(
             "orders".into(),
@@ -110,7 +104,8 @@ mod tests {
             ("web@prod", "arn:aws:iam::444455556666:role/web"),
             ("orders", "arn:aws:iam::777788889999:role/service/orders"),
         ] {
-            let role = read_role(typed, &settings(), "aws").unwrap().arn("aws", None).unwrap();
+            let role = read_role(typed, &settings(), "aws").unwrap();
+            let role = role.arn("aws", Some("111122223333")).unwrap();
             assert_eq!(role.to_string(), arn, "{typed}");
         }
         let base = read_role("web", &Settings::default(), "aws").unwrap();

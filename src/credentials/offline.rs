@@ -1,5 +1,6 @@
 //! Credentials without AWS: well-formed, the same for the same session at the same time, marked as fake in the key.
 
+use std::hash::{Hash as _, Hasher};
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -7,7 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use sha2::{Digest, Sha256};
 
 use super::broker::{CredentialProvider, Provided, ProviderError};
-use super::{Credentials, RoleSession, Secret};
+use super::{Credentials, Secret, Session};
 use crate::clock::Clock;
 
 /// What every fake access key starts with: `ASIA` as temporary keys do, then what it is.
@@ -27,15 +28,15 @@ impl Offline {
         Self { clock }
     }
 
-    fn make(&self, session: &RoleSession) -> Credentials {
+    fn make(&self, session: &Session) -> Credentials {
         let updated = self.clock.wall();
         // STS says whole seconds.
         let updated = updated - Duration::from_nanos(u64::from(subsecond_nanos(updated)));
-        let expiration = updated + session.duration;
+        let expiration = updated + session.duration();
         let digest = |part: &str| {
-            let mut hash = Sha256::new();
-            hash.update(format!("{session:?}\n{:?}\n{part}", updated));
-            hash.finalize()
+            let mut hash = Fingerprint(Sha256::new());
+            (session, updated, part).hash(&mut hash);
+            hash.0.finalize()
         };
         // Access keys are 20 characters of base32.
         let letters = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
@@ -62,13 +63,30 @@ impl Offline {
     }
 }
 
+/// Everything that is hashed, the secret parts of a session among it, in one digest.
+struct Fingerprint(Sha256);
+
+impl Hasher for Fingerprint {
+    fn write(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    fn finish(&self) -> u64 {
+        let digest = self.0.clone().finalize();
+        digest
+            .iter()
+            .take(8)
+            .fold(0, |number, byte| number << 8 | u64::from(*byte))
+    }
+}
+
 fn subsecond_nanos(time: std::time::SystemTime) -> u32 {
     time.duration_since(std::time::UNIX_EPOCH)
         .map_or(0, |since| since.subsec_nanos())
 }
 
 impl CredentialProvider for Offline {
-    fn credentials(&self, session: &RoleSession) -> Provided {
+    fn credentials(&self, session: &Session) -> Provided {
         let credentials = self.make(session);
         Box::pin(async move { Ok::<_, ProviderError>(credentials) })
     }
@@ -77,16 +95,12 @@ impl CredentialProvider for Offline {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::credentials::RoleArn;
+    use crate::credentials::{RoleArn, RoleSession};
     use std::time::UNIX_EPOCH;
 
-    fn session(name: &str) -> RoleSession {
-        RoleSession {
-            role: RoleArn::parse(&format!("arn:aws:iam::000000000000:role/{name}")).unwrap(),
-            session_name: "s1".into(),
-            duration: Duration::from_secs(3600),
-            region: "us-east-1".into(),
-        }
+    fn session(name: &str) -> Session {
+        let role = RoleArn::parse(&format!("arn:aws:iam::000000000000:role/{name}")).unwrap();
+        Session::Role(RoleSession::new(role, "s1", Duration::from_secs(3600), "us-east-1"))
     }
 
     #[tokio::test(start_paused = true)]

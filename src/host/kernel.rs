@@ -279,7 +279,6 @@ impl Kernel {
             // With a wider one the kernel might choose the address as the source of unrelated packets.
             ifa_scope: RT_SCOPE_LINK,
             ifa_index: index.unsigned_abs(),
-            ..Ifaddrmsg::new()
         })
     }
 

@@ -112,15 +112,6 @@ fn domain(partition: &str) -> &'static str {
     }
 }
 
-/// The partition that a region belongs to.
-pub fn partition_of(region: &str) -> &'static str {
-    match region.split('-').next() {
-        Some("cn") => "aws-cn",
-        Some("us") if region.starts_with("us-gov-") => "aws-us-gov",
-        _ => "aws",
-    }
-}
-
 fn iam_info(role: &RoleArn, started: SystemTime) -> String {
     document(&[
         ("Code", "Success"),
@@ -241,8 +232,5 @@ pub(crate) mod tests {
             info.contains("\"arn:aws:iam::123456789012:instance-profile/app/web\""),
             "{info}"
         );
-        assert_eq!(partition_of("cn-north-1"), "aws-cn");
-        assert_eq!(partition_of("us-gov-east-1"), "aws-us-gov");
-        assert_eq!(partition_of("us-east-1"), "aws");
     }
 }

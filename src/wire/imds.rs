@@ -2,6 +2,8 @@
 //!
 //! Sections 1 and 2 of EC2's documentation of IMDS; what it leaves open follows captures of the real service.
 
+use std::time::SystemTime;
+
 use bytes::Bytes;
 use hyper::header::{self, HeaderMap, HeaderName};
 use hyper::http::request::Parts;
@@ -201,6 +203,21 @@ pub fn credentials_document(credentials: &Credentials) -> Bytes {
         ("SecretAccessKey", credentials.secret_access_key.reveal()),
         ("Token", credentials.token.reveal()),
         ("Expiration", &rfc3339_seconds(credentials.expiration)),
+    ])
+    .into()
+}
+
+/// What EC2 answers in place of credentials of a role that it cannot assume (imds-contract 2.2; EC2's troubleshooting
+/// page for IAM roles has it).
+pub fn denied_document(role: &str, now: SystemTime) -> Bytes {
+    const PAGE: &str = "https://docs.aws.amazon.com/IAM/latest/UserGuide/troubleshoot_iam-ec2.html#troubleshoot_iam-ec2_errors-info-doc";
+    document(&[
+        ("Code", "AssumeRoleUnauthorizedAccess"),
+        (
+            "Message",
+            &format!("EC2 cannot assume the role {role}.  Please see documentation at {PAGE}."),
+        ),
+        ("LastUpdated", &rfc3339_seconds(now)),
     ])
     .into()
 }

@@ -7,5 +7,6 @@ mod conformance;
 mod script;
 
 mod attribution;
+mod rules;
 mod serving;
 mod watching;

@@ -18,14 +18,15 @@ use imds_router::clock::Clock;
 use imds_router::config::{CredentialSource, Settings};
 use imds_router::containers::index::{EngineState, Index};
 use imds_router::containers::watcher::{
-    Birth, ContainerEngine, EngineError, Event, Hold, Inspection, Instances, Kernel, Network, Ports, Row, Run, Watcher,
+    Birth, ContainerEngine, EngineError, Event, Hold, Image, Inspection, Instances, Kernel, Network, Ports, Row, Run,
+    Watcher,
 };
 use imds_router::containers::{
-    Attachments, CgroupId, ContainerId, Counters, Definition, Endpoint, LinkSeen, NamespaceId, NetworkId, NetworkMode,
-    SocketEvidence, Witness,
+    Attachments, CgroupId, ContainerId, Counters, Definition, Endpoint, Environment, LinkSeen, NamespaceId, NetworkId,
+    NetworkMode, SocketEvidence, Witness,
 };
-use imds_router::credentials::broker::{Broker, CredentialProvider, Lease, Provided, ProviderError};
-use imds_router::credentials::{Credentials, RoleSession, Secret};
+use imds_router::credentials::broker::{Broker, CredentialProvider, Lease, Limits, Provided, ProviderError};
+use imds_router::credentials::{Credentials, RoleArn, Secret, Session};
 use imds_router::instance::{Instance, Surroundings, resolve};
 use imds_router::server::{self, Service};
 use imds_router::wire::imds::credentials_document;
@@ -50,6 +51,13 @@ pub fn id(number: u32) -> ContainerId {
 pub struct Container {
     pub labels: BTreeMap<String, String>,
     pub image_labels: BTreeMap<String, String>,
+    /// `c` and its number, unless it is told.
+    pub name: Option<String>,
+    /// `NAME=value`
+    pub environment: Vec<String>,
+    pub image_environment: Vec<String>,
+    /// An inspect waits, as while a container starts.
+    pub inspect_blocks: bool,
     pub running: bool,
     pub network_mode: NetworkMode,
 }
@@ -117,7 +125,10 @@ fn row(id: &ContainerId, container: &Container) -> Row {
     labels.extend(container.labels.clone());
     Row {
         id: id.clone(),
-        name: format!("c{}", id.as_str().trim_start_matches('0')),
+        name: match &container.name {
+            Some(name) => name.clone(),
+            None => format!("c{}", id.as_str().trim_start_matches('0')),
+        },
         labels,
         image: "box".into(),
         image_id: format!("sha256:{}", id.as_str()),
@@ -154,22 +165,30 @@ impl ContainerEngine for ScriptedEngine {
     }
 
     fn inspect(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Inspection>, EngineError>> {
-        let id = id.clone();
-        self.ask(move |world| {
-            world.containers.contains_key(&id).then(|| Inspection {
-                hostname: Some(id.short().to_owned()),
-                run: None,
-            })
-        })
+        let (this, id) = (self.clone(), id.clone());
+        async move {
+            while this.world(|world| world.containers.get(&id).is_some_and(|it| it.inspect_blocks)) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            let inspect = this.ask(move |world| {
+                world.containers.get(&id).map(|container| Inspection {
+                    hostname: Some(id.short().to_owned()),
+                    run: None,
+                    environment: Environment::of(container.image_environment.iter().chain(&container.environment)),
+                })
+            });
+            inspect.await
+        }
+        .boxed()
     }
 
-    fn image_labels(&self, id: &str) -> BoxFuture<'static, Result<Option<BTreeMap<String, String>>, EngineError>> {
+    fn image(&self, id: &str) -> BoxFuture<'static, Result<Option<Image>, EngineError>> {
         let id = ContainerId::parse(id.trim_start_matches("sha256:")).unwrap();
         self.ask(move |world| {
-            world
-                .containers
-                .get(&id)
-                .map(|container| container.image_labels.clone())
+            world.containers.get(&id).map(|container| Image {
+                labels: container.image_labels.clone(),
+                environment: Environment::of(&container.image_environment),
+            })
         })
     }
 
@@ -368,7 +387,7 @@ pub const SECRET: &str = "wJalrXUtnFEMI/scripted-secret";
 pub const SESSION_TOKEN: &str = "IQoJb3JpZ2luX2VjE/scripted-token";
 
 impl CredentialProvider for ScriptedSts {
-    fn credentials(&self, session: &RoleSession) -> Provided {
+    fn credentials(&self, session: &Session) -> Provided {
         let call = self.calls.fetch_add(1, Ordering::Relaxed);
         let mut answers = self.answers.lock().unwrap();
         let (pause, answer) = if answers.len() > 1 {
@@ -382,10 +401,10 @@ impl CredentialProvider for ScriptedSts {
             answer.map(|()| Credentials {
                 access_key_id: format!("ASIA{:016}", call),
                 // Names the role, so that a test sees whose credentials an answer holds.
-                secret_access_key: Secret::new(format!("{SECRET}/{}", session.role.name())),
+                secret_access_key: Secret::new(format!("{SECRET}/{}", session.role().map_or("none", RoleArn::name))),
                 token: Secret::new(SESSION_TOKEN),
                 updated: clock.wall(),
-                expiration: clock.wall() + session.duration,
+                expiration: clock.wall() + session.duration(),
                 fake: false,
             })
         })
@@ -395,14 +414,14 @@ impl CredentialProvider for ScriptedSts {
 // ---- the daemon
 
 struct Resolver {
-    settings: Settings,
+    settings: Arc<Mutex<Settings>>,
     broker: Arc<Broker>,
 }
 
 struct Held(Lease);
 
 impl Hold for Held {
-    fn session(&self) -> &RoleSession {
+    fn session(&self) -> &Session {
         self.0.session()
     }
 
@@ -412,14 +431,13 @@ impl Hold for Held {
 impl Instances for Resolver {
     fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance {
         let around = Surroundings {
-            base_account: None,
-            base_region: None,
             host: "h".into(),
+            ..Surroundings::default()
         };
-        resolve(container, attachments, started, &self.settings, &around)
+        resolve(container, attachments, started, &self.settings.lock().unwrap(), &around)
     }
 
-    fn hold(&self, session: &RoleSession) -> Box<dyn Hold> {
+    fn hold(&self, session: &Session) -> Box<dyn Hold> {
         Box::new(Held(self.broker.lease(session)))
     }
 
@@ -428,11 +446,11 @@ impl Instances for Resolver {
     }
 
     fn image_labels_count(&self) -> bool {
-        self.settings.image_labels
+        self.settings.lock().unwrap().image_labels
     }
 
     fn label_prefix(&self) -> String {
-        format!("{}.", self.settings.label_prefix)
+        format!("{}.", self.settings.lock().unwrap().label_prefix)
     }
 }
 
@@ -445,9 +463,10 @@ pub struct Daemon {
     pub clock: Clock,
     /// Wakes the watcher as changed settings do.
     pub changed: watch::Sender<u64>,
+    settings: Arc<Mutex<Settings>>,
     next_port: AtomicU16,
     next_address: AtomicU64,
-    _watcher: tokio::task::JoinHandle<()>,
+    _tasks: [tokio::task::JoinHandle<()>; 2],
 }
 
 pub fn settings() -> Settings {
@@ -473,34 +492,52 @@ impl Daemon {
             calls: Arc::default(),
             answers: Arc::new(Mutex::new([(Duration::from_millis(100), Ok(()))].into())),
         };
-        let broker = Broker::new(Box::new(sts.clone()), credentials_document, clock.clone());
+        let broker = Broker::new(
+            Box::new(sts.clone()),
+            credentials_document,
+            clock.clone(),
+            Limits::default(),
+        );
         let (index, misses) = Index::new();
         let tokens = TokenAuthority::new(&TokenKey([7; 32]), "boot", clock.clone());
-        let (hold, hosts) = (settings.hold, settings.hosts.clone());
+        let options = server::Options {
+            hold: settings.hold,
+            hosts: settings.hosts.clone(),
+            ec2_error_documents: settings.ec2_error_documents,
+        };
         let (changed, changes) = watch::channel(0);
+        let settings = Arc::new(Mutex::new(settings));
         let ports = Ports {
             engine: Arc::new(engine.clone()),
             kernel: Arc::new(kernel.clone()),
             instances: Arc::new(Resolver {
-                settings,
+                settings: settings.clone(),
                 broker: broker.clone(),
             }),
             changed: changes,
         };
         let watcher = Watcher::new(ports, index.clone(), misses, clock.clone());
         let own_ends = Box::new(kernel.clone());
+        let clocks = tokio::spawn(broker.clone().watch_clocks());
         Self {
             engine,
             kernel,
             sts,
-            service: Service::new(index.clone(), broker, tokens, clock.clone(), hold, hosts, own_ends),
+            service: Service::new(index.clone(), broker, tokens, clock.clone(), options, own_ends),
             index,
             clock,
             changed,
+            settings,
             next_port: AtomicU16::new(40_000),
             next_address: AtomicU64::new(0),
-            _watcher: tokio::spawn(watcher.run()),
+            _tasks: [tokio::spawn(watcher.run()), clocks],
         }
+    }
+
+    /// Other settings from now on, as after a reload.
+    pub fn configure(&self, change: impl FnOnce(&mut Settings)) {
+        change(&mut self.settings.lock().unwrap());
+        self.changed.send_modify(|version| *version += 1);
     }
 
     /// Waits until everything that the engine knows is known.

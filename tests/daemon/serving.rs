@@ -334,6 +334,36 @@ async fn a_denied_role_is_no_role_and_says_so_to_its_container_only() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_denied_role_is_answered_as_ec2_does_it_where_that_is_wanted() {
+    let daemon = Daemon::start(Settings {
+        ec2_error_documents: true,
+        ..settings()
+    });
+    daemon.synchronised().await;
+    let denied = ProviderError::Denied {
+        code: "AccessDenied".into(),
+        message: "User: x is not authorized".into(),
+    };
+    daemon.sts.say(&[(20, Err(denied)), (20, down())]);
+    let address = daemon.run(1, APP).await;
+    let list = daemon.connect(1, address).get(ROLE_LIST).await.unwrap();
+    assert_eq!((list.status, list.text().as_str()), (200, "app"));
+    let reply = daemon.connect(1, address).get(DOCUMENT).await.unwrap();
+    assert_eq!(reply.status, 200);
+    assert_eq!(
+        reply.text(),
+        "{\n  \"Code\" : \"AssumeRoleUnauthorizedAccess\",\n  \"Message\" : \"EC2 cannot assume the role app.  Please see \
+         documentation at https://docs.aws.amazon.com/IAM/latest/UserGuide/troubleshoot_iam-ec2.html\
+         #troubleshoot_iam-ec2_errors-info-doc.\",\n  \"LastUpdated\" : \"2026-01-05T10:11:12Z\"\n}"
+    );
+    let hint = reply.header("x-imds-router-hint").unwrap();
+    assert!(hint.starts_with("role denied by sts"), "{hint}");
+    // What passes is no denial: no role, as ever.
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert_eq!(daemon.connect(1, address).get(ROLE_LIST).await.unwrap().status, 404);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_container_has_64_connections_and_its_neighbour_its_own() {
     let daemon = Daemon::start(settings());
     daemon.synchronised().await;
@@ -389,4 +419,46 @@ async fn nothing_that_is_shown_holds_a_secret() {
         assert!(!shown.contains(secret), "{shown}");
     }
     assert!(daemon.clock.wall_seconds() >= WALL.as_secs());
+}
+
+#[tokio::test(start_paused = true)]
+async fn clocks_jump_and_laptops_sleep() {
+    const TEN_HOURS: i64 = 36_000_000;
+    for (jump, sleep, kept) in [
+        (TEN_HOURS, 0, false),
+        (-TEN_HOURS, 0, true),
+        (0, TEN_HOURS, false),
+        (-TEN_HOURS, TEN_HOURS, false),
+    ] {
+        let daemon = Daemon::start(settings());
+        daemon.synchronised().await;
+        daemon.sts.say(&[(100, Ok(()))]);
+        let address = daemon.run(1, APP).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let document = async || {
+            let reply = daemon.connect(1, address).get(DOCUMENT).await.unwrap();
+            (reply.status, reply.text())
+        };
+        let before = document().await;
+        assert_eq!(before.0, 200);
+        daemon.clock.jump(jump);
+        daemon.clock.suspend(sleep);
+        // The very next request: what may have expired is not served, and new ones come while it waits.
+        let asked = daemon.clock.now();
+        let after = document().await;
+        assert_eq!((after.0, after == before), (200, kept), "{jump} {sleep}");
+        assert!(daemon.clock.now() - asked <= HOLD);
+        // STS is away from now on: everything lives as long as AWS lets it, and no longer.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        daemon.sts.say(&[(10, down())]);
+        tokio::time::sleep(Duration::from_secs(58 * 60)).await;
+        assert_eq!(document().await.0, 200, "{jump} {sleep}");
+        tokio::time::sleep(Duration::from_secs(3 * 60)).await;
+        let reply = daemon.connect(1, address).get(ROLE_LIST).await.unwrap();
+        assert_eq!(reply.status, 404, "{jump} {sleep}");
+        assert_eq!(
+            reply.header("x-imds-router-hint"),
+            Some("sts not reachable; ask: imds-router explain 000000000000")
+        );
+    }
 }

@@ -11,6 +11,8 @@ mod churn;
 #[path = "../conformance/mod.rs"]
 mod conformance;
 #[cfg(target_os = "linux")]
+mod credentials;
+#[cfg(target_os = "linux")]
 mod host;
 #[cfg(target_os = "linux")]
 mod identities;
@@ -34,6 +36,7 @@ fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
     trials.extend(host::trials());
     trials.extend(identities::trials(rig));
     trials.extend(refusals::trials(rig));
+    trials.extend(credentials::trials(rig));
     trials.extend(upheaval::trials(rig));
     trials.extend(cases::trials(rig));
     trials.extend(networks::trials(rig));

@@ -1,14 +1,18 @@
-"""Passes requests on to another HTTP server, after a while: an STS that is far away."""
+"""Passes requests on to another HTTP server, after a while: an STS that is far away. With --record, prints the parameters
+of every AssumeRole, a line of JSON each."""
 
 import argparse
 import http.client
 import http.server
+import json
 import time
+import urllib.parse
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--port", type=int, required=True)
 parser.add_argument("--to-port", type=int, required=True)
 parser.add_argument("--seconds", type=float, default=0.1)
+parser.add_argument("--record", action="store_true")
 told = parser.parse_args()
 
 
@@ -20,6 +24,10 @@ class Slow(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         start = time.monotonic()
+        asked = dict(urllib.parse.parse_qsl(body.decode(), keep_blank_values=True))
+        if told.record and asked.get("Action") == "AssumeRole":
+            # One write a line: requests come in threads.
+            print(json.dumps(asked) + "\n", end="", flush=True)
         link = http.client.HTTPConnection("127.0.0.1", told.to_port)
         headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
         link.request("POST", self.path, body, headers)

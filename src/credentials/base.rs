@@ -1,0 +1,646 @@
+//! Base credentials: whose credentials ask STS, for the daemon itself and for every profile that a container names.
+//!
+//! The usual chain, in the SDK's order: variables, profile, web identity, container endpoint; never the instance metadata
+//! service, which is us. The files are read anew whenever they have changed, by one caller at a time for each profile, and
+//! [`Bases::changes`] tells of it. What `imds-router login` hands over comes before all of it, as long as it lives.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use aws_config::ecs::EcsCredentialsProvider;
+use aws_config::profile::ProfileSet;
+use aws_config::provider_config::ProviderConfig;
+use aws_config::retry::RetryConfig;
+use aws_config::timeout::TimeoutConfig;
+use aws_config::{BehaviorVersion, SdkConfig};
+use aws_credential_types::provider::ProvideCredentials as _;
+use aws_types::sdk_config::SharedHttpClient;
+use dashmap::DashMap;
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use super::Secret;
+use super::broker::ProviderError;
+use super::files::{AwsFiles, FileError, Stamp};
+use super::profile::{self, Allowed, Keys, Plan, ProfileError, Source};
+use super::sso::SsoTokens;
+use super::sts::{MESSAGE_CHARACTERS, assume_step, exchange_web_identity};
+use crate::clock::Clock;
+use crate::telemetry::{printable, with_causes};
+
+/// A call of AWS that has not ended after this is given up; requests never wait for it.
+const OPERATION_TIMEOUT: Duration = Duration::from_secs(10);
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Two: the second is signed with what the first told of the clock. Further tries are the broker's.
+const ATTEMPTS: u32 = 2;
+/// Base credentials that are not there after this are given up for now: a program that hangs, for example.
+const LOAD_TIMEOUT: Duration = Duration::from_secs(20);
+/// Base credentials that expire within this are fetched anew, if that is possible.
+pub const RENEW_BEFORE: Duration = Duration::from_secs(300);
+/// They are used for so long if it is not.
+const USE_UNTIL: Duration = Duration::from_secs(10);
+/// A failure is not looked into again before this: many sessions have one base.
+const FAILURE_HOLDS: Duration = Duration::from_secs(1);
+/// How often what a person has to do is said again.
+const SAY_AGAIN: Duration = Duration::from_secs(300);
+/// How often the files are looked at.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// The addresses that this daemon answers, or may be asked to: those of EC2's and ECS's metadata services.
+const OURSELVES: &[&str] = &[
+    "169.254.169.254",
+    "169.254.170.2",
+    "169.254.170.23",
+    "[fd00:ec2::254]",
+    "[fd00:ec2::23]",
+    "instance-data",
+    "instance-data.ec2.internal",
+];
+
+/// Base credentials, and how to ask with them.
+#[derive(Clone)]
+pub struct Base {
+    /// Region, endpoints, time-outs; without credentials.
+    pub sdk: SdkConfig,
+    /// The credentials.
+    pub credentials: aws_credential_types::Credentials,
+    /// Where they come from, for people.
+    pub origin: String,
+    /// When they were fetched, by AWS's clock.
+    pub fetched: SystemTime,
+}
+
+impl std::fmt::Debug for Base {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Base")
+            .field("origin", &self.origin)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Base {
+    fn left(&self, clock: &Clock) -> Option<Duration> {
+        let until = self.credentials.expiry()?;
+        Some(until.duration_since(clock.aws()).unwrap_or_default())
+    }
+
+    /// Whether they live for more than `at_least`, or for ever.
+    fn has(&self, at_least: Duration, clock: &Clock) -> bool {
+        self.left(clock).is_none_or(|left| left > at_least)
+    }
+}
+
+/// Session credentials that somebody has handed over.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HandedOver {
+    /// The keys; with a session token.
+    pub keys: Keys,
+    /// Until when they are good, if that was said.
+    pub until: Option<SystemTime>,
+}
+
+/// What is known of one base, for `status`.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct BaseState {
+    /// Where its credentials come from.
+    pub origin: Option<String>,
+    /// Until when they are good; `None`: they do not expire, or nobody knows.
+    pub until: Option<SystemTime>,
+    /// Why there are none, or no new ones.
+    pub error: Option<ProviderError>,
+}
+
+/// What the operator sets.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// The profile of the daemon itself; `None`: the usual chain.
+    pub profile: Option<String>,
+    /// Region, where it is not the files' to say.
+    pub region: Option<String>,
+    /// Where the files are.
+    pub files: AwsFiles,
+    /// Whether files may run programs and name endpoints.
+    pub allow_process: bool,
+    /// The environment.
+    pub variables: HashMap<String, String>,
+}
+
+/// All base credentials.
+pub struct Bases {
+    setup: Setup,
+    clock: Clock,
+    slots: DashMap<Option<String>, Arc<Slot>>,
+    sso: SsoTokens,
+    http: Mutex<Option<SharedHttpClient>>,
+    changes: watch::Sender<u64>,
+}
+
+impl std::fmt::Debug for Bases {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Bases")
+            .field("setup", &self.setup.files)
+            .finish_non_exhaustive()
+    }
+}
+
+#[derive(Default)]
+struct Slot {
+    /// Held while credentials are fetched: one at a time.
+    held: tokio::sync::Mutex<Held>,
+    handed: Mutex<Option<HandedOver>>,
+    shown: Mutex<Shown>,
+}
+
+#[derive(Default)]
+struct Shown {
+    state: BaseState,
+    /// When the error was said last, by boot time.
+    said: Option<Duration>,
+}
+
+#[derive(Default)]
+struct Held {
+    base: Option<Arc<Base>>,
+    /// What the files were, and how often something was handed over, when that was fetched.
+    of: (Vec<(PathBuf, Stamp)>, u64),
+    /// The last failure, and when, by boot time.
+    failed: Option<(Duration, ProviderError)>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Bases {
+    /// None is fetched yet.
+    pub fn new(setup: Setup, clock: Clock) -> Arc<Self> {
+        Arc::new(Self {
+            sso: SsoTokens::new(setup.files.clone(), clock.clone()),
+            setup,
+            clock,
+            slots: DashMap::new(),
+            http: Mutex::default(),
+            changes: watch::Sender::new(0),
+        })
+    }
+
+    /// Wakes whenever the files have changed, or something was handed over.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// Looks at the files until the task is dropped.
+    pub async fn watch_files(self: Arc<Self>) {
+        let mut before = self.setup.files.stamps();
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let now = self.setup.files.stamps();
+            if now != before {
+                info!(directory = %self.setup.files.directory.display(), "the AWS files have changed");
+                before = now;
+                self.changes.send_modify(|version| *version += 1);
+            }
+        }
+    }
+
+    /// Takes over session credentials, for `profile` or for the daemon itself. They are held in memory only.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn hand_over(&self, profile: Option<&str>, handed: HandedOver) -> Result<(), String> {
+        if handed.keys.session_token.is_none() {
+            return Err("these are long-lived keys; expected session credentials, with a SessionToken".to_owned());
+        }
+        if handed.until.is_some_and(|until| until <= self.clock.aws()) {
+            return Err("these credentials have expired already".to_owned());
+        }
+        *lock(&self.slot(profile).handed) = Some(handed);
+        info!(
+            profile = profile.unwrap_or("(the daemon's own)"),
+            "credentials were handed over"
+        );
+        self.changes.send_modify(|version| *version += 1);
+        Ok(())
+    }
+
+    /// What is known of every base that somebody wanted.
+    pub fn states(&self) -> BTreeMap<Option<String>, BaseState> {
+        let shown = |slot: &Slot| lock(&slot.shown).state.clone();
+        self.slots
+            .iter()
+            .map(|slot| (slot.key().clone(), shown(slot.value())))
+            .collect()
+    }
+
+    /// The base of `profile`, or the daemon's own, with credentials that live for `at_least`, if that can be had.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub async fn get(&self, profile: Option<&str>, at_least: Duration) -> Result<Arc<Base>, ProviderError> {
+        let slot = self.slot(profile);
+        let mut held = slot.held.lock().await;
+        let of = (self.setup.files.stamps(), *self.changes.borrow());
+        let same = held.of == of;
+        if let Some(base) = held
+            .base
+            .as_ref()
+            .filter(|base| same && base.has(at_least, &self.clock))
+        {
+            return Ok(base.clone());
+        }
+        let recent = |at: Duration| self.clock.boot().saturating_sub(at) < FAILURE_HOLDS;
+        if let Some((_, error)) = held.failed.as_ref().filter(|(at, _)| same && recent(*at)) {
+            return Err(error.clone());
+        }
+        let name = self.name(profile);
+        let fetched = tokio::time::timeout(LOAD_TIMEOUT, self.fetch(name, &slot)).await;
+        let fetched = fetched.unwrap_or_else(|_| {
+            Err(ProviderError::NoBase(format!(
+                "{}they did not come within {} s",
+                of_profile(name),
+                LOAD_TIMEOUT.as_secs()
+            )))
+        });
+        held.of = of;
+        match fetched {
+            Ok(base) => {
+                let base = Arc::new(base);
+                (held.base, held.failed) = (Some(base.clone()), None);
+                self.show(&slot, Some(&base), None);
+                Ok(base)
+            }
+            Err(error) => {
+                // What a changed file no longer says is not used any more.
+                let still = |base: &Arc<Base>| same && base.has(USE_UNTIL, &self.clock);
+                held.base = held.base.take().filter(still);
+                held.failed = Some((self.clock.boot(), error.clone()));
+                self.show(&slot, held.base.as_deref(), Some(&error));
+                held.base.clone().ok_or(error)
+            }
+        }
+    }
+
+    /// The region that the configuration of `profile` names.
+    pub async fn region(&self, profile: Option<&str>) -> Option<String> {
+        let (sdk, _) = self.configuration(self.name(profile)).await.ok()?;
+        sdk.region().map(ToString::to_string)
+    }
+
+    fn name<'a>(&'a self, profile: Option<&'a str>) -> Option<&'a str> {
+        profile.or(self.setup.profile.as_deref())
+    }
+
+    /// One slot for one base, however it is named.
+    fn slot(&self, profile: Option<&str>) -> Arc<Slot> {
+        self.slots
+            .entry(self.name(profile).map(str::to_owned))
+            .or_default()
+            .clone()
+    }
+
+    fn show(&self, slot: &Slot, base: Option<&Base>, error: Option<&ProviderError>) {
+        let mut shown = lock(&slot.shown);
+        let now = self.clock.boot();
+        if let Some(error @ ProviderError::NeedsAttention { .. }) = error {
+            let new = shown.state.error.as_ref() != Some(error);
+            if new || shown.said.is_none_or(|said| now.saturating_sub(said) >= SAY_AGAIN) {
+                warn!("{error}");
+                shown.said = Some(now);
+            }
+        }
+        shown.state = BaseState {
+            origin: base.map(|base| base.origin.clone()),
+            until: base.and_then(|base| base.credentials.expiry()),
+            error: error.cloned(),
+        };
+    }
+
+    async fn fetch(&self, name: Option<&str>, slot: &Slot) -> Result<Base, ProviderError> {
+        let handed = lock(&slot.handed).clone();
+        let (sdk, set) = self.configuration(name).await?;
+        let fetched = self.clock.aws();
+        let made = |credentials, origin: String| {
+            Ok(Base {
+                sdk: sdk.clone(),
+                credentials,
+                origin,
+                fetched,
+            })
+        };
+        if let Some(handed) = handed {
+            if handed.until.is_none_or(|until| fetched + USE_UNTIL < until) {
+                return made(
+                    as_sdk(&handed.keys, handed.until),
+                    "handed over by imds-router login".to_owned(),
+                );
+            }
+            // What was handed over has ended, and nothing else may be there: then that is what is to be said.
+            return match self.chain(name, &sdk, &set).await {
+                Ok((credentials, origin)) => made(credentials, origin),
+                Err(error) => Err(match error {
+                    ProviderError::NoBase(_) => ProviderError::NeedsAttention {
+                        why: format!("{}what was handed over has expired", of_profile(name)),
+                        command: login_command(name),
+                    },
+                    other => other,
+                }),
+            };
+        }
+        let (credentials, origin) = self.chain(name, &sdk, &set).await?;
+        made(credentials, origin)
+    }
+
+    /// Configuration without credentials, and the profiles that there are.
+    async fn configuration(&self, name: Option<&str>) -> Result<(SdkConfig, ProfileSet), ProviderError> {
+        let read = |path| self.setup.files.read(path).map(|contents| contents.map(|it| it.text));
+        let (mut config, mut credentials) = (read(&self.setup.files.config), read(&self.setup.files.credentials));
+        if name.is_none() && self.environment().is_some() {
+            // The files are not wanted, so that one that is not trusted stops nobody.
+            for file in [&mut config, &mut credentials] {
+                if let Err(FileError::Untrusted { .. }) = file {
+                    *file = Ok(None);
+                }
+            }
+        }
+        let refused = |error: FileError| ProviderError::NoBase(error.to_string());
+        let (config, credentials) = (config.map_err(refused)?, credentials.map_err(refused)?);
+        let files = profile::as_sdk_files(config.as_deref(), credentials.as_deref());
+        let set = profile::parse(&files).await.map_err(no_base)?;
+        let selected = name.unwrap_or_else(|| self.selected());
+        // Endpoints are taken from it, whoever the credentials are.
+        profile::check_endpoints(&set, selected, self.allowed()).map_err(no_base)?;
+        let mut loader = aws_config::defaults(BehaviorVersion::latest())
+            .profile_files(files)
+            .profile_name(selected)
+            .no_credentials()
+            .retry_config(RetryConfig::standard().with_max_attempts(ATTEMPTS))
+            .timeout_config(
+                TimeoutConfig::builder()
+                    .connect_timeout(CONNECT_TIMEOUT)
+                    .operation_attempt_timeout(ATTEMPT_TIMEOUT)
+                    .operation_timeout(OPERATION_TIMEOUT)
+                    .build(),
+            );
+        if let Some(region) = &self.setup.region {
+            loader = loader.region(aws_config::Region::new(region.clone()));
+        }
+        let http = lock(&self.http).clone();
+        if let Some(http) = http {
+            loader = loader.http_client(http);
+        }
+        let sdk = loader.load().await;
+        *lock(&self.http) = sdk.http_client();
+        Ok((sdk, set))
+    }
+
+    fn allowed(&self) -> Allowed<'_> {
+        Allowed {
+            process: self.setup.allow_process,
+            directory: &self.setup.files.directory,
+        }
+    }
+
+    fn variable(&self, name: &str) -> Option<&str> {
+        self.setup
+            .variables
+            .get(name)
+            .map(String::as_str)
+            .filter(|value| !value.is_empty())
+    }
+
+    fn selected(&self) -> &str {
+        self.variable("AWS_PROFILE").unwrap_or("default")
+    }
+
+    fn environment(&self) -> Option<Keys> {
+        Some(Keys {
+            access_key_id: self.variable("AWS_ACCESS_KEY_ID")?.to_owned(),
+            secret_access_key: Secret::new(self.variable("AWS_SECRET_ACCESS_KEY")?),
+            session_token: self.variable("AWS_SESSION_TOKEN").map(Secret::new),
+        })
+    }
+
+    /// The usual chain; a profile that is named is all of it.
+    async fn chain(
+        &self,
+        name: Option<&str>,
+        sdk: &SdkConfig,
+        set: &ProfileSet,
+    ) -> Result<(aws_credential_types::Credentials, String), ProviderError> {
+        if let Some(name) = name {
+            return self.follow(name, profile::plan(set, name, self.allowed()), sdk).await;
+        }
+        if let Some(keys) = self.environment() {
+            return Ok((as_sdk(&keys, None), "environment variables".to_owned()));
+        }
+        let selected = self.selected();
+        let plan = profile::plan(set, selected, self.allowed());
+        // A default profile that is not there, or says nothing of credentials, leaves it to the rest of the chain.
+        let silent = match &plan {
+            Err(ProfileError::Missing { by, .. }) => by.is_empty(),
+            Err(ProfileError::Empty(of)) => of == selected,
+            _ => false,
+        };
+        if !silent || self.variable("AWS_PROFILE").is_some() {
+            return self.follow(selected, plan, sdk).await;
+        }
+        if let (Some(file), Some(role)) = (
+            self.variable("AWS_WEB_IDENTITY_TOKEN_FILE"),
+            self.variable("AWS_ROLE_ARN"),
+        ) {
+            let session_name = self.variable("AWS_ROLE_SESSION_NAME");
+            let token = self.token_file(file.as_ref())?;
+            let credentials = exchange_web_identity(sdk, role, session_name, &token).await?;
+            return Ok((credentials, format!("web identity, role {role}")));
+        }
+        self.container_endpoint().await
+    }
+
+    async fn container_endpoint(&self) -> Result<(aws_credential_types::Credentials, String), ProviderError> {
+        let full = self.variable("AWS_CONTAINER_CREDENTIALS_FULL_URI");
+        let relative = self.variable("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI");
+        let (name, uri) = match (relative, full) {
+            (Some(_), _) => ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "http://169.254.170.2/"),
+            (None, Some(uri)) => ("AWS_CONTAINER_CREDENTIALS_FULL_URI", uri),
+            (None, None) => {
+                return Err(ProviderError::NoBase(format!(
+                    "there are none: no variables AWS_ACCESS_KEY_ID …, and no default profile in {} or {}; \
+                     --profile names another, [credentials] aws_dir another directory",
+                    self.setup.files.config.display(),
+                    self.setup.files.credentials.display()
+                )));
+            }
+        };
+        if leads_to_us(uri) {
+            return Err(ProviderError::NoBase(format!(
+                "variable {name} leads to an address that this daemon answers: it cannot be its own base"
+            )));
+        }
+        let provider = EcsCredentialsProvider::builder().configure(&ProviderConfig::without_region());
+        let credentials = provider.build().provide_credentials().await;
+        let credentials = credentials.map_err(|error| {
+            ProviderError::Unavailable(printable(
+                &format!("container credentials endpoint: {}", with_causes(&error)),
+                MESSAGE_CHARACTERS,
+            ))
+        })?;
+        Ok((credentials, "container credentials endpoint".to_owned()))
+    }
+
+    /// Goes the way to a profile's credentials.
+    async fn follow(
+        &self,
+        name: &str,
+        plan: Result<Plan, ProfileError>,
+        sdk: &SdkConfig,
+    ) -> Result<(aws_credential_types::Credentials, String), ProviderError> {
+        let plan = plan.map_err(|error| match error {
+            ProfileError::Person { .. } => ProviderError::NeedsAttention {
+                why: error.to_string(),
+                command: login_command(Some(name)),
+            },
+            error => no_base(error),
+        })?;
+        let (mut credentials, kind) = match &plan.source {
+            Source::Keys(keys) => (as_sdk(keys, None), "keys"),
+            Source::Environment => match self.environment() {
+                Some(keys) => (as_sdk(&keys, None), "environment variables"),
+                None => {
+                    return Err(ProviderError::NoBase(format!(
+                        "profile {name}: credential_source = Environment, and there are no variables AWS_ACCESS_KEY_ID …"
+                    )));
+                }
+            },
+            Source::Sso(sso) => (self.sso.credentials(sdk, sso, name).await?, "sso"),
+            Source::WebIdentity {
+                role_arn,
+                session_name,
+                token_file,
+            } => {
+                let token = self.token_file(token_file)?;
+                let credentials = exchange_web_identity(sdk, role_arn, session_name.as_deref(), &token).await?;
+                (credentials, "web identity")
+            }
+            Source::Process(command) => (process(name, command).await?, "credential_process"),
+        };
+        for step in &plan.roles {
+            credentials = assume_step(sdk, credentials, step).await?;
+        }
+        let way = plan.roles.last().map(|step| format!(", role {}", step.role_arn));
+        Ok((
+            credentials,
+            format!("profile {name} ({kind}{})", way.unwrap_or_default()),
+        ))
+    }
+
+    fn token_file(&self, path: &std::path::Path) -> Result<Secret, ProviderError> {
+        match self.setup.files.read(path) {
+            Ok(Some(contents)) => Ok(Secret::new(contents.text.trim())),
+            Ok(None) => Err(ProviderError::NoBase(format!(
+                "there is no web identity token {}",
+                path.display()
+            ))),
+            Err(error) => Err(ProviderError::NoBase(error.to_string())),
+        }
+    }
+}
+
+/// What a `credential_process` prints (AWS SDKs and Tools reference guide, process credential provider).
+#[derive(serde::Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Printed {
+    version: u32,
+    access_key_id: String,
+    secret_access_key: String,
+    #[serde(default)]
+    session_token: Option<String>,
+    #[serde(default)]
+    expiration: Option<jiff::Timestamp>,
+}
+
+/// A program and all that it has started, until it is done with.
+struct Running(Option<rustix::process::Pid>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(group) = self.0 {
+            // It may have ended by itself.
+            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+/// Runs a program for its credentials. One that hangs is ended with its children: the SDK's own leaves it behind.
+async fn process(name: &str, command: &Secret) -> Result<aws_credential_types::Credentials, ProviderError> {
+    // What such a program prints may be secret, whatever comes of it.
+    let failed = || {
+        ProviderError::NoBase(format!(
+            "profile {name}: its credential_process gives no credentials; running it by hand says why"
+        ))
+    };
+    let child = tokio::process::Command::new("sh")
+        .args(["-c", command.reveal()])
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::null())
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|_| failed())?;
+    let pid = child.id().and_then(|id| i32::try_from(id).ok());
+    let mut running = Running(pid.and_then(rustix::process::Pid::from_raw));
+    let output = child.wait_with_output().await.map_err(|_| failed())?;
+    // Its number may be somebody else's from now on.
+    running.0 = None;
+    let printed: Printed = serde_json::from_slice(&output.stdout).map_err(|_| failed())?;
+    if !output.status.success() || printed.version != 1 {
+        return Err(failed());
+    }
+    Ok(aws_credential_types::Credentials::new(
+        printed.access_key_id,
+        printed.secret_access_key,
+        printed.session_token,
+        printed.expiration.map(SystemTime::from),
+        "credential_process",
+    ))
+}
+
+fn as_sdk(keys: &Keys, until: Option<SystemTime>) -> aws_credential_types::Credentials {
+    aws_credential_types::Credentials::new(
+        &keys.access_key_id,
+        keys.secret_access_key.reveal(),
+        keys.session_token.as_ref().map(|token| token.reveal().to_owned()),
+        until,
+        "imds-router",
+    )
+}
+
+fn no_base(error: ProfileError) -> ProviderError {
+    ProviderError::NoBase(printable(&error.to_string(), MESSAGE_CHARACTERS))
+}
+
+fn of_profile(name: Option<&str>) -> String {
+    name.map(|name| format!("profile {name}: ")).unwrap_or_default()
+}
+
+/// What hands over credentials of `name`, typed on the host.
+pub fn login_command(name: Option<&str>) -> String {
+    let profile = name.map(|name| format!(" --profile {name}")).unwrap_or_default();
+    format!("aws configure export-credentials{profile} | imds-router login{profile} --stdin")
+}
+
+/// Whether a URI names an address that this daemon answers.
+fn leads_to_us(uri: &str) -> bool {
+    let Ok(uri) = uri.parse::<hyper::Uri>() else {
+        // The SDK takes none of these either.
+        return false;
+    };
+    uri.host()
+        .is_some_and(|host| OURSELVES.iter().any(|it| it.eq_ignore_ascii_case(host)))
+}
+
+#[cfg(test)]
+mod tests;

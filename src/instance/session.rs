@@ -1,0 +1,260 @@
+//! The session that a container gets, or why it gets none.
+
+use std::sync::Arc;
+
+use super::{Base, Role, Surroundings};
+use crate::config::{CredentialSource, Settings, fill};
+use crate::containers::labels::ContainerSpec;
+use crate::containers::{Attachments, Definition, NetworkMode};
+use crate::credentials::inputs::{CHAINED, Inputs};
+use crate::credentials::naming::{NamedRole, read_role};
+use crate::credentials::policy::{self, Applicant, NotAllowed, Wish};
+use crate::credentials::{ProfileSession, RoleArn, RoleSession, Session, clean_session_name, offline};
+
+/// What decides.
+pub(super) struct Case<'a> {
+    pub container: &'a Definition,
+    pub attachments: &'a Attachments,
+    pub spec: &'a ContainerSpec,
+    pub settings: &'a Settings,
+    pub around: &'a Surroundings,
+    pub region: &'a str,
+    pub partition: &'a str,
+}
+
+/// What comes of it.
+pub(super) struct Verdict {
+    pub role: Role,
+    /// The role that IMDS lists.
+    pub listed: Option<RoleArn>,
+    /// The profile that has to be read.
+    pub profile: Option<String>,
+    /// The rule that decided.
+    pub rule: Option<String>,
+    /// It may turn out that it asks for none.
+    pub open: bool,
+}
+
+/// Decides on the role of a container whose labels are in order.
+pub(super) fn decide(case: &Case<'_>) -> Verdict {
+    let mut verdict = Verdict {
+        role: Role::None,
+        listed: None,
+        profile: None,
+        rule: None,
+        open: false,
+    };
+    match case.grant(&mut verdict) {
+        Ok((session, listed)) => {
+            verdict.role = Role::Session(Arc::new(session));
+            verdict.listed = Some(listed);
+        }
+        Err(role) => verdict.role = role,
+    }
+    verdict
+}
+
+impl From<NotAllowed> for Role {
+    fn from(why: NotAllowed) -> Self {
+        match why {
+            NotAllowed::Pending(what) => Self::Pending(what),
+            NotAllowed::Refused(why) => Self::Refused(why),
+        }
+    }
+}
+
+impl Case<'_> {
+    fn grant(&self, verdict: &mut Verdict) -> Result<(Session, RoleArn), Role> {
+        let (spec, rules) = (self.spec, &self.settings.allow);
+        if spec.waits_for_environment {
+            verdict.open = true;
+            return Err(Role::Pending(
+                "its variables may name a role, and are not known yet".to_owned(),
+            ));
+        }
+        let typed = match (&spec.role, &spec.profile, &self.settings.default_role) {
+            (Some(typed), ..) => Some(typed.clone()),
+            (None, None, Some(template)) => self.fill(template).inspect_err(|_| verdict.open = true)?,
+            _ => None,
+        };
+        let who = self.applicant();
+        if let Some(profile) = &spec.profile {
+            policy::may_name(rules, &who, profile)?;
+            verdict.profile = Some(profile.clone());
+        }
+        let profile = spec.profile.as_deref();
+        let base = self.around.base(profile);
+        let Some(typed) = typed else {
+            return match profile {
+                Some(profile) => self.profile_as_it_is(profile, base, verdict),
+                None if spec.inputs == Inputs::default() => Err(Role::None),
+                None => Err(Role::Refused(format!(
+                    "labels {prefix}.role.… without {prefix}.role: there is no role that they are for",
+                    prefix = self.settings.label_prefix
+                ))),
+            };
+        };
+        let role = self.role(&typed, base)?;
+        let chain: Result<Vec<_>, _> = spec.inputs.chain.iter().map(|typed| self.role(typed, base)).collect();
+        let chain = chain?;
+
+        let mut inputs = spec.inputs.clone();
+        if let Some(template) = &inputs.session_name {
+            let name = self.fill(template)?.ok_or_else(|| {
+                Role::Refused(format!(
+                    "label {}.role.session-name={template:?}: a part of it is not set for this container",
+                    self.settings.label_prefix
+                ))
+            })?;
+            inputs.session_name = Some(clean_session_name(&name));
+        }
+        let session_name = match &inputs.session_name {
+            Some(name) => name.clone(),
+            None => {
+                let name = self.fill(&self.settings.session_name)?;
+                clean_session_name(&name.unwrap_or_else(|| self.container.name.clone()))
+            }
+        };
+        let wish = Wish {
+            role: Some(&role),
+            profile,
+            chain: &chain,
+            inputs: &inputs,
+        };
+        let rule = policy::decide(rules, &who, &wish)?;
+        verdict.rule = rule.map(ToString::to_string);
+
+        // Whoever asks with a role's session is bound to an hour, be it one of the chain or the base's own.
+        let chained = !chain.is_empty() || base.role_name().is_some();
+        if let Some(asked) = inputs.duration.filter(|asked| chained && *asked > CHAINED) {
+            return Err(Role::Refused(format!(
+                "label {}.role.duration asks for {}m, and STS gives at most 60m to whoever asks with a role's session, \
+                 as the base credentials are",
+                self.settings.label_prefix,
+                asked.as_secs() / 60
+            )));
+        }
+        let mut duration = self.duration(rule);
+        if chained {
+            duration = duration.min(CHAINED);
+        }
+        let mut session = RoleSession::new(role.clone(), session_name, duration, self.region);
+        session.profile = spec.profile.clone();
+        session.chain = chain;
+        session.external_id = inputs.external_id;
+        session.source_identity = inputs.source_identity;
+        session.tags = inputs.tags;
+        session.transitive_tag_keys = inputs.transitive_tag_keys;
+        // Never both: session policies of one call are joined, and the rule has refused a label's where it has its own.
+        match rule {
+            Some(rule) if rule.has_ceiling() => {
+                session.policy = rule.session_policy.clone();
+                session.policy_arns = rule.session_policy_arns.clone();
+            }
+            _ => {
+                session.policy = inputs.policy;
+                session.policy_arns = inputs.policy_arns;
+            }
+        }
+        Ok((Session::Role(session), role))
+    }
+
+    fn profile_as_it_is(&self, profile: &str, base: &Base, verdict: &mut Verdict) -> Result<(Session, RoleArn), Role> {
+        let wish = Wish {
+            role: None,
+            profile: Some(profile),
+            chain: &[],
+            inputs: &self.spec.inputs,
+        };
+        let rule = policy::decide(&self.settings.allow, &self.applicant(), &wish)?;
+        verdict.rule = rule.map(ToString::to_string);
+        let account = self.account(base).ok_or_else(|| {
+            let why = base.problem.as_deref().unwrap_or("STS has not said yet whose it is");
+            Role::Pending(format!("profile {profile}: {why}"))
+        })?;
+        // The role that it is a session of; a user has none, and the profile's name stands for it.
+        let name = base
+            .role_name()
+            .map_or_else(|| clean_session_name(profile), str::to_owned);
+        let session = ProfileSession {
+            profile: Some(profile.to_owned()),
+            duration: self.duration(rule),
+            region: self.region.to_owned(),
+        };
+        Ok((Session::Profile(session), RoleArn::of(self.partition, account, &name)))
+    }
+
+    /// As long as the label or the configuration says, and never longer than the rule.
+    fn duration(&self, rule: Option<&policy::Rule>) -> std::time::Duration {
+        let asked = self.spec.inputs.duration.unwrap_or(self.settings.duration);
+        rule.and_then(|rule| rule.max_duration)
+            .map_or(asked, |most| asked.min(most))
+    }
+
+    /// The account in which roles by name are.
+    fn account<'a>(&'a self, base: &'a Base) -> Option<&'a str> {
+        let configured = self
+            .settings
+            .account_id
+            .as_deref()
+            .filter(|_| self.spec.profile.is_none());
+        let offline = (self.settings.source == CredentialSource::Offline).then_some(offline::ACCOUNT);
+        configured.or(base.account.as_deref()).or(offline)
+    }
+
+    fn role(&self, typed: &str, base: &Base) -> Result<RoleArn, Role> {
+        let named =
+            read_role(typed, self.settings, self.partition).map_err(|error| Role::Refused(error.to_string()))?;
+        let account = match &named {
+            NamedRole::Arn(_) => None,
+            NamedRole::InBaseAccount(_) => self.account(base),
+        };
+        named.arn(self.partition, account).ok_or_else(|| {
+            let why = match (&base.problem, &self.spec.profile) {
+                (Some(problem), _) => format!(": {problem}"),
+                (None, Some(profile)) => format!(" (profile {profile})"),
+                (None, None) => "; account_id in the configuration says it, too".to_owned(),
+            };
+            Role::Pending(format!(
+                "role {typed} is in the account of the base credentials, which STS has not said yet{why}"
+            ))
+        })
+    }
+
+    /// Fills a template; `None` when a part is not set for this container.
+    fn fill(&self, template: &str) -> Result<Option<String>, Role> {
+        let container = self.container;
+        if template.contains("{env:") && container.environment.is_none() {
+            return Err(Role::Pending("its variables are not known yet".to_owned()));
+        }
+        Ok(fill(template, |name| match (name, name.split_once(':')) {
+            ("container", _) => Some(container.name.clone()),
+            ("project", _) => container.project().map(str::to_owned),
+            ("service", _) => container.service().map(str::to_owned),
+            ("id", _) => Some(container.id.short().to_owned()),
+            ("host", _) => Some(self.around.host.clone()),
+            (_, Some(("label", key))) => container.labels.get(key).cloned(),
+            (_, Some(("env", key))) => container.environment.as_ref()?.get(key).map(str::to_owned),
+            _ => None,
+        }))
+    }
+
+    fn applicant(&self) -> Applicant<'_> {
+        let container = self.container;
+        Applicant {
+            container: &container.name,
+            image: &container.image,
+            image_id: &container.image_id,
+            project: container.project(),
+            service: container.service(),
+            networks: match container.network_mode {
+                NetworkMode::Host => Some(vec!["host"]),
+                // What its namespace is on is not its own.
+                NetworkMode::Container(_) => Some(Vec::new()),
+                NetworkMode::Own if self.attachments.0.is_empty() => None,
+                NetworkMode::Own => Some(self.attachments.0.values().map(|it| it.network.as_str()).collect()),
+            },
+            labels: &container.labels,
+        }
+    }
+}

@@ -1,0 +1,959 @@
+//! Containers as tables: labels, variables and rules in, a role or the reason why not out.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::config::CredentialSource;
+use crate::containers::{ContainerId, Endpoint, Environment, NetworkId, NetworkMode};
+use crate::metadata::Node;
+use std::time::Duration;
+
+fn container(labels: &[(&str, &str)]) -> Definition {
+    Definition {
+        id: ContainerId::parse(&"0123456789abcdef".repeat(4)).unwrap(),
+        name: "web".into(),
+        labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+        image_labels: Vec::new(),
+        environment: Some(Environment::default()),
+        image: "box".into(),
+        image_id: format!("sha256:{}", "fedcba9876543210".repeat(4)),
+        network_mode: NetworkMode::Own,
+        hostname: "web-1".into(),
+    }
+}
+
+fn attachments() -> Attachments {
+    let endpoint = |network: &str, last: u8, internal| Endpoint {
+        network: network.into(),
+        mac: format!("02:42:00:00:00:0{last}"),
+        ipv4: Some(([10, 0, 0, last].into(), 24)),
+        ipv6: None,
+        internal,
+    };
+    Attachments(
+        [("n1", "a", 1, true), ("n2", "b", 2, false), ("n3", "c", 3, false)]
+            .map(|(id, name, last, internal)| (NetworkId::from(id), endpoint(name, last, internal)))
+            .into(),
+    )
+}
+
+fn around() -> Surroundings {
+    let base = Base {
+        account: Some("111122223333".into()),
+        ..Base::default()
+    };
+    Surroundings {
+        base,
+        host: "h1".into(),
+        ..Surroundings::default()
+    }
+}
+
+/// What comes of labels under the configuration `toml`, as a line: the session with all that is not usual, or why not.
+fn outcome(toml: &str, labels: &[(&str, &str)]) -> String {
+    said(&instance(labels, &configured(toml)))
+}
+
+fn configured(toml: &str) -> Settings {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("c.toml");
+    std::fs::write(&file, toml).unwrap();
+    let sources = crate::config::Sources {
+        file: Some(file),
+        ..crate::config::Sources::default()
+    };
+    crate::config::load(&sources).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn said(instance: &Instance) -> String {
+    let session = match &instance.role {
+        Role::None => return "none".to_owned(),
+        Role::Pending(why) => return format!("pending: {why}"),
+        Role::Refused(why) => return format!("refused: {why}"),
+        Role::Session(session) => session,
+    };
+    let mut text = session.to_string();
+    let minutes = session.duration().as_secs() / 60;
+    let mut add = |what: &str, value: String| {
+        if !value.is_empty() {
+            text.push_str(&format!(" {what}={value}"));
+        }
+    };
+    add(
+        "minutes",
+        if minutes == 60 {
+            String::new()
+        } else {
+            minutes.to_string()
+        },
+    );
+    if let Session::Role(session) = &**session {
+        let list = |items: Vec<String>| items.join(",");
+        add(
+            "external",
+            session
+                .external_id
+                .as_ref()
+                .map_or(String::new(), |it| it.reveal().to_owned()),
+        );
+        add("source", session.source_identity.clone().unwrap_or_default());
+        add("policy", session.policy.clone().unwrap_or_default());
+        add("arns", list(session.policy_arns.iter().cloned().collect()));
+        add(
+            "tags",
+            list(
+                session
+                    .tags
+                    .iter()
+                    .map(|(key, value)| format!("{key}:{value}"))
+                    .collect(),
+            ),
+        );
+        add(
+            "transitive",
+            list(session.transitive_tag_keys.iter().cloned().collect()),
+        );
+    }
+    add("by", instance.rule.clone().unwrap_or_default());
+    text
+}
+
+fn instance(labels: &[(&str, &str)], settings: &Settings) -> Instance {
+    resolve(
+        &container(labels),
+        &attachments(),
+        SystemTime::UNIX_EPOCH,
+        settings,
+        &around(),
+    )
+}
+
+fn value(instance: &Instance, path: &str) -> String {
+    match instance.view.get(path) {
+        Some(Node::Text(text)) => String::from_utf8(text.to_vec()).unwrap(),
+        other => panic!("{path}: {other:?}"),
+    }
+}
+
+#[test]
+fn values_follow_from_the_container() {
+    let instance = instance(&[("imds.role", "app")], &Settings::default());
+    for (path, expected) in [
+        ("instance-id", "i-0123456789abcdef0"),
+        ("ami-id", "ami-fedcba9876543210f"),
+        ("instance-type", "t3.micro"),
+        ("hostname", "web-1"),
+        ("local-ipv4", "10.0.0.2"),
+        ("mac", "02:42:00:00:00:02"),
+        ("placement/region", "us-east-1"),
+        ("placement/availability-zone", "us-east-1a"),
+        ("services/domain", "amazonaws.com"),
+    ] {
+        assert_eq!(value(&instance, &format!("meta-data/{path}")), expected);
+    }
+    let session = instance.role.session().unwrap();
+    assert_eq!(session.to_string(), "arn:aws:iam::111122223333:role/app as web@h1");
+}
+
+#[test]
+fn who_finds_a_service() {
+    let with = |http_endpoint, labels_may_lower| Settings {
+        http_endpoint,
+        labels_may_lower,
+        ..Settings::default()
+    };
+    let on: &[(&str, &str)] = &[("imds.http-endpoint", "enabled")];
+    let off: &[(&str, &str)] = &[("imds.http-endpoint", "disabled")];
+    let other: &[(&str, &str)] = &[("imds.region", "eu-west-1")];
+    for (settings, labels, endpoint) in [
+        (with(HttpEndpoint::Labelled, false), &[][..], false),
+        (with(HttpEndpoint::Labelled, false), other, true),
+        (with(HttpEndpoint::Labelled, false), off, false),
+        (with(HttpEndpoint::Enabled, false), &[], true),
+        (with(HttpEndpoint::Enabled, false), off, false),
+        (with(HttpEndpoint::Disabled, false), other, false),
+        (with(HttpEndpoint::Disabled, false), on, false),
+        (with(HttpEndpoint::Disabled, true), on, true),
+    ] {
+        assert_eq!(
+            instance(labels, &settings).endpoint,
+            endpoint,
+            "{:?} {labels:?}",
+            settings.http_endpoint
+        );
+    }
+    let settings = Settings {
+        default_role: Some("app".into()),
+        ..Settings::default()
+    };
+    assert!(instance(&[], &settings).endpoint);
+}
+
+#[test]
+fn labels_make_options_stricter_only() {
+    let required = Settings {
+        http_tokens: HttpTokens::Required,
+        ..Settings::default()
+    };
+    let lax: &[(&str, &str)] = &[("imds.http-tokens", "optional"), ("imds.role", "app")];
+    let strict: &[(&str, &str)] = &[("imds.http-tokens", "required"), ("imds.role", "app")];
+    assert!(instance(strict, &Settings::default()).tokens_required);
+    assert!(!instance(lax, &Settings::default()).tokens_required);
+    let refused = instance(lax, &required);
+    assert!(refused.tokens_required && matches!(refused.role, Role::Refused(_)));
+    assert!(
+        !instance(
+            lax,
+            &Settings {
+                labels_may_lower: true,
+                ..required
+            }
+        )
+        .tokens_required
+    );
+}
+
+#[test]
+fn a_bad_label_costs_the_role_and_says_why() {
+    for (labels, why) in [
+        (&[("imds.role", "arn:aws:iam::12:role/x")][..], "is not a role ARN"),
+        (&[("imds.role", "app"), ("imds.rol", "x")], "did you mean imds.role?"),
+        (&[("imds.role", "app@nowhere")], "is not an account"),
+        (
+            &[
+                ("imds.role", "app"),
+                ("imds.region", "eu-west-1"),
+                ("imds.availability-zone", "eu-west-2a"),
+            ],
+            "availability zone eu-west-2a is not in region eu-west-1",
+        ),
+    ] {
+        let instance = instance(labels, &Settings::default());
+        assert!(matches!(instance.role, Role::Refused(_)), "{labels:?}");
+        assert_eq!(instance.problems.len(), 1);
+        assert!(instance.problems[0].contains(why), "{:?}", instance.problems);
+        assert_eq!(instance.view.get(catalogue::ROLE_LIST), None);
+        assert!(instance.endpoint && instance.tokens_required);
+    }
+}
+
+#[test]
+fn a_role_by_name_waits_for_the_account() {
+    let unknown = Surroundings {
+        base: Base::default(),
+        ..around()
+    };
+    let container = container(&[("imds.role", "app")]);
+    let pending = resolve(
+        &container,
+        &attachments(),
+        SystemTime::UNIX_EPOCH,
+        &Settings::default(),
+        &unknown,
+    );
+    assert!(matches!(pending.role, Role::Pending(_)));
+    let offline = Settings {
+        source: CredentialSource::Offline,
+        ..Settings::default()
+    };
+    let fake = resolve(&container, &attachments(), SystemTime::UNIX_EPOCH, &offline, &unknown);
+    assert_eq!(fake.role.session().unwrap().role().unwrap().account(), "000000000000");
+}
+
+#[test]
+fn a_default_role_is_filled_in_or_there_is_none() {
+    let settings = Settings {
+        default_role: Some("{project}-{service}".into()),
+        ..Settings::default()
+    };
+    let compose: &[(&str, &str)] = &[
+        ("com.docker.compose.project", "shop"),
+        ("com.docker.compose.service", "web"),
+    ];
+    assert_eq!(
+        instance(compose, &settings)
+            .role
+            .session()
+            .unwrap()
+            .role()
+            .unwrap()
+            .name(),
+        "shop-web"
+    );
+    assert_eq!(instance(&compose[..1], &settings).role, Role::None);
+}
+
+const ARN: &str = "arn:aws:iam::111122223333:role";
+/// Ends in the shape of a policy, and is one.
+const POLICY: &str = r#"{"Statement":[]}"#;
+const READ_ONLY: &str = "arn:aws:iam::aws:policy/ReadOnlyAccess";
+
+#[test]
+fn every_input_goes_to_sts() {
+    let all: &[(&str, &str)] = &[
+        ("imds.role", "app"),
+        ("imds.role.session-name", "{project}/{label:team} of {id}"),
+        ("imds.role.external-id", "ex:1"),
+        ("imds.role.duration", "45m"),
+        ("imds.role.source-identity", "me@example.com"),
+        ("imds.role.policy", POLICY),
+        (
+            "imds.role.policy-arns",
+            "arn:aws:iam::aws:policy/ReadOnlyAccess, arn:aws:iam::111122223333:policy/x",
+        ),
+        ("imds.role.session-tag.team", "a b"),
+        ("imds.role.session-tag.stage", ""),
+        ("imds.role.transitive-tag-keys", "team"),
+        ("imds.role.chain", "hop, arn:aws:iam::444455556666:role/x/y"),
+        ("com.docker.compose.project", "shop"),
+        ("team", "web"),
+    ];
+    assert_eq!(
+        outcome("", all),
+        format!(
+            "{ARN}/app as shop-web-of-0123456789ab, through {ARN}/hop and arn:aws:iam::444455556666:role/x/y minutes=45 \
+             external=ex:1 source=me@example.com policy={POLICY} arns=arn:aws:iam::111122223333:policy/x,{READ_ONLY} \
+             tags=stage:,team:a b transitive=team"
+        )
+    );
+    assert_eq!(outcome("", &[("imds.role", "app")]), format!("{ARN}/app as web@h1"));
+    assert!(!format!("{:?}", instance(all, &Settings::default())).contains("ex:1"));
+}
+
+#[test]
+fn the_length_of_a_session() {
+    let two: (&str, &str) = ("imds.role.duration", "2h");
+    let app: (&str, &str) = ("imds.role", "app");
+    let chain: (&str, &str) = ("imds.role.chain", "hop");
+    let long = "[credentials]\nduration = \"3h\"";
+    for (toml, labels, minutes) in [
+        (long, &[app][..], 180),
+        (long, &[app, two], 120),
+        // What the operator wishes for all is cut to what STS gives; what a label asks for is an error of the label.
+        (long, &[app, chain], 60),
+    ] {
+        let instance = instance(labels, &configured(toml));
+        assert_eq!(
+            instance.role.session().unwrap().duration(),
+            Duration::from_secs(minutes * 60)
+        );
+    }
+    assert_eq!(
+        outcome("", &[app, two, chain]),
+        "refused: label imds.role.duration: expected at most 1h where roles are gone through (role.chain), which is STS's \
+         own limit, not 120m"
+    );
+    // A base that is itself a role's session is bound to the same hour.
+    let mut of_a_role = around();
+    of_a_role.base.arn = Some("arn:aws:sts::111122223333:assumed-role/dev/me".into());
+    let resolved = |labels: &[(&str, &str)], toml| {
+        let container = container(labels);
+        resolve(
+            &container,
+            &attachments(),
+            SystemTime::UNIX_EPOCH,
+            &configured(toml),
+            &of_a_role,
+        )
+    };
+    assert_eq!(
+        resolved(&[app], long).role.session().unwrap().duration(),
+        Duration::from_secs(3600)
+    );
+    let why = said(&resolved(&[app, two], ""));
+    assert!(
+        why.contains("label imds.role.duration asks for 120m, and STS gives at most 60m"),
+        "{why}"
+    );
+}
+
+#[test]
+fn a_profile_is_a_base_or_served_as_it_is() {
+    let mut around = around();
+    let resolved = |labels: &[(&str, &str)], around: &Surroundings| {
+        let settings = configured("account_id = \"999900001111\"\n[credentials]\ndefault_role = \"other\"");
+        resolve(
+            &container(labels),
+            &attachments(),
+            SystemTime::UNIX_EPOCH,
+            &settings,
+            around,
+        )
+    };
+    let (dev, app) = (("imds.profile", "dev"), ("imds.role", "app"));
+    // Until STS has said whose it is, there is no role by name, and the profile is the one to be read.
+    let pending = resolved(&[dev, app], &around);
+    assert!(
+        said(&pending).contains("pending: role app is in the account of the base credentials"),
+        "{pending:?}"
+    );
+    assert_eq!(pending.profile.as_deref(), Some("dev"));
+    let by_arn = resolved(&[dev, ("imds.role", "arn:aws:iam::111122223333:role/x")], &around);
+    assert_eq!(said(&by_arn), format!("{ARN}/x as web@h1, by profile dev"));
+    around.profiles.insert(
+        "dev".into(),
+        Base {
+            account: Some("444455556666".into()),
+            arn: Some("arn:aws:sts::444455556666:assumed-role/Admin/me".into()),
+            ..Base::default()
+        },
+    );
+    let known = resolved(&[dev, app], &around);
+    assert_eq!(
+        said(&known),
+        "arn:aws:iam::444455556666:role/app as web@h1, by profile dev"
+    );
+    // As it is: named after the role that it is a session of, or after itself.
+    let served = resolved(&[dev], &around);
+    assert_eq!(said(&served), "credentials of its own, by profile dev");
+    assert_eq!(value(&served, "meta-data/services/partition"), "aws");
+    assert!(served.view.get("meta-data/iam/security-credentials/Admin").is_some());
+    around.profiles.get_mut("dev").unwrap().arn = Some("arn:aws:iam::444455556666:user/me".into());
+    assert!(
+        resolved(&[dev], &around)
+            .view
+            .get("meta-data/iam/security-credentials/dev")
+            .is_some()
+    );
+    around.profiles.get_mut("dev").unwrap().account = None;
+    around.profiles.get_mut("dev").unwrap().problem = Some("run aws sso login".into());
+    assert_eq!(
+        said(&resolved(&[dev], &around)),
+        "pending: profile dev: run aws sso login"
+    );
+}
+
+#[test]
+fn variables_fill_templates_once_they_are_known() {
+    let settings =
+        configured("[credentials]\nsession_name = \"{env:USER}-{container}\"\ndefault_role = \"{env:ROLE}\"");
+    let mut container = container(&[]);
+    container.environment = None;
+    let resolved = |container: &Definition| {
+        said(&resolve(
+            container,
+            &attachments(),
+            SystemTime::UNIX_EPOCH,
+            &settings,
+            &around(),
+        ))
+    };
+    assert_eq!(resolved(&container), "pending: its variables are not known yet");
+    container.environment = Some(Environment::of(["ROLE=app", "USER=me"]));
+    assert_eq!(resolved(&container), format!("{ARN}/app as me-web"));
+    container.environment = Some(Environment::of(["ROLE=app"]));
+    assert_eq!(resolved(&container), format!("{ARN}/app as web"));
+    container.environment = Some(Environment::of(["USER=me"]));
+    assert_eq!(resolved(&container), "none");
+}
+
+/// Two rules: one with a ceiling and everything that labels may set, one that gives roles alone.
+const RULES: &str = r#"
+[roles]
+outside = "arn:aws:iam::777788889999:role/outside"
+[accounts]
+prod = "444455556666"
+[[allow]]
+role = ["arn:aws:iam::111122223333:role/dev-*", "arn:aws:iam::111122223333:role/hop"]
+project = "shop"
+profile = "dev"
+session_name = "web-*"
+external_id = "ex:*"
+session_tags = ["team=web*", "stage"]
+session_policy_arns = ["arn:aws:iam::aws:policy/ReadOnlyAccess"]
+max_duration = "30m"
+[[allow]]
+role = "arn:aws:iam::111122223333:role/**"
+project = "s*"
+"#;
+
+#[test]
+fn only_what_a_rule_allows() {
+    const SHOP: (&str, &str) = ("com.docker.compose.project", "shop");
+    const SPORT: (&str, &str) = ("com.docker.compose.project", "sport");
+    const DEV: (&str, &str) = ("imds.role", "dev-x");
+    const OPS: (&str, &str) = ("imds.role", "ops/x");
+    let first = "allow rule 1 (line 6)";
+    let second = "allow rule 2 (line 15)";
+    let no_rule = |role: &str| {
+        format!(
+            "refused: role {role} is not allowed to this container: {first}: it is for role {ARN}/dev-*, {ARN}/hop; \
+             {second}: it is for role {ARN}/**"
+        )
+    };
+    let ceiling = format!("arns={READ_ONLY} by={first}");
+    for (labels, expected) in [
+        (&[SHOP, DEV][..], format!("{ARN}/dev-x as web@h1 minutes=30 {ceiling}")),
+        (&[SHOP, OPS], format!("{ARN}/ops/x as web@h1 by={second}")),
+        (&[SPORT, DEV], format!("{ARN}/dev-x as web@h1 by={second}")),
+        // A `*` stays between two slashes.
+        (
+            &[SHOP, ("imds.role", "dev-x/admin")],
+            format!("{ARN}/dev-x/admin as web@h1 by={second}"),
+        ),
+        (
+            &[DEV],
+            format!(
+                "refused: role {ARN}/dev-x is not allowed to this container: {first}: the container's project is none; \
+                 {second}: the container's project is none"
+            ),
+        ),
+        // Whatever way a role is named, it is that role.
+        (
+            &[SHOP, ("imds.role", "outside")],
+            no_rule("arn:aws:iam::777788889999:role/outside"),
+        ),
+        (
+            &[SHOP, ("imds.role", "dev-x@prod")],
+            no_rule("arn:aws:iam::444455556666:role/dev-x"),
+        ),
+        (
+            &[SHOP, DEV, ("imds.role.chain", "hop,outside")],
+            no_rule("arn:aws:iam::777788889999:role/outside"),
+        ),
+        (
+            &[SHOP, DEV, ("imds.role.chain", "hop")],
+            format!("{ARN}/dev-x as web@h1, through {ARN}/hop minutes=30 {ceiling}"),
+        ),
+        // What the rule names, and no more.
+        (
+            &[SHOP, DEV, ("imds.role.session-name", "web-{container}")],
+            format!("{ARN}/dev-x as web-web minutes=30 {ceiling}"),
+        ),
+        (
+            &[SHOP, DEV, ("imds.role.session-name", "root")],
+            format!("refused: {first} lets labels set session-name to web-*, not to root"),
+        ),
+        (
+            &[SHOP, OPS, ("imds.role.session-name", "root")],
+            format!("refused: {second} does not let labels set session-name; session_name = \"*\" in it would"),
+        ),
+        (
+            &[SHOP, DEV, ("imds.role.external-id", "wrong")],
+            format!("refused: {first} lets labels set external-id, but not to this one"),
+        ),
+        (
+            &[SHOP, DEV, ("imds.role.source-identity", "me")],
+            format!("refused: {first} does not let labels set source-identity; source_identity = \"*\" in it would"),
+        ),
+        (
+            &[
+                SHOP,
+                DEV,
+                ("imds.role.session-tag.team", "web-2"),
+                ("imds.role.session-tag.stage", "x"),
+            ],
+            format!("{ARN}/dev-x as web@h1 minutes=30 arns={READ_ONLY} tags=stage:x,team:web-2 by={first}"),
+        ),
+        (
+            &[SHOP, DEV, ("imds.role.session-tag.team", "pay")],
+            format!("refused: {first} lets labels set session tags team=web*, stage, not team=pay"),
+        ),
+        (
+            &[SHOP, OPS, ("imds.role.session-tag.team", "web")],
+            format!("refused: {second} does not let labels set session tags; session_tags = [\"team\"] in it would"),
+        ),
+        // The ceiling.
+        (
+            &[SHOP, DEV, ("imds.role.duration", "45m")],
+            format!("refused: {first} has max_duration = 30m, and the label asks for 45m"),
+        ),
+        (
+            &[SHOP, DEV, ("imds.role.duration", "15m")],
+            format!("{ARN}/dev-x as web@h1 minutes=15 {ceiling}"),
+        ),
+        (
+            &[SHOP, DEV, ("imds.role.policy", POLICY)],
+            format!(
+                "refused: {first} has a ceiling (session_policy_arns), and STS joins the session policies of one call \
+                 instead of intersecting them: a label policy would lift it"
+            ),
+        ),
+        (
+            &[
+                SHOP,
+                DEV,
+                ("imds.role.policy-arns", "arn:aws:iam::aws:policy/AdministratorAccess"),
+            ],
+            format!(
+                "refused: {first} has a ceiling (session_policy_arns), and STS joins the session policies of one call \
+                 instead of intersecting them: a label policy-arns would lift it"
+            ),
+        ),
+        // Without a ceiling, a session policy can only narrow.
+        (
+            &[SHOP, OPS, ("imds.role.policy", POLICY)],
+            format!("{ARN}/ops/x as web@h1 policy={POLICY} by={second}"),
+        ),
+        // Profiles.
+        (
+            &[SHOP, DEV, ("imds.profile", "prod")],
+            format!(
+                "refused: profile prod is not allowed to this container: {first}: it is for profile dev; {second}: it names \
+                 no profile"
+            ),
+        ),
+        (
+            &[SHOP, ("imds.profile", "dev")],
+            format!(
+                "refused: profile dev as it is is not allowed to this container: {first}: it is for roles, not for a \
+                 profile as it is; {second}: it is for roles, not for a profile as it is"
+            ),
+        ),
+    ] {
+        assert_eq!(outcome(RULES, labels), expected, "{labels:?}");
+    }
+}
+
+#[test]
+fn a_default_role_is_subject_to_the_rules() {
+    let toml = format!("{}{RULES}", "[credentials]\ndefault_role = \"outside\"\n");
+    let why = outcome(&toml, &[("com.docker.compose.project", "shop")]);
+    assert!(
+        why.starts_with("refused: role arn:aws:iam::777788889999:role/outside is not allowed"),
+        "{why}"
+    );
+}
+
+#[test]
+fn a_profile_that_no_rule_names_is_not_even_read() {
+    let shop = [("com.docker.compose.project", "shop"), ("imds.role", "dev-x")];
+    let with = |profile| {
+        let labels: Vec<_> = shop.into_iter().chain([("imds.profile", profile)]).collect();
+        instance(&labels, &configured(RULES)).profile
+    };
+    assert_eq!(with("dev").as_deref(), Some("dev"));
+    assert_eq!(with("prod"), None);
+}
+
+#[test]
+fn what_a_rule_looks_at_and_nobody_knows_yet_is_waited_for() {
+    let toml = "[[allow]]\nrole = \"**\"\nnetwork = \"b\"\nsession_policy_arns = [\"arn:aws:iam::aws:policy/ReadOnlyAccess\"]\n\
+        [[allow]]\nrole = \"**\"\n";
+    let settings = configured(toml);
+    let mut container = container(&[("imds.role", "app")]);
+    let resolved = |container: &Definition, attachments: &Attachments| {
+        said(&resolve(
+            container,
+            attachments,
+            SystemTime::UNIX_EPOCH,
+            &settings,
+            &around(),
+        ))
+    };
+    let none = Attachments::default();
+    assert_eq!(
+        resolved(&container, &none),
+        "pending: allow rule 1 (line 1) looks at the container's networks, not known yet"
+    );
+    assert_eq!(
+        resolved(&container, &attachments()),
+        format!("{ARN}/app as web@h1 arns={READ_ONLY} by=allow rule 1 (line 1)")
+    );
+    // The host's network is known, and what another container is on is not this one's.
+    for mode in [NetworkMode::Host, NetworkMode::Container(container.id.clone())] {
+        container.network_mode = mode;
+        assert_eq!(
+            resolved(&container, &none),
+            format!("{ARN}/app as web@h1 by=allow rule 2 (line 5)")
+        );
+    }
+}
+
+#[test]
+fn containers_by_everything_that_a_rule_looks_at() {
+    let rule = |key: &str| format!("[[allow]]\nrole = \"**\"\n{key}\n");
+    let labels = [
+        ("imds.role", "app"),
+        ("team", "web"),
+        ("com.docker.compose.service", "api"),
+    ];
+    let id = format!("sha256:{}", "fedcba9876543210".repeat(4));
+    for (key, allowed) in [
+        ("container = \"w?b\"".to_owned(), true),
+        ("container = [\"x\", \"web\"]".to_owned(), true),
+        ("container = \"WEB\"".to_owned(), false),
+        ("image = \"box\"".to_owned(), true),
+        ("image = \"*/box\"".to_owned(), false),
+        (format!("image_id = \"{id}\""), true),
+        (format!("image_id = \"{}\"", id.replace('f', "e")), false),
+        ("service = \"a[a-z]i\"".to_owned(), true),
+        ("project = \"*\"".to_owned(), false),
+        ("label = \"team\"".to_owned(), true),
+        ("label = \"team=w*\"".to_owned(), true),
+        ("label = [\"team=w*\", \"stage\"]".to_owned(), false),
+        ("network = \"c\"".to_owned(), true),
+        ("network = \"d\"".to_owned(), false),
+    ] {
+        let session = instance(&labels, &configured(&rule(&key)));
+        assert_eq!(session.role.session().is_some(), allowed, "{key}: {}", said(&session));
+    }
+}
+
+#[test]
+fn settings_of_other_programs() {
+    let compat = |which: &str| format!("[accounts]\nprod = \"444455556666\"\n[compat]\n{which} = true\n");
+    let resolved = |toml: &str, labels: &[(&str, &str)], environment: &[&str]| {
+        let mut container = container(labels);
+        container.environment = Some(Environment::of(environment));
+        said(&resolve(
+            &container,
+            &attachments(),
+            SystemTime::UNIX_EPOCH,
+            &configured(toml),
+            &around(),
+        ))
+    };
+    let iam_docker = "com.swipely.iam-docker.iam-profile";
+    let arn = "arn:aws:iam::777788889999:role/old/x";
+    let served = format!("{arn} as web@h1");
+    for (which, labels, environment, expected) in [
+        ("iam_docker", &[(iam_docker, arn)][..], &[][..], served.clone()),
+        ("env", &[(iam_docker, arn)], &[], "none".to_owned()),
+        (
+            "iam_docker",
+            &[(iam_docker, "x")],
+            &[],
+            format!("refused: label {iam_docker}=\"x\": expected a role ARN"),
+        ),
+        ("env", &[], &["IAM_ROLE=x"], format!("{ARN}/x as web@h1")),
+        ("env", &[], &["IAM_ROLE=path/x"], format!("{ARN}/path/x as web@h1")),
+        (
+            "env",
+            &[],
+            &["IAM_ROLE=x@444455556666"],
+            "arn:aws:iam::444455556666:role/x as web@h1".to_owned(),
+        ),
+        (
+            "env",
+            &[],
+            &["IAM_ROLE=x@prod"],
+            "arn:aws:iam::444455556666:role/x as web@h1".to_owned(),
+        ),
+        ("env", &[], &[&format!("IAM_ROLE={arn}")], served.clone()),
+        ("env", &[], &["IAM_ROLE="], "none".to_owned()),
+        (
+            "env",
+            &[],
+            &["IAM_ROLE=x", "IAM_EXTERNAL_ID=ex", &format!("IAM_POLICY={POLICY}")],
+            format!("{ARN}/x as web@h1 external=ex policy={POLICY}"),
+        ),
+        ("env", &[], &["IAM_EXTERNAL_ID=ex"], "none".to_owned()),
+        (
+            "env",
+            &[],
+            &["IAM_ROLE=x", "IAM_EXTERNAL_ID=se cret"],
+            "refused: label IAM_EXTERNAL_ID=\"…\": expected 2 to 1224 characters: letters, digits and _+=,.@:/-"
+                .to_owned(),
+        ),
+        // Ours win, and theirs then give nothing at all.
+        (
+            "env",
+            &[("imds.role", "app")],
+            &["IAM_ROLE=x", "IAM_EXTERNAL_ID=ex"],
+            format!("{ARN}/app as web@h1"),
+        ),
+        (
+            "env",
+            &[("imds.role.duration", "15m")],
+            &["IAM_ROLE=x"],
+            format!("{ARN}/x as web@h1 minutes=15"),
+        ),
+        ("iam_docker", &[], &["IAM_ROLE=x"], "none".to_owned()),
+        (
+            "imds_server",
+            &[
+                ("imds.aws.role", arn),
+                ("imds.aws.external-id", "ex"),
+                ("imds.aws.session-duration", "900"),
+            ],
+            &[],
+            format!("{served} minutes=15 external=ex"),
+        ),
+        (
+            "imds_server",
+            &[("imds.aws.session-duration", "15m")],
+            &[],
+            "refused: label imds.aws.session-duration=\"15m\": expected seconds, from 900 to 43200".to_owned(),
+        ),
+        (
+            "imds_server",
+            &[("imds.aws.profile", "dev")],
+            &[],
+            "pending: profile dev: STS has not said yet whose it is".to_owned(),
+        ),
+        (
+            "imds_server",
+            &[("imds.aws.secret-access-key", "geheim")],
+            &[],
+            "refused: label imds.aws.secret-access-key=\"…\": expected no keys in labels: everybody who may look at \
+             containers reads them; put them into a profile"
+                .to_owned(),
+        ),
+        (
+            "env",
+            &[("imds.aws.role", arn)],
+            &[],
+            "refused: unknown label imds.aws.role".to_owned(),
+        ),
+    ] {
+        assert_eq!(
+            resolved(&compat(which), labels, environment),
+            expected,
+            "{which} {labels:?} {environment:?}"
+        );
+    }
+    let mut unknown = container(&[]);
+    unknown.environment = None;
+    let settings = configured(&compat("env"));
+    let pending = resolve(&unknown, &attachments(), SystemTime::UNIX_EPOCH, &settings, &around());
+    assert_eq!(
+        said(&pending),
+        "pending: its variables may name a role, and are not known yet"
+    );
+    // What the rules say holds for all of it.
+    let ruled = format!(
+        "{}[[allow]]\nrole = \"arn:aws:iam::111122223333:role/y\"\n",
+        compat("env")
+    );
+    let why = resolved(&ruled, &[], &["IAM_ROLE=x"]);
+    assert!(
+        why.contains("role arn:aws:iam::111122223333:role/x is not allowed to this container: allow rule 1"),
+        "{why}"
+    );
+}
+
+/// Per label, values that a careless key would take for one another: parts that join to the same text, lists in which a
+/// comma could be a separator or not, the same text under another label.
+const NEAR: &[(&str, [&str; 3])] = &[
+    ("imds.role", ["a", "ab", "a/b"]),
+    ("imds.profile", ["", "a", "ab"]),
+    ("imds.region", ["", "eu-west-1", "eu-west-2"]),
+    ("imds.role.session-name", ["", "ab", "a-b"]),
+    ("imds.role.external-id", ["", "ab", "a,b"]),
+    ("imds.role.source-identity", ["", "ab", "a,b"]),
+    ("imds.role.duration", ["", "15m", "16m"]),
+    ("imds.role.policy", ["", POLICY, r#"{"Statement":[] }"#]),
+    (
+        "imds.role.policy-arns",
+        [
+            "",
+            "arn:aws:iam::aws:policy/a",
+            "arn:aws:iam::aws:policy/a,arn:aws:iam::aws:policy/b",
+        ],
+    ),
+    ("imds.role.session-tag.a", ["", "b", "bc"]),
+    ("imds.role.session-tag.ab", ["", "c", "b"]),
+    ("imds.role.chain", ["", "a", "a,b"]),
+];
+
+fn near(choice: &[usize]) -> Session {
+    let labels: Vec<_> = NEAR
+        .iter()
+        .zip(choice)
+        .map(|((label, values), index)| (*label, values[*index]))
+        .filter(|(_, value)| !value.is_empty())
+        .collect();
+    let mut around = around();
+    for profile in ["a", "ab"] {
+        around.profiles.insert(profile.into(), around.base.clone());
+    }
+    let instance = resolve(
+        &container(&labels),
+        &attachments(),
+        SystemTime::UNIX_EPOCH,
+        &Settings::default(),
+        &around,
+    );
+    let session = instance.role.session();
+    Session::clone(session.unwrap_or_else(|| panic!("{labels:?}: {}", said(&instance))))
+}
+
+fn choice() -> impl Strategy<Value = Vec<usize>> {
+    proptest::collection::vec(0..3_usize, NEAR.len())
+}
+
+proptest! {
+    #[test]
+    fn different_inputs_never_share_a_slot_and_the_same_always_do(one in choice(), other in choice(), at in 0..NEAR.len()) {
+        let slots = |choices: &[&[usize]]| {
+            let slots = dashmap::DashMap::new();
+            for choice in choices {
+                slots.insert(near(choice), ());
+            }
+            slots.len()
+        };
+        prop_assert_eq!(slots(&[&one, &one]), 1);
+        prop_assert_eq!(slots(&[&one, &other]), if one == other { 1 } else { 2 });
+        // In one input alone.
+        let mut neighbour = one.clone();
+        neighbour[at] = (neighbour[at] + 1) % 3;
+        prop_assert_eq!(slots(&[&one, &neighbour]), 2);
+    }
+}
+
+/// Labels of which any combination may stand on a container that the first of [`RULES`] covers.
+const ATTEMPTS: &[(&str, &[&str])] = &[
+    (
+        "imds.role",
+        &[
+            "dev-x",
+            "dev-x/y",
+            "hop",
+            "ops",
+            "outside",
+            "dev-x@prod",
+            "arn:aws:iam::111122223333:role/dev-x",
+        ],
+    ),
+    ("imds.profile", &["dev", "prod"]),
+    ("imds.role.chain", &["hop", "outside", "hop,dev-y", "dev-x@prod"]),
+    ("imds.role.policy", &[POLICY]),
+    (
+        "imds.role.policy-arns",
+        &["arn:aws:iam::aws:policy/AdministratorAccess", READ_ONLY],
+    ),
+    ("imds.role.duration", &["15m", "30m", "31m", "12h"]),
+    ("imds.role.session-name", &["web-1", "root"]),
+    ("imds.role.external-id", &["ex:1", "other"]),
+    ("imds.role.source-identity", &["root"]),
+    ("imds.role.session-tag.team", &["web", "ops"]),
+    ("imds.role.session-tag.admin", &["yes"]),
+    ("com.docker.compose.project", &["sport", "other"]),
+];
+
+proptest! {
+    #[test]
+    fn no_labels_lift_a_ceiling(choice in proptest::collection::vec(0..16_usize, ATTEMPTS.len())) {
+        let mut labels: BTreeMap<&str, &str> = [("com.docker.compose.project", "shop"), ("imds.role", "dev-x")].into();
+        for ((label, values), index) in ATTEMPTS.iter().zip(choice) {
+            labels.extend(values.get(index).map(|value| (*label, *value)));
+        }
+        let labels: Vec<_> = labels.into_iter().collect();
+        let settings = configured(RULES);
+        let instance = instance(&labels, &settings);
+        // What has no session gets nothing.
+        let Some(Session::Role(session)) = instance.role.session().map(|it| &**it) else { return Ok(()) };
+        let role = session.role.to_string();
+        let rule = instance.rule.as_deref().unwrap_or_default();
+        prop_assert!(session.chain.iter().all(|hop| hop.account() == "111122223333"), "{labels:?}");
+        prop_assert!(role.starts_with("arn:aws:iam::111122223333:role/"), "{labels:?}");
+        let shop = labels.contains(&("com.docker.compose.project", "shop"));
+        if shop && (session.role.name().starts_with("dev-") && !role.ends_with("/y") || session.role.name() == "hop") {
+            prop_assert_eq!(rule, "allow rule 1 (line 6)");
+            prop_assert_eq!(session.policy_arns.iter().map(String::as_str).collect::<Vec<_>>(), [READ_ONLY]);
+            prop_assert_eq!(&session.policy, &None);
+            prop_assert!(session.duration <= Duration::from_secs(1800));
+            prop_assert!(session.profile.as_deref().is_none_or(|profile| profile == "dev"));
+            prop_assert_eq!(session.tags.get("admin"), None);
+            prop_assert_ne!(session.tags.get("team").map(String::as_str), Some("ops"));
+        } else {
+            prop_assert_eq!(rule, "allow rule 2 (line 15)");
+            prop_assert!(session.tags.is_empty() && session.profile.is_none() && session.external_id.is_none());
+            prop_assert_eq!(&session.session_name, "web@h1");
+        }
+        prop_assert_eq!(&session.source_identity, &None);
+    }
+}
