@@ -176,10 +176,14 @@ pub async fn run(
         }
         CredentialSource::Offline => None,
     };
-    let around = Surroundings {
+    let mut around = Surroundings {
         host: host_name(),
         ..Surroundings::default()
     };
+    if let Some((sts, _)) = &sts {
+        // Before anybody is looked at: a session in another region is another session.
+        around.base.region = sts.region(None).await;
+    }
     let provider: Box<dyn CredentialProvider> = match &sts {
         Some((sts, _)) => Box::new(sts.clone()),
         None => Box::new(Offline::new(clock.clone())),

@@ -69,12 +69,17 @@ pub(super) async fn ask(sts: &Sts, name: Option<&str>) -> (Base, Option<Provider
     }
 }
 
-/// Adds what is known of a base; whether that is new.
-pub(super) fn note(around: &mut Surroundings, name: Option<&str>, base: Base) -> bool {
+/// Adds what is known of a base; whether that is new. Who it is, once known, is kept while it cannot be asked: what its
+/// containers have is as good as it was.
+pub(super) fn note(around: &mut Surroundings, name: Option<&str>, mut base: Base) -> bool {
     let known = match name {
         None => &mut around.base,
         Some(name) => around.profiles.entry(name.to_owned()).or_default(),
     };
+    if base.arn.is_none() {
+        (base.arn, base.account) = (known.arn.clone(), known.account.clone());
+    }
+    base.region = base.region.or_else(|| known.region.clone());
     if *known == base {
         return false;
     }
@@ -278,6 +283,31 @@ mod tests {
 
     fn arn(name: &str) -> RoleArn {
         RoleArn::parse(&format!("arn:aws:iam::111122223333:role/{name}")).unwrap()
+    }
+
+    #[test]
+    fn who_a_base_is_is_known_while_it_cannot_be_asked() {
+        let base = |account: Option<&str>, problem: Option<&str>| Base {
+            account: account.map(str::to_owned),
+            arn: account.map(|account| format!("arn:aws:iam::{account}:user/me")),
+            region: account.map(|_| "eu-west-1".to_owned()),
+            problem: problem.map(str::to_owned),
+        };
+        let mut around = Surroundings::default();
+        for name in [None, Some("p")] {
+            assert!(note(&mut around, name, base(None, Some("down"))));
+            assert!(note(&mut around, name, base(Some("1"), None)));
+            assert!(!note(&mut around, name, base(Some("1"), None)));
+            assert!(note(&mut around, name, base(None, Some("down"))));
+            let known = around.base(name);
+            assert_eq!(
+                (known.account.as_deref(), known.problem.as_deref()),
+                (Some("1"), Some("down"))
+            );
+            assert_eq!(known.region.as_deref(), Some("eu-west-1"));
+            assert!(note(&mut around, name, base(Some("2"), None)));
+            assert_eq!(*around.base(name), base(Some("2"), None));
+        }
     }
 
     #[test]

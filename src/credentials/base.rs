@@ -285,8 +285,11 @@ impl Bases {
 
     /// The region that the configuration of `profile` names.
     pub async fn region(&self, profile: Option<&str>) -> Option<String> {
-        let (sdk, _) = self.configuration(self.name(profile)).await.ok()?;
-        sdk.region().map(ToString::to_string)
+        match self.configuration(self.name(profile)).await {
+            Ok((sdk, _)) => sdk.region().map(ToString::to_string),
+            // The files say nothing now; a variable does, and wins over them in any case.
+            Err(_) => self.variable("AWS_REGION").map(str::to_owned),
+        }
     }
 
     fn name<'a>(&'a self, profile: Option<&'a str>) -> Option<&'a str> {

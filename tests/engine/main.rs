@@ -4,6 +4,8 @@
 #[cfg(target_os = "linux")]
 mod attacks;
 #[cfg(target_os = "linux")]
+mod bases;
+#[cfg(target_os = "linux")]
 mod cases;
 #[cfg(target_os = "linux")]
 mod churn;
@@ -37,6 +39,7 @@ fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
     trials.extend(identities::trials(rig));
     trials.extend(refusals::trials(rig));
     trials.extend(credentials::trials(rig));
+    trials.extend(bases::trials(rig));
     trials.extend(upheaval::trials(rig));
     trials.extend(cases::trials(rig));
     trials.extend(networks::trials(rig));

@@ -178,6 +178,12 @@ impl Daemon {
     /// Any verb of `imds-router` that talks to this daemon. What it prints is kept with the logs.
     #[track_caller]
     pub fn cli(&self, words: &[&str]) -> Done {
+        self.cli_with_input(words, "")
+    }
+
+    /// The same, with something to read.
+    #[track_caller]
+    pub fn cli_with_input(&self, words: &[&str], input: &str) -> Done {
         let mut command = self.engine.command("timeout");
         command
             .arg("30")
@@ -185,7 +191,7 @@ impl Daemon {
             .args(words)
             .env(ADMIN_SOCKET, self.admin_socket())
             .env("DOCKER_HOST", self.engine.docker_host());
-        let done = Done::of(command);
+        let done = Done::of_input(command, input.as_bytes());
         append(&self.process.log.with_extension("cli.log"), &done.to_string());
         done
     }
