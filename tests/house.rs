@@ -63,7 +63,6 @@ const MAP: &[(&str, &[&str])] = &[
             "credentials::naming",
             "credentials::offline",
             "credentials::policy",
-            "metadata",
             "metadata::catalogue",
         ],
     ),
@@ -87,7 +86,7 @@ const MAP: &[(&str, &[&str])] = &[
         ],
     ),
     ("telemetry", &[]),
-    ("verbs", &["admin", "app", "cli", "config", "host::*", "telemetry"]),
+    ("verbs", &["admin", "app", "app::doctor", "cli", "config", "host::*", "telemetry"]),
     ("wire", &[]),
     // A credentials document is written as all documents are.
     ("wire::imds", &["clock", "credentials", "metadata"]),
