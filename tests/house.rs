@@ -142,6 +142,11 @@ const WORDS: &[(&str, &[&str], &str)] = &[
         "tracing is for the log; an error is returned, and printed once",
     ),
     ("dbg!", &[], "tracing is for the log"),
+    (
+        "aws_config::defaults",
+        &["credentials/base.rs"],
+        "without a region that is given to it, it asks 169.254.169.254",
+    ),
 ];
 
 /// What may lie at the top of the repository, beside LICENSE* and what begins with a dot; `target` is cargo's, and ignored.

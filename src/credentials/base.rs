@@ -14,7 +14,7 @@ use aws_config::profile::ProfileSet;
 use aws_config::provider_config::ProviderConfig;
 use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
-use aws_config::{BehaviorVersion, SdkConfig};
+use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_credential_types::provider::ProvideCredentials as _;
 use aws_types::sdk_config::SharedHttpClient;
 use dashmap::DashMap;
@@ -288,8 +288,19 @@ impl Bases {
         match self.configuration(self.name(profile)).await {
             Ok((sdk, _)) => sdk.region().map(ToString::to_string),
             // The files say nothing now; a variable does, and wins over them in any case.
-            Err(_) => self.variable("AWS_REGION").map(str::to_owned),
+            Err(_) => self.region_of(&ProfileSet::default(), ""),
         }
+    }
+
+    /// What is configured, else the variables, else the profile.
+    fn region_of(&self, set: &ProfileSet, profile: &str) -> Option<String> {
+        let variable = || {
+            self.variable("AWS_REGION")
+                .or_else(|| self.variable("AWS_DEFAULT_REGION"))
+        };
+        let named = || set.get_profile(profile)?.get("region");
+        let configured = self.setup.region.as_deref();
+        configured.or_else(variable).or_else(named).map(str::to_owned)
     }
 
     fn name<'a>(&'a self, profile: Option<&'a str>) -> Option<&'a str> {
@@ -378,6 +389,8 @@ impl Bases {
         let mut loader = aws_config::defaults(BehaviorVersion::latest())
             .profile_files(files)
             .profile_name(selected)
+            // Said in any case, though it be none: the SDK would ask the instance metadata service, which is us.
+            .region(self.region_of(&set, selected).map(Region::new))
             .no_credentials()
             .retry_config(RetryConfig::standard().with_max_attempts(ATTEMPTS))
             .timeout_config(
@@ -387,9 +400,6 @@ impl Bases {
                     .operation_timeout(OPERATION_TIMEOUT)
                     .build(),
             );
-        if let Some(region) = &self.setup.region {
-            loader = loader.region(aws_config::Region::new(region.clone()));
-        }
         let http = lock(&self.http).clone();
         if let Some(http) = http {
             loader = loader.http_client(http);
