@@ -40,12 +40,15 @@ use crate::containers::index::{EngineState, Index};
 use crate::containers::watcher::{
     ContainerEngine as _, EngineError, Hold, Instances, Kernel, Ports, Watcher, own_environment,
 };
-use crate::containers::{Attachments, ContainerId, Definition, Level, NamespaceId, NetworkMode, Record};
+use crate::containers::{
+    Attachments, CgroupId, ContainerId, Definition, Level, LinkSeen, NamespaceId, NetworkMode, Record,
+};
 use crate::credentials::broker::{Broker, CredentialProvider, LINGER, LINGER_NEVER_STARTED, Lease, Limits};
 use crate::credentials::offline::Offline;
 use crate::credentials::sts::Sts;
 use crate::credentials::{Session, offline};
 use crate::host::apply::{Interception, clear};
+use crate::host::freeze::{Frozen, Held};
 use crate::host::{HostError, LINK, Plan};
 use crate::instance::{FALLBACK_REGION, Instance, Role, Surroundings, resolve};
 use crate::server::{self, RefusedConnection, Service};
@@ -239,7 +242,11 @@ pub async fn run(
         listening,
     });
 
-    // From here on the host is changed; what fails takes its own part down again.
+    // From here on the host is changed; what fails takes its own part down again. The first goes with its owner.
+    let frozen = match settings.freeze_links {
+        true => Some(freeze(&clock).await?),
+        false => None,
+    };
     let mut interception = vec![intercept(&Plan::host(listening), &clock).await?];
     let interfaces = Arc::new(Interfaces::new(LINK));
     let mut tasks = tokio::task::JoinSet::new();
@@ -261,9 +268,12 @@ pub async fn run(
     for part in interception.iter().flat_map(Interception::taken_over) {
         warn!(%part, "was there already: an earlier daemon did not end cleanly; taken over");
     }
-    tasks.spawn(Watcher::new(ports, index.clone(), misses, clock).run());
+    tasks.spawn(Watcher::new(ports, index.clone(), misses, clock.clone()).run());
     tasks.spawn(server::accept_on_host(listener, interfaces, host, level, service));
     tasks.spawn(admin::serve(admin, observer));
+    if let Some(frozen) = frozen {
+        tasks.spawn(keep_frozen(frozen, index.clone()));
+    }
     tasks.spawn(broker.watch_clocks());
     tasks.spawn(reload(reloads, resolver.clone()));
     if let Some((sts, bases)) = sts {
@@ -341,11 +351,13 @@ impl HostDoors {
         let (listener, listening) = listen(address)?;
         // What is up stays up without the handle on it: it goes with the namespace, or by `close`.
         let up = Interception::up(Plan::namespace(listening, self.nested)).map_err(io::Error::other)?;
-        let others = up.left_alone().iter();
-        opened
-            .left_alone
-            .extend(others.map(|part| format!("{part} was put there by another program; left alone")));
-        opened.listeners.push(listener);
+        let mut carriers = vec![server::LOOPBACK];
+        for (part, link) in up.left_alone() {
+            let told = format!("{part} was put there by another program; left alone");
+            opened.left_alone.push(told);
+            carriers.push(*link);
+        }
+        opened.listeners.push((listener, carriers));
         Ok(())
     }
 
@@ -357,22 +369,26 @@ impl HostDoors {
 }
 
 impl Doors for HostDoors {
-    fn open(&self) -> io::Result<Opened> {
-        let mut opened = Opened {
-            listeners: Vec::new(),
-            bridges: None,
-            left_alone: Vec::new(),
-        };
+    fn open(&self, open: &[SocketAddr]) -> io::Result<Opened> {
+        let mut opened = Opened::default();
         if self.nested {
             let bridges = Interfaces::new(LINK);
             // The first question opens its socket, which has to be in here.
             bridges.kind(server::LOOPBACK);
             opened.bridges = Some(bridges);
         }
-        for address in self.addresses() {
-            if let Err(error) = self.open_at(address, &mut opened) {
-                let _ = self.close();
-                return Err(error);
+        // The engine takes IPv6 addresses away while it sets a network up.
+        for listening in open {
+            drop(Interception::up(Plan::namespace(*listening, self.nested)).map_err(io::Error::other)?);
+        }
+        let is_open = |address: &IpAddr| open.iter().any(|it| it.ip() == *address);
+        for address in self.addresses().filter(|address| !is_open(address)) {
+            match self.open_at(address, &mut opened) {
+                Err(error) if address.is_ipv6() => {
+                    let why = with_causes(&error);
+                    opened.left_alone.push(format!("not served at {address}: {why}"));
+                }
+                done => done?,
             }
         }
         Ok(opened)
@@ -389,8 +405,10 @@ impl Doors for HostDoors {
     fn serve(&self, opened: Opened, namespace: NamespaceId) -> AbortHandle {
         let service = self.service.clone();
         let serving = async move {
-            let listeners = opened.listeners.into_iter().map(TcpListener::from_std);
-            match listeners.collect() {
+            let listeners = opened.listeners.into_iter();
+            let listeners =
+                listeners.map(|(listener, links)| Ok::<_, io::Error>((TcpListener::from_std(listener)?, links)));
+            match listeners.collect::<Result<_, _>>() {
                 Ok(listeners) => server::accept_inside(listeners, namespace, opened.bridges, service).await,
                 Err(error) => error!(%error, "a listener inside a container cannot be used"),
             }
@@ -411,6 +429,88 @@ async fn intercept(plan: &Plan, clock: &Clock) -> Result<Interception, HostError
             done => return done,
         }
     }
+}
+
+/// As [`intercept`], for what neighbours on bridges may say.
+async fn freeze(clock: &Clock) -> Result<Frozen, HostError> {
+    let patience = clock.now() + Duration::from_secs(1);
+    loop {
+        match Frozen::up() {
+            Err(_) if clock.now() < patience => tokio::time::sleep(Duration::from_millis(50)).await,
+            done => return done,
+        }
+    }
+}
+
+/// Has every served container's MACs and IPv4 addresses taken from its own links only, for as long as it runs.
+async fn keep_frozen(mut frozen: Frozen, index: Arc<Index>) {
+    /// A link comes a moment before or after the engine tells of its address.
+    const AGAIN: Duration = Duration::from_millis(20);
+    let mut changes = index.changes();
+    let mut known = BTreeMap::new();
+    loop {
+        changes.mark_unchanged();
+        let (held, complete) = held(&index, &mut known);
+        if let Err(error) = frozen.hold(held) {
+            warn!(error = with_causes(&error), "links are not frozen");
+        }
+        tokio::select! {
+            changed = changes.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(AGAIN), if !complete => {}
+        }
+    }
+}
+
+/// Links of a life, as they were when it had these networks.
+type KnownLinks = BTreeMap<CgroupId, (Attachments, Vec<LinkSeen>)>;
+
+/// Who holds what on the bridges of this host, and whether that is all of it.
+fn held(index: &Index, known: &mut KnownLinks) -> (Held, bool) {
+    let mut held = Held::default();
+    let mut complete = true;
+    let mut still = KnownLinks::new();
+    for record in index.all() {
+        let Some(life) = record.life.as_ref().filter(|life| life.alive()) else {
+            continue;
+        };
+        if !record.instance.endpoint || record.attachments.0.is_empty() {
+            continue;
+        }
+        let links = match known.remove(&life.cgroup) {
+            Some((attachments, links)) if attachments == record.attachments => links,
+            _ => life.witness.links().unwrap_or_default(),
+        };
+        let endpoints = record.attachments.0.values();
+        let macs: Vec<_> = endpoints
+            .clone()
+            .filter_map(|endpoint| parse_mac(&endpoint.mac))
+            .collect();
+        let own: Vec<_> = links.iter().filter(|link| macs.contains(&link.mac)).copied().collect();
+        complete &= own.len() == macs.len();
+        // A container may send from any of its addresses over any of its links.
+        for link in &own {
+            held.macs.insert((link.mac, link.peer));
+            let addresses = endpoints.clone().filter_map(|endpoint| endpoint.ipv4);
+            held.addresses
+                .extend(addresses.map(|(address, _)| (address, link.peer)));
+        }
+        if own.len() == macs.len() {
+            still.insert(life.cgroup, (record.attachments.clone(), links));
+        }
+    }
+    *known = still;
+    held.nobodys
+        .extend(index.gateways().into_iter().filter_map(|it| match it {
+            IpAddr::V4(address) => Some(address),
+            IpAddr::V6(_) => None,
+        }));
+    (held, complete)
+}
+
+/// Reads `02:42:ac:11:00:02`.
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let bytes: Option<Vec<u8>> = text.split(':').map(|part| u8::from_str_radix(part, 16).ok()).collect();
+    bytes?.try_into().ok()
 }
 
 /// Puts interception back whenever somebody removes it, until `shutdown`.

@@ -1290,6 +1290,18 @@ profile = "dev"
     }
 
     #[test]
+    fn the_rules_of_the_readme_are_read() {
+        let readme = include_str!("../README.md");
+        let block = readme
+            .split("```toml\n")
+            .nth(1)
+            .and_then(|rest| rest.split("```").next());
+        let settings = read(block.expect("README has rules")).unwrap();
+        assert_eq!(settings.allow.len(), 2);
+        assert!(settings.allow[1].has_ceiling());
+    }
+
+    #[test]
     fn bad_rules_say_where_what_and_what_was_expected() {
         const RULE: &str = "[[allow]]\nrole = \"**\"\n";
         const ROLES: &str = "expected a pattern of role ARNs such as \"arn:aws:iam::111122223333:role/dev-*\" \

@@ -198,20 +198,19 @@ pub async fn accept_on_host(
 #[cfg(target_os = "linux")]
 pub const LOOPBACK: u32 = 1;
 
-/// Accepts inside a container's network namespace until the task is dropped. `bridges`: its interfaces, where those who come
-/// in over a bridge of its own are heard as well.
+/// Accepts inside a container's network namespace until the task is dropped. `listeners`: each with the interfaces that who
+/// lives there comes in over; `bridges`: its interfaces, where those who come in over a bridge of its own are heard as well.
 #[cfg(target_os = "linux")]
 pub async fn accept_inside(
-    listeners: Vec<tokio::net::TcpListener>,
+    listeners: Vec<(tokio::net::TcpListener, Vec<u32>)>,
     namespace: NamespaceId,
     bridges: Option<Interfaces>,
     service: Arc<Service>,
 ) {
-    let via = |stream: &TcpStream, client| {
+    let via = |stream: &TcpStream, client, own: &[u32]| {
         let interface = ingress(stream).ok()?;
         let bridge = || bridges.as_ref().map(|bridges| bridges.kind(interface)) == Some(Interface::Bridge);
-        // Who lives here comes over the loopback.
-        if interface == LOOPBACK {
+        if own.contains(&interface) {
             Some(Via::Namespace(namespace))
         } else if bridge() {
             Some(Via::Nested(namespace, interface))
@@ -222,7 +221,9 @@ pub async fn accept_inside(
             None
         }
     };
-    let accepting = listeners.iter().map(|listener| accept(listener, &service, via));
+    let accepting = listeners
+        .iter()
+        .map(|(listener, own)| accept(listener, &service, |stream, client| via(stream, client, own)));
     futures_util::future::join_all(accepting).await;
 }
 
@@ -230,7 +231,7 @@ pub async fn accept_inside(
 async fn accept(
     listener: &tokio::net::TcpListener,
     service: &Arc<Service>,
-    via: impl Fn(&TcpStream, SocketAddr) -> Option<Via> + Copy,
+    via: impl Fn(&TcpStream, SocketAddr) -> Option<Via>,
 ) {
     loop {
         match listener.accept().await {

@@ -27,11 +27,12 @@ use crate::telemetry::with_causes;
 /// How the service comes to listen inside a network namespace, and leaves it. `open` and `close` are called on a thread
 /// that is inside.
 pub trait Doors: Send + Sync + 'static {
-    /// Puts addresses and rules up, and listens.
+    /// Puts addresses and rules up, and listens, at those addresses of the service that this namespace can have now. What is
+    /// `open` already stays so; what is missing of its addresses and rules is put back.
     ///
     /// # Errors
-    /// Why not; nothing is left then.
-    fn open(&self) -> io::Result<Opened>;
+    /// Why not; nothing new is left then.
+    fn open(&self, open: &[SocketAddr]) -> io::Result<Opened>;
 
     /// Takes addresses and rules down.
     ///
@@ -44,9 +45,11 @@ pub trait Doors: Send + Sync + 'static {
 }
 
 /// The service, open inside a network namespace.
+#[derive(Default)]
 pub struct Opened {
-    /// One an address family.
-    pub listeners: Vec<TcpListener>,
+    /// One an address, and the interfaces that who lives there comes in over, as the kernel tells it: those that have the
+    /// address.
+    pub listeners: Vec<(TcpListener, Vec<u32>)>,
     /// The interfaces in there, where who comes in over one of its bridges is to be heard.
     pub bridges: Option<Interfaces>,
     /// What another program had put there; it stays.
@@ -186,8 +189,17 @@ struct Namespace {
 #[derive(Default)]
 struct Door {
     wanted_by: BTreeSet<CgroupId>,
-    serving: Option<AbortHandle>,
+    /// Where it listens.
+    open: Vec<SocketAddr>,
+    serving: Vec<AbortHandle>,
     left_alone: Vec<String>,
+}
+
+impl Door {
+    fn abort(&mut self) {
+        self.open.clear();
+        self.serving.drain(..).for_each(|serving| serving.abort());
+    }
 }
 
 struct KernelWitness {
@@ -206,11 +218,9 @@ impl Drop for KernelWitness {
         }
         let mut door = self.namespace.door.lock().unwrap_or_else(PoisonError::into_inner);
         door.wanted_by.remove(&self.cgroup);
-        if door.wanted_by.is_empty()
-            && let Some(serving) = door.serving.take()
-        {
+        if door.wanted_by.is_empty() {
             // Who else lives there is not served; address and rules refuse until the namespace goes.
-            serving.abort();
+            door.abort();
         }
     }
 }
@@ -267,14 +277,17 @@ impl Witness for KernelWitness {
             return Ok(Vec::new());
         }
         let mut door = self.namespace.door.lock().unwrap_or_else(PoisonError::into_inner);
-        if door.serving.is_none() {
-            self.namespace.listens.store(true, Ordering::Release);
-            let mut opened = self.inside(Doors::open).map_err(|error| {
-                self.namespace.listens.store(false, Ordering::Release);
-                with_causes(&error)
-            })?;
-            door.left_alone = std::mem::take(&mut opened.left_alone);
-            door.serving = Some(self.namespace.doors.serve(opened, self.namespace.id));
+        let listened = self.namespace.listens.swap(true, Ordering::AcqRel);
+        let open = door.open.clone();
+        let mut opened = self.inside(|doors| doors.open(&open)).map_err(|error| {
+            self.namespace.listens.store(listened, Ordering::Release);
+            with_causes(&error)
+        })?;
+        door.left_alone.append(&mut opened.left_alone);
+        if !opened.listeners.is_empty() {
+            let local = opened.listeners.iter().filter_map(|(it, _)| it.local_addr().ok());
+            door.open.extend(local);
+            door.serving.push(self.namespace.doors.serve(opened, self.namespace.id));
         }
         door.wanted_by.insert(self.cgroup);
         self.attached.store(true, Ordering::Release);
@@ -286,9 +299,7 @@ impl Witness for KernelWitness {
         if !door.wanted_by.remove(&self.cgroup) || !door.wanted_by.is_empty() {
             return Ok(());
         }
-        if let Some(serving) = door.serving.take() {
-            serving.abort();
-        }
+        door.abort();
         self.inside(Doors::close).map_err(|error| with_causes(&error))?;
         self.namespace.listens.store(false, Ordering::Release);
         Ok(())

@@ -291,8 +291,8 @@ pub trait Witness: Send + Sync + 'static {
     /// Whether the service listens inside the namespace now: then whoever lives there is heard there and nowhere else.
     fn listens_inside(&self) -> bool;
 
-    /// Has the service listen inside the container's network namespace, for this life. Blocks for a moment; done twice it
-    /// does nothing. In the host's namespace there is nothing to be done. Returns what another program had put there and
+    /// Has the service listen inside the container's network namespace, for this life. Blocks for a moment; done again it
+    /// adds what the namespace could not have before. In the host's namespace there is nothing to be done. Returns what another program had put there and
     /// was left alone, for `status`.
     ///
     /// # Errors

@@ -267,8 +267,8 @@ struct Known {
     birth: Option<Birth>,
     life: Option<Arc<Life>>,
     no_life: Option<String>,
-    /// Whether the service was asked to listen in the namespace of the present life.
-    attached: bool,
+    /// What the service was asked to do in the namespace of the present life.
+    attached: Attach,
     not_attached: Option<String>,
     left_alone: Vec<String>,
     hold: Option<Box<dyn Hold>>,
@@ -286,6 +286,14 @@ impl KnownNetwork {
     fn may_hold(&self, address: IpAddr) -> bool {
         self.subnets.iter().any(|subnet| within(address, *subnet))
     }
+}
+
+/// Whether the service is to listen inside, and what that depended on: the engine gives a namespace IPv6 late, with its first
+/// network that has it, and then there is more to be done.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Attach {
+    No,
+    Yes { ipv6: bool, running: bool },
 }
 
 /// What came of an attempt to listen in a life's namespace, or to stop it.
@@ -467,6 +475,7 @@ impl Watcher {
                 if let Some(known) = self.known.get_mut(&id) {
                     known.running = true;
                     known.run = None;
+                    self.publish(&id);
                 } else {
                     self.touch(Subject::Container(id.clone()));
                 }
@@ -680,7 +689,7 @@ impl Watcher {
             birth: None,
             life: None,
             no_life: None,
-            attached: false,
+            attached: Attach::No,
             not_attached: None,
             left_alone: Vec::new(),
             hold: None,
@@ -893,20 +902,25 @@ impl Watcher {
             );
             debug!(container = %id, name = definition.name, pid = life.pid, cgroup = life.cgroup.0, "lives");
             known.life = Some(life);
-            (known.attached, known.not_attached) = (false, None);
+            (known.attached, known.not_attached) = (Attach::No, None);
             known.left_alone.clear();
         }
         if let Some(life) = &known.life {
             life.instance.store(instance.clone());
-            let wanted = self.instances.attaches() && instance.endpoint;
+            let wanted = match self.instances.attaches() && instance.endpoint {
+                false => Attach::No,
+                true => Attach::Yes {
+                    ipv6: known.attachments.0.values().any(|endpoint| endpoint.ipv6.is_some()),
+                    running: known.running,
+                },
+            };
             if known.attached != wanted {
                 known.attached = wanted;
                 let life = life.clone();
                 self.attachings.push(blocking(move || {
-                    let done = if wanted {
-                        life.witness.attach()
-                    } else {
-                        life.witness.detach().map(|()| Vec::new())
+                    let done = match wanted {
+                        Attach::Yes { .. } => life.witness.attach(),
+                        Attach::No => life.witness.detach().map(|()| Vec::new()),
                     };
                     (life.container.clone(), life.cgroup, done)
                 }));

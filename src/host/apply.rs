@@ -29,7 +29,7 @@ pub struct Interception {
     kernel: Kernel,
     bell: Bell,
     taken_over: Vec<Part>,
-    left_alone: Vec<Part>,
+    left_alone: Vec<(Part, u32)>,
 }
 
 impl Interception {
@@ -59,8 +59,8 @@ impl Interception {
         })
     }
 
-    /// What was there already and is somebody else's: it does what ours would, and stays.
-    pub fn left_alone(&self) -> &[Part] {
+    /// What was there already and is somebody else's: it does what ours would, and stays. With the number of its link.
+    pub fn left_alone(&self) -> &[(Part, u32)] {
         &self.left_alone
     }
 

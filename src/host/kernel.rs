@@ -137,7 +137,12 @@ impl Kernel {
                 named => named?,
             };
             let ours = marked || (own_link && link == LINK) || self.placed.as_ref() == Some(&link);
-            observed.addresses.push(AddressSeen { link, ours });
+            observed.addresses.push(AddressSeen {
+                address: local,
+                link,
+                index,
+                ours,
+            });
         }
         Ok(())
     }
@@ -292,7 +297,7 @@ impl Kernel {
 }
 
 impl HostError {
-    fn failed(attempt: &dyn Display, source: io::Error) -> Self {
+    pub(super) fn failed(attempt: &dyn Display, source: io::Error) -> Self {
         let attempt = attempt.to_string();
         if is(&source, &[Errno::PERM, Errno::ACCESS]) {
             return Self::Denied { attempt, source };

@@ -8,6 +8,7 @@
 //! daemon dies refuses connections; and nothing that somebody else made is replaced or removed.
 
 pub mod apply;
+pub mod freeze;
 mod kernel;
 mod tables;
 
@@ -88,10 +89,16 @@ impl Plan {
         let (address, port) = split(listener);
         // What leaves through `out` comes back in through `lo`: without this, connection tracking would see half of it.
         let returning = Rule {
-            input: Some(LOOPBACK),
+            input: Input::Is(LOOPBACK),
             ..Rule::to(address, None, Action::Untrack)
         };
-        let mut before_routing = vec![returning];
+        // Who lives here comes over the loopback. Where another program has the address on another link, the socket that
+        // accepts cannot tell any more.
+        let sent_in = Rule {
+            input: Input::IsNot(LOOPBACK),
+            ..Rule::to(address, Some(port), Action::Drop)
+        };
+        let mut before_routing = vec![returning, sent_in];
         before_routing.extend(nested.then(|| Rule::request(address, port)));
         let rules = vec![
             Chain::swapping(
@@ -129,17 +136,14 @@ impl Plan {
         &self.parts
     }
 
-    /// The address, where somebody else put it.
-    fn foreign(&self, observed: &Observed) -> Vec<Part> {
+    /// The address, where somebody else put it, and the number of that link.
+    fn foreign(&self, observed: &Observed) -> Vec<(Part, u32)> {
         let others = observed.addresses.iter().filter(|seen| !seen.ours);
-        let address = |(seen, address): (&AddressSeen, IpAddr)| Part::Address {
-            address,
+        let part = |seen: &AddressSeen| Part::Address {
+            address: seen.address,
             link: seen.link.clone(),
         };
-        others
-            .filter_map(|seen| Some((seen, self.address()?)))
-            .map(address)
-            .collect()
+        others.map(|seen| (part(seen), seen.index)).collect()
     }
 
     fn tables(&self) -> impl Iterator<Item = &Table> {
@@ -274,8 +278,8 @@ pub enum Hook {
 /// Which packets, and what becomes of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
-    /// Only what comes in through this link.
-    pub input: Option<&'static str>,
+    /// Only what comes in through these links.
+    pub input: Input,
     /// The end of the connection that `address` and `port` are about.
     pub end: End,
     /// The address of that end.
@@ -289,7 +293,7 @@ pub struct Rule {
 impl Rule {
     fn to(address: IpAddr, port: Option<u16>, action: Action) -> Self {
         Self {
-            input: None,
+            input: Input::Any,
             end: End::Destination,
             address,
             port,
@@ -307,6 +311,17 @@ impl Rule {
             ..Self::to(address, Some(listener), Action::Port(IMDS_PORT))
         }
     }
+}
+
+/// Links that a packet comes in through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Input {
+    /// Any.
+    Any,
+    /// This one.
+    Is(&'static str),
+    /// Any but this one.
+    IsNot(&'static str),
 }
 
 /// An end of a packet's way.
@@ -327,6 +342,8 @@ pub enum Action {
     Port(u16),
     /// Answers with a TCP reset: "connection refused".
     Reset,
+    /// Says nothing.
+    Drop,
 }
 
 impl fmt::Display for Table {
@@ -362,8 +379,10 @@ impl fmt::Display for Rule {
             End::Source => ("saddr", "sport"),
             End::Destination => ("daddr", "dport"),
         };
-        if let Some(link) = self.input {
-            write!(f, "iifname \"{link}\" ")?;
+        match self.input {
+            Input::Any => {}
+            Input::Is(link) => write!(f, "iifname \"{link}\" ")?,
+            Input::IsNot(link) => write!(f, "iifname != \"{link}\" ")?,
         }
         write!(f, "{} {address} {} ", Family::of(self.address), self.address)?;
         if let Some(number) = self.port {
@@ -373,6 +392,7 @@ impl fmt::Display for Rule {
             Action::Untrack => write!(f, "notrack"),
             Action::Port(new) => write!(f, "notrack tcp {port} set {new}"),
             Action::Reset => write!(f, "reject with tcp reset"),
+            Action::Drop => write!(f, "drop"),
         }
     }
 }
@@ -415,8 +435,12 @@ pub struct LinkSeen {
 /// A link that carries the address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AddressSeen {
-    /// Its name.
+    /// Which.
+    pub address: IpAddr,
+    /// The link's name.
     pub link: String,
+    /// The link's number.
+    pub index: u32,
     /// The address has our mark, or is on our link.
     pub ours: bool,
 }

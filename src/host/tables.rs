@@ -12,12 +12,14 @@ use netlink_bindings::utils::Pusher;
 use rustix::io::Errno;
 
 use super::kernel::{AF_INET, AF_INET6, Kernel, is};
-use super::{Action, Chain, End, Family, HostError, Observed, Part, Plan, Rule, Step, Table, TableSeen};
+use super::{Action, Chain, End, Family, HostError, Input, Observed, Part, Plan, Rule, Step, Table, TableSeen};
 
 /// The subsystem that a batch is for (linux/netfilter/nfnetlink.h).
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
 /// Every expression of ours works on this one.
 const REGISTER: u32 = Registers::Reg1 as u32;
+/// Where an expression writes what becomes of the packet.
+const VERDICT: u32 = Registers::RegVerdict as u32;
 /// NFT_PAYLOAD_CSUM_INET (linux/netfilter/nf_tables.h): the kernel mends the checksum of what it writes.
 const CHECKSUM_INET: u32 = 1;
 /// Where struct tcphdr (linux/tcp.h) has its checksum, in bytes.
@@ -26,8 +28,8 @@ const TCP_CHECKSUM_OFFSET: u32 = 16;
 const IPPROTO_TCP: u8 = 6;
 /// In bytes (linux/if.h). A link's name is compared with all of it.
 const IFNAMSIZ: usize = 16;
-/// More than any table of ours has messages.
-const BATCH: u32 = 64;
+/// More than any batch of ours has messages: tens for a table, two for a thousand elements of a set.
+const BATCH: u32 = 1024;
 /// Kind of the one entry in a rule's user data: not among those of libnftnl (`libnftnl/udata.h`), so that nft does not
 /// show it.
 const USER_DATA_TEXT: u8 = 200;
@@ -188,7 +190,7 @@ impl Kernel {
     }
 
     /// One transaction: all of it or nothing.
-    fn batch(&mut self, fill: impl FnOnce(&mut Chained<'static>)) -> io::Result<()> {
+    pub(super) fn batch(&mut self, fill: impl FnOnce(&mut Chained<'static>)) -> io::Result<()> {
         let mut batch = Chained::new(self.socket.reserve_seq(BATCH));
         let mut bracket = Nfgenmsg::new();
         bracket.set_res_id(NFNL_SUBSYS_NFTABLES);
@@ -244,10 +246,14 @@ fn push_rule<P: Pusher>(mut list: PushExprListAttrs<P>, rule: &Rule) {
         (End::Source, IpAddr::V6(_)) => (8, 0),
         (End::Destination, IpAddr::V6(_)) => (24, 2),
     };
-    if let Some(link) = rule.input {
+    if let Input::Is(link) | Input::IsNot(link) = rule.input {
         let mut name = [0; IFNAMSIZ];
         name[..link.len()].copy_from_slice(link.as_bytes());
-        list = equals(meta(list, MetaKeys::Iifname), &name);
+        let how = match rule.input {
+            Input::IsNot(_) => CmpOps::Neq,
+            _ => CmpOps::Eq,
+        };
+        list = compare(meta(list, MetaKeys::Iifname), how, &name);
     }
     list = match rule.address {
         IpAddr::V4(octets) => equals(load(list, PayloadBase::NetworkHeader, address, 4), &octets.octets()),
@@ -260,6 +266,13 @@ fn push_rule<P: Pusher>(mut list: PushExprListAttrs<P>, rule: &Rule) {
     match rule.action {
         Action::Untrack => {
             list.nested_elem().push_name(c"notrack");
+        }
+        Action::Drop => {
+            let verdict = list.nested_elem().nested_data_immediate().push_dreg(VERDICT);
+            verdict
+                .nested_data()
+                .nested_verdict()
+                .push_code(VerdictCode::Drop as u32);
         }
         Action::Reset => {
             list.nested_elem()
@@ -305,11 +318,15 @@ fn load<P: Pusher>(list: PushExprListAttrs<P>, base: PayloadBase, offset: u32, l
 }
 
 fn equals<P: Pusher>(list: PushExprListAttrs<P>, value: &[u8]) -> PushExprListAttrs<P> {
+    compare(list, CmpOps::Eq, value)
+}
+
+fn compare<P: Pusher>(list: PushExprListAttrs<P>, how: CmpOps, value: &[u8]) -> PushExprListAttrs<P> {
     let cmp = list
         .nested_elem()
         .nested_data_cmp()
         .push_sreg(REGISTER)
-        .push_op(CmpOps::Eq as u32);
+        .push_op(how as u32);
     cmp.nested_data()
         .push_value(value)
         .end_nested()

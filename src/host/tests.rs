@@ -8,6 +8,15 @@ fn told(steps: &[Step]) -> Vec<String> {
     steps.iter().map(Step::to_string).collect()
 }
 
+fn seen(link: &str, ours: bool) -> AddressSeen {
+    AddressSeen {
+        address: ADDRESS.into(),
+        link: link.into(),
+        index: 7,
+        ours,
+    }
+}
+
 /// What the kernel shows while everything of [`Plan::host`] is up.
 fn complete() -> Observed {
     let table = |name, owner| TableSeen {
@@ -20,10 +29,7 @@ fn complete() -> Observed {
         own_route: true,
         foreign_closed_route: false,
         link: Some(LinkSeen { ours: true, up: true }),
-        addresses: vec![AddressSeen {
-            link: LINK.into(),
-            ours: true,
-        }],
+        addresses: vec![seen(LINK, true)],
     }
 }
 
@@ -125,10 +131,7 @@ fn what_others_made_is_used_and_stays() {
         o.own_route = false;
         o.foreign_closed_route = true;
         o.link = Some(LinkSeen { ours: false, up: true });
-        o.addresses = vec![AddressSeen {
-            link: "eth0".into(),
-            ours: false,
-        }];
+        o.addresses = vec![seen("eth0", false)];
     };
     assert_eq!(host_diff(foreign), [""; 0]);
     assert_eq!(
@@ -248,6 +251,7 @@ fn ipv6_has_the_same_rules_and_leaves_the_link_to_ipv4() {
 \tchain pre {
 \t\ttype filter hook prerouting priority -310; policy accept;
 \t\tiifname \"lo\" ip6 daddr fd00:ec2::254 notrack
+\t\tiifname != \"lo\" ip6 daddr fd00:ec2::254 tcp dport 51254 drop
 \t\tip6 daddr fd00:ec2::254 tcp dport 80 notrack tcp dport set 51254
 \t}
 }"]
@@ -256,18 +260,14 @@ fn ipv6_has_the_same_rules_and_leaves_the_link_to_ipv4() {
 
 #[test]
 fn an_address_of_somebody_else_is_told_of() {
-    let foreign = |link: &str, ours| AddressSeen {
-        link: link.into(),
-        ours,
-    };
     let observed = Observed {
-        addresses: vec![foreign("eth0", false), foreign("lo", true)],
+        addresses: vec![seen("eth0", false), seen("lo", true)],
         ..Observed::default()
     };
     let told: Vec<_> = Plan::namespace(LISTENER, false)
         .foreign(&observed)
         .iter()
-        .map(Part::to_string)
+        .map(|(part, link)| format!("{part}, {link}"))
         .collect();
-    assert_eq!(told, ["address 169.254.169.254/32 on eth0"]);
+    assert_eq!(told, ["address 169.254.169.254/32 on eth0, 7"]);
 }

@@ -138,6 +138,14 @@ impl Case<'_> {
         if chained {
             duration = duration.min(CHAINED);
         }
+        // A session of another length is another session: none is begun that STS might refuse.
+        if duration > CHAINED && base.arn.is_none() && self.settings.source == CredentialSource::Sts {
+            let why = base.problem.as_deref().unwrap_or("STS has not said it yet");
+            return Err(Role::Pending(format!(
+                "a session of {}m depends on whose the base credentials are: {why}",
+                duration.as_secs() / 60
+            )));
+        }
         let mut session = RoleSession::new(role.clone(), session_name, duration, self.region);
         session.profile = spec.profile.clone();
         session.chain = chain;

@@ -42,6 +42,7 @@ fn attachments() -> Attachments {
 fn around() -> Surroundings {
     let base = Base {
         account: Some("111122223333".into()),
+        arn: Some("arn:aws:iam::111122223333:user/base".into()),
         ..Base::default()
     };
     Surroundings {
@@ -363,6 +364,17 @@ fn the_length_of_a_session() {
         Duration::from_secs(3600)
     );
     let why = said(&resolved(&[app, two], ""));
+    let mut nobody = around();
+    nobody.base.arn = None;
+    let pending = resolve(
+        &container(&[app, two]),
+        &attachments(),
+        SystemTime::UNIX_EPOCH,
+        &Settings::default(),
+        &nobody,
+    );
+    let until = "pending: a session of 120m depends on whose the base credentials are: STS has not said it yet";
+    assert_eq!(said(&pending), until);
     assert!(
         why.contains("label imds.role.duration asks for 120m, and STS gives at most 60m"),
         "{why}"

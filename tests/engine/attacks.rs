@@ -29,6 +29,10 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
         ),
         rig.once("attacks::answers_diverted", answers_diverted),
         rig.once(
+            "attacks::answers_not_diverted_from_frozen_links",
+            answers_not_diverted_from_frozen_links,
+        ),
+        rig.once(
             "attacks::ports_that_the_victim_has_left",
             ports_that_the_victim_has_left,
         ),
@@ -58,6 +62,8 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
 /// A bridge with a victim, a neighbour with Docker's default rights, the daemon, and the stand-in.
 struct Field {
     attach: Attach,
+    /// Whether links are frozen: then neighbours get nothing of any server, the stand-in included.
+    frozen: bool,
     daemon: Option<Daemon>,
     _naive: Background,
     victim: Container,
@@ -80,10 +86,21 @@ enum Target {
 impl Field {
     #[track_caller]
     fn new(engine: &Arc<Engine>, neighbours_options: &[&str]) -> Field {
-        let attach = Attach::of_this_run();
+        Field::with(engine, neighbours_options, Attach::of_this_run(), false)
+    }
+
+    /// Over the host, with frozen links.
+    #[track_caller]
+    fn frozen(engine: &Arc<Engine>) -> Field {
+        Field::with(engine, &[], Attach::Host, true)
+    }
+
+    #[track_caller]
+    fn with(engine: &Arc<Engine>, neighbours_options: &[&str], attach: Attach, frozen: bool) -> Field {
         // Of its own: whatever is poisoned goes with it.
         let network = engine.network("battlefield", &[]);
-        let daemon = Daemon::start(engine, &attach.config(), &engine.moto().daemon_environment());
+        let config = format!("{}freeze_links = {frozen}\n", attach.config());
+        let daemon = Daemon::start(engine, &config, &engine.moto().daemon_environment());
         let victim = engine
             .run("victim")
             .label("imds.role", VICTIM)
@@ -102,6 +119,7 @@ impl Field {
         let naive = on_host(engine, "naive", &["--port", NAIVE_PORT, &format!("{address}={VICTIM}")]);
         let field = Field {
             attach,
+            frozen,
             daemon: Some(daemon),
             _naive: naive,
             gateway: victim.gateway().to_string(),
@@ -297,6 +315,34 @@ fn answers_diverted(engine: &Arc<Engine>) {
     field.stop();
 }
 
+/// The same with frozen links: nothing is diverted, from nobody, and the victim does not notice. That the attacks themselves
+/// work is shown above.
+fn answers_not_diverted_from_frozen_links(engine: &Arc<Engine>) {
+    let field = Field::frozen(engine);
+    let seconds = (1.0 + f64::from(rounds(6)) * 0.1).to_string();
+    for how in ["arp", "fdb"] {
+        let name = format!("divert {how}, links frozen");
+        for target in [Target::Naive, Target::Daemon] {
+            let asking = [&["ask"][..], &field.server(target)].concat();
+            let victim = Program::start(&field.victim, "victim", &asking);
+            let loot = field.attack("divert", target, &["--how", how, "--seconds", &seconds]);
+            report(&name, field.attach, target, &loot);
+            assert_nothing(&name, &loot);
+            let asked = assert_own(&victim.stop(&field.victim), 5);
+            println!("the victim meanwhile: {asked}");
+        }
+    }
+    for how in [&["--tries", "4"][..], &["--tries", "4", "--talk"]] {
+        let loot = field.attack("impersonate", Target::Naive, how);
+        report("impersonate, links frozen", field.attach, Target::Naive, &loot);
+        assert_nothing("impersonate", &loot);
+    }
+    for (how, state) in [("middle", "connecting"), ("inject", "established"), ("reset", "silent")] {
+        assert_nothing(how, &field.taken_over(how, state));
+    }
+    field.stop();
+}
+
 /// Ports that the victim's sockets still hold, half-open or half-closed, used by the neighbour.
 fn ports_that_the_victim_has_left(engine: &Arc<Engine>) {
     let field = Field::new(engine, &[]);
@@ -390,8 +436,10 @@ impl Field {
                 holder.stop(&self.victim);
             }
             report(&name, self.attach, target, &all);
-            if target == Target::Naive {
-                assert_works(&name, &all);
+            match (target, self.frozen) {
+                (Target::Naive, false) => assert_works(&name, &all),
+                (Target::Naive, true) => assert_nothing(&name, &all),
+                (Target::Daemon, _) => {}
             }
         }
         self.everybody_is_served();

@@ -7,7 +7,7 @@ use libtest_mimic::Trial;
 
 use crate::rig::{BOX, Container, Daemon, Engine, Rig, poll};
 
-const LIST: &str = "/latest/meta-data/iam/security-credentials/";
+pub const LIST: &str = "/latest/meta-data/iam/security-credentials/";
 
 pub fn trials(rig: &Rig) -> Vec<Trial> {
     let mut trials = Vec::new();
@@ -29,13 +29,13 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
     trials
 }
 
-fn daemon(engine: &Arc<Engine>, attach: &str) -> Daemon {
+pub fn daemon(engine: &Arc<Engine>, attach: &str) -> Daemon {
     let config = format!("account_id = \"111122223333\"\n[serve]\nattach = \"{attach}\"");
     Daemon::start(engine, &config, &engine.moto().daemon_environment())
 }
 
 /// The container gets its own role, soon.
-fn is_itself(container: &Container) {
+pub fn is_itself(container: &Container) {
     poll(
         Duration::from_secs(5),
         &format!("the role of {}", container.name()),

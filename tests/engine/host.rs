@@ -1,13 +1,14 @@
 //! The interception, in network namespaces without any way out.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use imds_router::host::apply::{Interception, clear, install, pending};
+use imds_router::host::freeze::{Frozen, Held};
 use imds_router::host::{HostError, Part, Plan, Step};
 use libtest_mimic::{Failed, Trial};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt};
@@ -15,6 +16,8 @@ use rustix::thread::{CapabilitySet, LinkNameSpaceType, capabilities, move_into_l
 
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 const LISTENER: SocketAddrV4 = SocketAddrV4::new(ADDRESS, 51254);
+const LISTENER_IPV6: SocketAddr =
+    SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)), 51254);
 const OTHER_LISTENER: SocketAddrV4 = SocketAddrV4::new(ADDRESS, 51255);
 /// How long the kernel and a busy machine may take for what is over in milliseconds.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -24,7 +27,7 @@ type Case = (&'static str, fn() -> Outcome);
 
 /// All of them.
 pub fn trials() -> Vec<Trial> {
-    let all: [Case; 21] = [
+    let all: [Case; 22] = [
         ("up_is_what_the_documentation_lists", up_is_what_the_documentation_lists),
         (
             "clients_reach_the_listener_and_keep_their_address",
@@ -70,6 +73,10 @@ pub fn trials() -> Vec<Trial> {
             "a_namespace_goes_back_to_what_it_was",
             a_namespace_goes_back_to_what_it_was,
         ),
+        (
+            "frozen_links_let_nobody_speak_for_another",
+            frozen_links_let_nobody_speak_for_another,
+        ),
     ];
     all.into_iter()
         .map(|(name, run)| Trial::test(format!("host::{name}"), run))
@@ -80,20 +87,29 @@ fn up_is_what_the_documentation_lists() -> Outcome {
     let ns = Namespace::new();
     let before = ns.listing();
     let up = ns.up(LISTENER)?;
-    let tables = sorted(Plan::host(LISTENER).parts().iter().filter_map(text));
+    let also = ns.up(LISTENER_IPV6)?;
+    let plans = [Plan::host(LISTENER), Plan::host(LISTENER_IPV6)];
+    let tables = sorted(plans.iter().flat_map(Plan::parts).filter_map(text));
     assert_eq!(ns.rules(), tables, "as nft lists them");
-    assert_eq!(up.taken_over(), []);
+    assert_eq!((up.taken_over(), also.taken_over()), (&[][..], &[][..]));
+    for address in ["169.254.169.254", "fd00:ec2::254"] {
+        let carrier = &ns.json(&["addr", "show", "to", address])[0]["ifname"];
+        assert_eq!(carrier, "lo", "no dummy in this kernel");
+    }
+    let route = &ns.json(&["-6", "route", "show", "fd00:ec2::254"])[0];
     assert_eq!(
-        ns.json(&["addr", "show", "to", "169.254.169.254"])[0]["ifname"],
-        "lo",
-        "no dummy in this kernel"
+        (&route["type"], &route["protocol"]),
+        (&"unreachable".into(), &"169".into())
     );
     let route = &ns.json(&["route", "show", "169.254.169.254"])[0];
     assert_eq!(
         (&route["type"], &route["protocol"]),
         (&"unreachable".into(), &"169".into())
     );
-    assert_eq!(ns.enter(|| pending(&Plan::host(LISTENER)))?, [], "complete");
+    for plan in plans {
+        assert_eq!(ns.enter(move || pending(&plan))?, [], "complete");
+    }
+    also.down()?;
     up.down()?;
     assert_eq!(ns.listing(), before);
     Ok(())
@@ -526,11 +542,43 @@ fn without_a_daemon_everybody_is_refused() -> Outcome {
 fn a_namespace_goes_back_to_what_it_was() -> Outcome {
     let ns = Namespace::new();
     let before = ns.listing();
-    let plan = Plan::namespace(LISTENER, false);
-    let up = ns.enter(|| Interception::up(Plan::namespace(LISTENER, false)))?;
-    assert_eq!(ns.rules(), sorted(plan.parts().iter().filter_map(text)));
-    up.down()?;
-    assert_eq!(ns.listing(), before);
+    for (listener, nested) in [(LISTENER.into(), false), (LISTENER.into(), true), (LISTENER_IPV6, true)] {
+        let plan = Plan::namespace(listener, nested);
+        let up = ns.enter(move || Interception::up(Plan::namespace(listener, nested)))?;
+        assert_eq!(ns.rules(), sorted(plan.parts().iter().filter_map(text)));
+        up.down()?;
+        assert_eq!(ns.listing(), before);
+    }
+    Ok(())
+}
+
+/// What neighbours on a bridge may say: a container's MAC and address from its own port only, and nothing is left behind.
+fn frozen_links_let_nobody_speak_for_another() -> Outcome {
+    let bridge = Namespace::new();
+    let before = bridge.listing();
+    let mut frozen = bridge.enter(Frozen::up)?;
+    let held = Held {
+        macs: [([2, 0x42, 0, 0, 0, 9], 7)].into(),
+        addresses: [([10, 9, 0, 2].into(), 7)].into(),
+        nobodys: [[10, 9, 0, 1].into()].into(),
+    };
+    frozen.hold(held.clone())?;
+    let listed = bridge.run("nft", &["list", "ruleset"]);
+    for part in [
+        "table bridge imds_router",
+        "flags owner",
+        "ether saddr @macs iif . ether saddr != @ports drop",
+        "arp saddr ip @addresses iif . arp saddr ip != @holders drop",
+        "elements = { 02:42:00:00:00:09 }",
+        "10.9.0.1",
+    ] {
+        assert!(listed.contains(part), "{part} is not in {listed}");
+    }
+    frozen.hold(Held::default())?;
+    let listed = bridge.run("nft", &["list", "ruleset"]);
+    assert!(!listed.contains("elements"), "{listed}");
+    frozen.down()?;
+    assert_eq!(bridge.listing(), before);
     Ok(())
 }
 
@@ -565,7 +613,8 @@ impl Namespace {
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
-    fn up(&self, listener: SocketAddrV4) -> Result<Interception, HostError> {
+    fn up(&self, listener: impl Into<SocketAddr>) -> Result<Interception, HostError> {
+        let listener = listener.into();
         self.enter(move || Interception::up(Plan::host(listener)))
     }
 

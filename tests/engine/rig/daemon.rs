@@ -46,7 +46,18 @@ impl Daemon {
         config: &str,
         environment: &[(String, String)],
     ) -> Daemon {
-        let mut daemon = Daemon::launch(engine, directory, config, environment);
+        Daemon::launch(engine, &[], directory, config, environment).once_it_answers()
+    }
+
+    /// As [`start`](Self::start), by a program that makes something worse and becomes the daemon.
+    #[track_caller]
+    pub fn start_by(engine: &Arc<Engine>, by: &[&str], config: &str, environment: &[(String, String)]) -> Daemon {
+        Daemon::launch(engine, by, new_directory(engine), config, environment).once_it_answers()
+    }
+
+    #[track_caller]
+    fn once_it_answers(self) -> Daemon {
+        let mut daemon = self;
         let answered = poll_quietly(Duration::from_secs(15), || {
             let ended = daemon.process.ended();
             match ended {
@@ -68,8 +79,18 @@ impl Daemon {
         config: &str,
         environment: &[(String, String)],
     ) -> (Option<i32>, String) {
-        let directory = new_directory(engine);
-        let mut daemon = Daemon::launch(engine, directory, config, environment);
+        Daemon::start_in_vain_by(engine, &[], config, environment)
+    }
+
+    /// As [`start_in_vain`](Self::start_in_vain), by a program that makes something worse and becomes the daemon.
+    #[track_caller]
+    pub fn start_in_vain_by(
+        engine: &Arc<Engine>,
+        by: &[&str],
+        config: &str,
+        environment: &[(String, String)],
+    ) -> (Option<i32>, String) {
+        let mut daemon = Daemon::launch(engine, by, new_directory(engine), config, environment);
         let ended = poll_quietly(Duration::from_secs(15), || daemon.process.ended());
         match ended {
             Some(status) => (status.code(), daemon.log()),
@@ -77,14 +98,22 @@ impl Daemon {
         }
     }
 
-    fn launch(engine: &Arc<Engine>, directory: PathBuf, config: &str, environment: &[(String, String)]) -> Daemon {
+    fn launch(
+        engine: &Arc<Engine>,
+        by: &[&str],
+        directory: PathBuf,
+        config: &str,
+        environment: &[(String, String)],
+    ) -> Daemon {
         fs::create_dir_all(&directory).unwrap_or_else(|e| panic!("cannot make {}: {e}", directory.display()));
         let file = directory.join("config.toml");
         fs::write(&file, with_own_paths(config, &directory))
             .unwrap_or_else(|e| panic!("cannot write {}: {e}", file.display()));
         let number = run::next_number();
-        let mut command = engine.command(tools::DAEMON);
+        let mut words = by.iter().copied().chain([tools::DAEMON]);
+        let mut command = engine.command(words.next().unwrap_or_default());
         command
+            .args(words)
             .arg("serve")
             .arg("--config")
             .arg(file)

@@ -36,12 +36,7 @@ impl Attach {
 
     /// The daemon's configuration.
     pub fn config(self) -> String {
-        let frozen = std::env::var("IMDS_TRIALS_FREEZE").is_ok_and(|it| it == "1");
-        let freeze = if frozen { "freeze_links = true\n" } else { "" };
-        format!(
-            "account_id = \"111122223333\"\n[serve]\nattach = \"{}\"\n{freeze}",
-            self.name()
-        )
+        format!("account_id = \"111122223333\"\n[serve]\nattach = \"{}\"\n", self.name())
     }
 }
 

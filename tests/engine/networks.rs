@@ -1,0 +1,286 @@
+//! Networks that are not a bridge with an IPv4 address, containers inside containers, and hosts that cannot prove.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use libtest_mimic::Trial;
+
+use crate::cases::{LIST, daemon, is_itself};
+use crate::rig::{Client, Container, Daemon, Done, Engine, Identity, Kind, Rig, http, poll};
+
+const ACCOUNT: &str = "111122223333";
+const IPV6: &str = "http://[fd00:ec2::254]";
+
+pub fn trials(rig: &Rig) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for attach in ["namespace", "host"] {
+        trials.push(rig.once(&format!("networks::ipv6::{attach}"), move |engine| ipv6(engine, attach)));
+        let in_a_swarm = Kind {
+            live_restore: false,
+            ..rig.views()[0].into()
+        };
+        trials.push(rig.alone(&format!("networks::swarm::{attach}"), move || {
+            swarm(&Engine::start(in_a_swarm), attach);
+        }));
+    }
+    trials.push(rig.once("networks::containers_in_a_container", containers_in_a_container));
+    trials.push(rig.once("networks::gateways", gateways));
+    trials.push(rig.once(
+        "networks::what_another_program_put_there",
+        what_another_program_put_there,
+    ));
+    trials.push(rig.once("networks::without_rights", without_rights));
+    trials
+}
+
+fn problems(daemon: &Daemon, container: &Container) -> String {
+    let status = daemon.status();
+    let shown = status["containers"].as_array().expect("a list");
+    let shown = shown.iter().find(|it| it["name"] == container.name());
+    shown.expect("it is shown")["problems"].to_string()
+}
+
+fn refusals(daemon: &Daemon) -> String {
+    daemon.status()["refused_connections"].to_string()
+}
+
+fn ipv6(engine: &Arc<Engine>, attach: &str) {
+    let before = engine.snapshot_network();
+    let daemon = daemon(engine, attach);
+    let moto = engine.moto();
+    let network = engine.network("six", &["--ipv6", "--subnet=fd12:3456::/64"]);
+    let run = |name: &str| {
+        let run = engine.run(name).label("imds.role", name).network(network.name());
+        run.start()
+    };
+    let containers = [run("six-a"), run("six-b")];
+    for container in &containers {
+        is_itself(container);
+        let reply = container
+            .request("GET", &format!("{IPV6}{LIST}"), &[])
+            .expect("an answer over IPv6");
+        assert_eq!((reply.status, reply.body.as_str()), (200, container.name()));
+        let host = engine.host("hostname", &[]);
+        let expected = Identity::of_role(
+            ACCOUNT,
+            container.name(),
+            &format!("{}@{}", container.name(), host.trim()),
+        );
+        let mode = ("AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE", "IPv6");
+        for client in Client::ALL {
+            assert_eq!(client.whoami(container, moto, &[mode]), expected, "{client:?}");
+        }
+    }
+    // A process of the host, and one that has moved into a namespace.
+    let url = format!("{IPV6}{LIST}");
+    let process = engine.request("GET", &url, &[]).expect("a refusal");
+    assert_eq!((process.status, process.body.as_str()), (403, ""));
+    let intruder = http::request(containers[0].intruder("curl"), "GET", &url, &[]).expect("a refusal");
+    assert_eq!((intruder.status, intruder.body.as_str()), (403, ""));
+    daemon.stop();
+    drop(containers);
+    drop(network);
+    engine.snapshot_network().assert_same(&before);
+}
+
+/// Tasks and containers of a swarm's overlay reach the host by docker_gwbridge, with an address that only that network knows.
+fn swarm(engine: &Arc<Engine>, attach: &str) {
+    engine.docker(&["swarm", "init", "--advertise-addr=127.0.0.1"]);
+    let daemon = daemon(engine, attach);
+    let overlay = engine.network("over", &["--driver=overlay", "--attachable"]);
+    let containers = ["swarm-a", "swarm-b"].map(|name| {
+        let run = engine.run(name).label("imds.role", name).network(overlay.name());
+        run.start()
+    });
+    for container in &containers {
+        is_itself(container);
+    }
+    let process = engine
+        .request("GET", &format!("{}{LIST}", http::IMDS), &[])
+        .expect("a refusal");
+    assert_eq!((process.status, process.body.as_str()), (403, ""));
+    daemon.stop();
+    drop(containers);
+    drop(overlay);
+    engine.docker(&["swarm", "leave", "--force"]);
+}
+
+/// Docker in a container: what runs in there gets nothing, or what the outer one gets, as the operator says.
+fn containers_in_a_container(engine: &Arc<Engine>) {
+    let outer = engine
+        .run("outer")
+        .label("imds.role", "outer")
+        // As good as --privileged, on machines that have not all rights themselves.
+        .arg("--cap-add=SYS_ADMIN")
+        .arg("--cap-add=NET_ADMIN")
+        .arg("--cap-add=SYS_PTRACE")
+        .arg("--security-opt=systempaths=unconfined")
+        .arg("--security-opt=seccomp=unconfined")
+        .arg("--security-opt=apparmor=unconfined")
+        .arg("--volume=/sys/fs/cgroup:/sys/fs/cgroup")
+        .arg("--volume=/var/lib/inner")
+        .start();
+    // The machine's Docker, which looks for iptables where Debian's alternatives are not to be had in the container.
+    outer.exec(&[
+        "sh",
+        "-ec",
+        "mkdir -p /tmp/bin /tmp/image && ln -s /usr/sbin/iptables-nft /tmp/bin/iptables
+         ln -s /usr/sbin/ip6tables-nft /tmp/bin/ip6tables
+         export PATH=/tmp/bin:/usr/local/sbin:/usr/sbin:/usr/local/bin:/usr/bin
+         nohup dockerd --data-root=/var/lib/inner -H unix:///tmp/inner.sock >/tmp/inner.log 2>&1 &
+         cp /busybox /tmp/image/busybox
+         for i in $(seq 100); do docker -H unix:///tmp/inner.sock version >/dev/null 2>&1 && break; sleep 0.1; done
+         tar -C /tmp/image -c . | docker -H unix:///tmp/inner.sock import - inner >/dev/null",
+    ]);
+    let inner = |network: &str| {
+        let url = format!("{}{LIST}", http::IMDS);
+        outer.try_exec(&[
+            "sh",
+            "-c",
+            &format!(
+                "docker -H unix:///tmp/inner.sock run --rm --network={network} inner \
+                 /busybox timeout 3 /busybox wget -q -O - {url} 2>&1"
+            ),
+        ])
+    };
+    let start = |nested: &str| {
+        let config = format!("account_id = \"{ACCOUNT}\"\n[serve]\nnested = \"{nested}\"");
+        Daemon::start(engine, &config, &engine.moto().daemon_environment())
+    };
+    let daemon = start("refuse");
+    is_itself(&outer);
+    let refused = inner("bridge");
+    assert!(!refused.succeeded() && !refused.stdout.ends_with("outer"), "{refused}");
+    // In the outer one's own network, but in a cgroup beside its cgroup: with the host's cgroups at hand, the inner engine
+    // makes them there.
+    let refused = inner("host");
+    assert!(refused.stdout.contains("403"), "{refused}");
+    assert!(refusals(&daemon).contains("foreign-cgroup"), "{}", refusals(&daemon));
+    daemon.stop();
+    let daemon = start("outer");
+    is_itself(&outer);
+    assert_eq!(inner("bridge").ok(), "outer");
+    daemon.stop();
+    // Over the host its packets come from the outer one's address, which has no such connection.
+    let config = format!("account_id = \"{ACCOUNT}\"\n[serve]\nattach = \"host\"\nnested = \"outer\"");
+    let daemon = Daemon::start(engine, &config, &engine.moto().daemon_environment());
+    is_itself(&outer);
+    let refused = inner("bridge");
+    assert!(refused.stdout.contains("403"), "{refused}");
+    assert!(refusals(&daemon).contains("no-socket"), "{}", refusals(&daemon));
+    daemon.stop();
+}
+
+/// What leaves with an address of the host's own, as that of a published port's proxy does, is nobody's.
+fn gateways(engine: &Arc<Engine>) {
+    let daemon = daemon(engine, "host");
+    let on_host = engine
+        .run("on-host")
+        .label("imds.role", "on-host")
+        .network("host")
+        .start();
+    let victim = engine.run("victim").label("imds.role", "victim").start();
+    is_itself(&on_host);
+    is_itself(&victim);
+    let mut curl = engine.command("curl");
+    curl.args(["--interface", "172.17.0.1"]);
+    let reply = http::request(curl, "GET", &format!("{}{LIST}", http::IMDS), &[]).expect("a refusal");
+    assert_eq!((reply.status, reply.body.as_str()), (403, ""));
+    assert!(refusals(&daemon).contains("foreign-cgroup"), "{}", refusals(&daemon));
+    // Somebody translates what a container sends: it comes over its bridge, with the bridge's own address.
+    let rules = "add table ip nat9; add chain ip nat9 in { type nat hook input priority 100; };
+                 add rule ip nat9 in ip saddr 172.17.0.0/16 ip daddr 169.254.169.254 snat to 172.17.0.1";
+    let untracked = victim.get(LIST, &[]);
+    engine.host("nft", &[rules]);
+    let reply = victim.get(LIST, &[]);
+    engine.host("nft", &["delete table ip nat9"]);
+    // Our packets are not tracked, so that nobody's translation meets them.
+    assert_eq!((reply.status, reply.body), (untracked.status, untracked.body));
+    daemon.stop();
+}
+
+/// An address that somebody else has put into the namespace does what ours would, and stays.
+fn what_another_program_put_there(engine: &Arc<Engine>) {
+    let container = engine.run("shared-house").label("imds.role", "shared-house").start();
+    let ip = |words: &[&str]| {
+        let mut command = container.intruder("ip");
+        command.args(words);
+        Done::of(command).ok()
+    };
+    ip(&["addr", "add", "169.254.169.254/32", "dev", "eth0"]);
+    let daemon = daemon(engine, "namespace");
+    is_itself(&container);
+    poll(Duration::from_secs(3), "status to tell of it", || {
+        let told = problems(&daemon, &container);
+        told.contains("169.254.169.254/32 on eth0 was put there by another program")
+            .then_some(())
+    });
+    daemon.stop();
+    assert!(ip(&["-o", "addr", "show", "dev", "eth0"]).contains("169.254.169.254"));
+    assert!(!ip(&["-o", "addr", "show", "dev", "lo"]).contains("169.254.169.254"));
+}
+
+/// Without the rights to ask the kernel: nothing, with the command that helps; or the lower level, for who asks for it.
+fn without_rights(engine: &Arc<Engine>) {
+    let moto = engine.moto();
+    let environment = moto.daemon_environment();
+    let no_entering = [
+        "setpriv",
+        "--bounding-set=-sys_admin,-sys_ptrace",
+        "--inh-caps=-sys_admin,-sys_ptrace",
+    ];
+    let no_cgroup2 = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        "for mount in /sys/fs/cgroup/unified /sys/fs/cgroup; do umount -l $mount 2>/dev/null; done; exec \"$0\" \"$@\"",
+    ];
+    for (by, lack) in [
+        (&no_entering[..], "CAP_SYS_ADMIN, CAP_SYS_PTRACE missing"),
+        (&no_cgroup2, "no cgroup v2"),
+    ] {
+        let (code, said) = Daemon::start_in_vain_by(engine, by, "", &environment);
+        assert_eq!(code, Some(1), "{said}");
+        for part in [lack, "docker run -d --name imds-router", "proof = \"address\""] {
+            assert!(said.contains(part), "{part} is not in: {said}");
+        }
+    }
+    let config = format!("account_id = \"{ACCOUNT}\"\n[serve]\nproof = \"address\"");
+    let namespace = format!("{config}\nattach = \"namespace\"");
+    let (code, said) = Daemon::start_in_vain_by(engine, &no_entering, &namespace, &environment);
+    assert!(
+        code == Some(1) && said.contains("attach namespace is not possible here"),
+        "{said}"
+    );
+
+    let before = engine.run("lower-before").label("imds.role", "lower-before").start();
+    let daemon = Daemon::start_by(engine, &no_entering, &config, &environment);
+    let status = daemon.status();
+    assert_eq!(
+        (&status["attach"], &status["proof"]),
+        (&"host".into(), &"address".into())
+    );
+    let after = engine.run("lower-after").label("imds.role", "lower-after").start();
+    is_itself(&before);
+    is_itself(&after);
+    after.restart();
+    is_itself(&after);
+    // Who cannot be told from others gets nothing.
+    let on_host = engine
+        .run("lower-host")
+        .label("imds.role", "lower-host")
+        .network("host")
+        .start();
+    assert_eq!(on_host.get(LIST, &[]).status, 403);
+    let sharer = engine.run("lower-sharer").network("container:lower-before").start();
+    for container in [&sharer, &before] {
+        assert_eq!(container.get(LIST, &[]).status, 403, "{}", container.name());
+    }
+    assert!(refusals(&daemon).contains("shared"), "{}", refusals(&daemon));
+    drop(sharer);
+    poll(Duration::from_secs(3), "it to be alone again", || {
+        (before.get(LIST, &[]).body == "lower-before").then_some(())
+    });
+    daemon.stop();
+}
