@@ -42,8 +42,9 @@ const LOAD_TIMEOUT: Duration = Duration::from_secs(20);
 pub const RENEW_BEFORE: Duration = Duration::from_secs(300);
 /// They are used for so long if it is not.
 const USE_UNTIL: Duration = Duration::from_secs(10);
-/// A failure is not looked into again before this: many sessions have one base.
-const FAILURE_HOLDS: Duration = Duration::from_secs(1);
+/// A failure is not looked into again before the first of these, then twice as long, up to the second: many sessions have
+/// one base. A change of the files ends it.
+const FAILURE_HOLDS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(15));
 /// How often what a person has to do is said again.
 const SAY_AGAIN: Duration = Duration::from_secs(300);
 /// How often the files are looked at.
@@ -166,8 +167,25 @@ struct Held {
     base: Option<Arc<Base>>,
     /// What the files were, and how often something was handed over, when that was fetched.
     of: (Vec<(PathBuf, Stamp)>, u64),
-    /// The last failure, and when, by boot time.
+    /// The last failure, and until when it holds, by boot time.
     failed: Option<(Duration, ProviderError)>,
+    /// Failures since the last success or change.
+    failures: u32,
+}
+
+impl Shown {
+    /// Whether what a person has to do is to be said now: when it is new, and again and again.
+    fn says(&mut self, error: Option<&ProviderError>, now: Duration) -> bool {
+        let Some(error @ ProviderError::NeedsAttention { .. }) = error else {
+            return false;
+        };
+        let new = self.state.error.as_ref() != Some(error);
+        let says = new || self.said.is_none_or(|said| now.saturating_sub(said) >= SAY_AGAIN);
+        if says {
+            self.said = Some(now);
+        }
+        says
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -251,9 +269,13 @@ impl Bases {
         {
             return Ok(base.clone());
         }
-        let recent = |at: Duration| self.clock.boot().saturating_sub(at) < FAILURE_HOLDS;
-        if let Some((_, error)) = held.failed.as_ref().filter(|(at, _)| same && recent(*at)) {
-            return Err(error.clone());
+        if let Some((until, error)) = held.failed.as_ref().filter(|_| same)
+            && self.clock.boot() < *until
+        {
+            return match held.base.as_ref().filter(|base| base.has(USE_UNTIL, &self.clock)) {
+                Some(base) => Ok(base.clone()),
+                None => Err(error.clone()),
+            };
         }
         let name = self.name(profile);
         let fetched = tokio::time::timeout(LOAD_TIMEOUT, self.fetch(name, &slot)).await;
@@ -268,7 +290,7 @@ impl Bases {
         match fetched {
             Ok(base) => {
                 let base = Arc::new(base);
-                (held.base, held.failed) = (Some(base.clone()), None);
+                (held.base, held.failed, held.failures) = (Some(base.clone()), None, 0);
                 self.show(&slot, Some(&base), None);
                 Ok(base)
             }
@@ -276,11 +298,18 @@ impl Bases {
                 // What a changed file no longer says is not used any more.
                 let still = |base: &Arc<Base>| same && base.has(USE_UNTIL, &self.clock);
                 held.base = held.base.take().filter(still);
-                held.failed = Some((self.clock.boot(), error.clone()));
+                held.failures = if same { held.failures.saturating_add(1) } else { 1 };
+                let pause = FAILURE_HOLDS.0 * 2_u32.saturating_pow((held.failures - 1).min(16));
+                held.failed = Some((self.clock.boot() + pause.min(FAILURE_HOLDS.1), error.clone()));
                 self.show(&slot, held.base.as_deref(), Some(&error));
                 held.base.clone().ok_or(error)
             }
         }
+    }
+
+    /// STS does not know these credentials: they are fetched anew before the next try.
+    pub async fn forget(&self, profile: Option<&str>) {
+        self.slot(profile).held.lock().await.base = None;
     }
 
     /// The region that the configuration of `profile` names.
@@ -317,13 +346,8 @@ impl Bases {
 
     fn show(&self, slot: &Slot, base: Option<&Base>, error: Option<&ProviderError>) {
         let mut shown = lock(&slot.shown);
-        let now = self.clock.boot();
-        if let Some(error @ ProviderError::NeedsAttention { .. }) = error {
-            let new = shown.state.error.as_ref() != Some(error);
-            if new || shown.said.is_none_or(|said| now.saturating_sub(said) >= SAY_AGAIN) {
-                warn!("{error}");
-                shown.said = Some(now);
-            }
+        if let Some(error) = error.filter(|error| shown.says(Some(error), self.clock.boot())) {
+            warn!("{error}");
         }
         shown.state = BaseState {
             origin: base.map(|base| base.origin.clone()),

@@ -325,14 +325,11 @@ where
     E: ProvideErrorMetadata + Error + 'static,
     R: std::fmt::Debug,
 {
-    match failure(error) {
-        Failure::Passing(message) => ProviderError::Unavailable(message),
-        Failure::Service { code, message } => match classify(code, message) {
-            ProviderError::Denied { code, message } => {
-                ProviderError::NoBase(format!("role {role_arn} of the profile: {code}: {message}"))
-            }
-            other => other,
-        },
+    match meaning(error) {
+        ProviderError::Denied { code, message } => {
+            ProviderError::NoBase(format!("role {role_arn} of the profile: {code}: {message}"))
+        }
+        other => other,
     }
 }
 
@@ -373,18 +370,26 @@ where
     E: ProvideErrorMetadata + Error + 'static,
     R: std::fmt::Debug,
 {
+    match meaning(error) {
+        // Session credentials that somebody has put there: only somebody can put others there.
+        ProviderError::NoBase(why) if why.starts_with("ExpiredToken") && base.credentials.expiry().is_none() => {
+            ProviderError::NeedsAttention {
+                why: format!("the session credentials of {} have expired", base.origin),
+                command: login_command(profile),
+            }
+        }
+        other => other,
+    }
+}
+
+fn meaning<E, R>(error: &SdkError<E, R>) -> ProviderError
+where
+    E: ProvideErrorMetadata + Error + 'static,
+    R: std::fmt::Debug,
+{
     match failure(error) {
         Failure::Passing(message) => ProviderError::Unavailable(message),
-        Failure::Service { code, message } => match classify(code, message) {
-            // Session credentials that somebody has put there: only somebody can put others there.
-            ProviderError::NoBase(why) if why.starts_with("ExpiredToken") && base.credentials.expiry().is_none() => {
-                ProviderError::NeedsAttention {
-                    why: format!("the session credentials of {} have expired", base.origin),
-                    command: login_command(profile),
-                }
-            }
-            other => other,
-        },
+        Failure::Service { code, message } => classify(code, message),
     }
 }
 
@@ -429,10 +434,16 @@ impl CredentialProvider for Sts {
     fn credentials(&self, session: &Session) -> Provided {
         let (sts, session) = (self.clone(), session.clone());
         Box::pin(async move {
-            match session {
+            let bases = sts.bases.clone();
+            let profile = session.profile().map(str::to_owned);
+            let answer = match session {
                 Session::Role(session) => sts.assume(session).await,
                 Session::Profile(session) => sts.own(session).await,
+            };
+            if let Err(ProviderError::NoBase(_) | ProviderError::NeedsAttention { .. }) = answer {
+                bases.forget(profile.as_deref()).await;
             }
+            answer
         })
     }
 

@@ -121,6 +121,9 @@ const EXPIRED: &str = "<ErrorResponse><Error><Code>ExpiredToken</Code><Message>T
 const SLOWER: &str =
     "<ErrorResponse><Error><Code>Throttling</Code><Message>Rate exceeded</Message></Error></ErrorResponse>";
 
+const UNKNOWN: &str =
+    "<ErrorResponse><Error><Code>InvalidClientTokenId</Code><Message>not valid</Message></Error></ErrorResponse>";
+
 struct Desk {
     directory: tempfile::TempDir,
     amazon: Amazon,
@@ -605,6 +608,79 @@ async fn what_is_handed_over_counts_until_it_ends() {
     bases.hand_over(None, handed).unwrap();
     assert_eq!(base(&bases, Some("dev")).await.unwrap().0, "ASIAOWN");
     assert_eq!(base(&bases, None).await.unwrap().0, "ASIAOWN");
+}
+
+#[test]
+fn what_a_person_has_to_do_is_said_again_every_five_minutes() {
+    let mut shown = Shown::default();
+    let attention = |why: &str| ProviderError::NeedsAttention {
+        why: why.into(),
+        command: "c".into(),
+    };
+    let mut said = Vec::new();
+    // Asked every 10 s for a quarter of an hour; after 400 s it is something else.
+    for second in (0..900).step_by(10) {
+        let error = attention(if second < 400 { "one" } else { "other" });
+        if shown.says(Some(&error), Duration::from_secs(second)) {
+            said.push(second);
+        }
+        shown.state.error = Some(error);
+    }
+    assert_eq!(said, [0, 300, 400, 700]);
+    assert!(!shown.says(Some(&ProviderError::NoBase("x".into())), HOUR));
+    assert!(!shown.says(None, HOUR));
+}
+
+#[tokio::test]
+async fn credentials_that_sts_does_not_know_are_fetched_anew() {
+    let desk = Desk::new().await;
+    let counter = desk.path("runs");
+    let program = format!(
+        "echo x >> {0}; echo '{{\"Version\":1,\"AccessKeyId\":\"AKIARUN'$(wc -l < {0})'\",\"SecretAccessKey\":\"s\"}}'",
+        counter.display()
+    );
+    desk.config(&format!("[profile run]\ncredential_process = {program}\n"));
+    let bases = desk.bases();
+    let sts = Sts::new(bases.clone(), desk.clock.clone());
+    let role = RoleArn::parse("arn:aws:iam::111122223333:role/x").unwrap();
+    let mut session = RoleSession::new(role, "s1", HOUR, "eu-west-1");
+    session.profile = Some("run".into());
+    let session = Session::Role(session);
+    given(&sts, &session).await.unwrap();
+    given(&sts, &session).await.unwrap();
+    assert_eq!(
+        base(&bases, Some("run")).await.unwrap().0,
+        "AKIARUN1",
+        "long-lived keys are kept"
+    );
+    desk.amazon.fail("AssumeRole", 403, UNKNOWN);
+    let error = given(&sts, &session).await.unwrap_err().to_string();
+    assert_eq!(error, "no base credentials: InvalidClientTokenId: not valid");
+    assert_eq!(base(&bases, Some("run")).await.unwrap().0, "AKIARUN2");
+}
+
+#[tokio::test]
+async fn a_base_that_fails_is_asked_less_and_less_often() {
+    let desk = Desk::new().await;
+    desk.config(&format!(
+        "[default]\n{KEYS}[profile p]\nrole_arn = arn:aws:iam::111122223333:role/p\nsource_profile = default\n"
+    ));
+    desk.amazon.fail("AssumeRole", 403, DENIED);
+    let bases = desk.bases();
+    let mut asked = Vec::new();
+    for second in 0..60 {
+        assert!(base(&bases, Some("p")).await.is_err());
+        if !desk.amazon.asked().is_empty() {
+            asked.push(second);
+        }
+        desk.clock.suspend(1_000);
+    }
+    assert_eq!(asked, [0, 1, 3, 7, 15, 30, 45]);
+    desk.amazon.work();
+    desk.config(&format!(
+        "[default]\n{KEYS}[profile p]\nrole_arn = arn:aws:iam::111122223333:role/q\nsource_profile = default\n"
+    ));
+    assert!(base(&bases, Some("p")).await.is_ok(), "a change ends it");
 }
 
 fn as_it_is(profile: &str) -> Session {
