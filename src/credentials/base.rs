@@ -115,7 +115,7 @@ pub struct BaseState {
 }
 
 /// What the operator sets.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Setup {
     /// The profile of the daemon itself; `None`: the usual chain.
     pub profile: Option<String>,
@@ -142,7 +142,7 @@ pub struct Bases {
 impl std::fmt::Debug for Bases {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Bases")
-            .field("setup", &self.setup.files)
+            .field("files", &self.setup.files)
             .finish_non_exhaustive()
     }
 }
@@ -171,6 +171,14 @@ struct Held {
     failed: Option<(Duration, ProviderError)>,
     /// Failures since the last success or change.
     failures: u32,
+}
+
+impl Held {
+    fn fails(&mut self, error: ProviderError, now: Duration) {
+        let pause = FAILURE_HOLDS.0 * 2_u32.saturating_pow(self.failures.min(16));
+        self.failures = self.failures.saturating_add(1);
+        self.failed = Some((now + pause.min(FAILURE_HOLDS.1), error));
+    }
 }
 
 impl Shown {
@@ -290,7 +298,11 @@ impl Bases {
         match fetched {
             Ok(base) => {
                 let base = Arc::new(base);
-                (held.base, held.failed, held.failures) = (Some(base.clone()), None, 0);
+                // Failures are counted until STS takes them, which is not known here; a change begins anew.
+                (held.base, held.failed) = (Some(base.clone()), None);
+                if !same {
+                    held.failures = 0;
+                }
                 self.show(&slot, Some(&base), None);
                 Ok(base)
             }
@@ -298,18 +310,36 @@ impl Bases {
                 // What a changed file no longer says is not used any more.
                 let still = |base: &Arc<Base>| same && base.has(USE_UNTIL, &self.clock);
                 held.base = held.base.take().filter(still);
-                held.failures = if same { held.failures.saturating_add(1) } else { 1 };
-                let pause = FAILURE_HOLDS.0 * 2_u32.saturating_pow((held.failures - 1).min(16));
-                held.failed = Some((self.clock.boot() + pause.min(FAILURE_HOLDS.1), error.clone()));
+                if !same {
+                    held.failures = 0;
+                }
+                held.fails(error.clone(), self.clock.boot());
                 self.show(&slot, held.base.as_deref(), Some(&error));
                 held.base.clone().ok_or(error)
             }
         }
     }
 
-    /// STS does not know these credentials: they are fetched anew before the next try.
-    pub async fn forget(&self, profile: Option<&str>) {
-        self.slot(profile).held.lock().await.base = None;
+    /// STS does not take the credentials of this base: they are fetched anew before it is asked again.
+    pub async fn refused(&self, profile: Option<&str>, error: &ProviderError) {
+        let slot = self.slot(profile);
+        let mut held = slot.held.lock().await;
+        // Where there are none, that has been noted already.
+        if held.base.take().is_some() {
+            held.fails(error.clone(), self.clock.boot());
+            self.show(&slot, None, Some(error));
+        }
+    }
+
+    /// STS has taken the credentials of this base.
+    pub async fn taken(&self, profile: Option<&str>) {
+        self.slot(profile).held.lock().await.failures = 0;
+    }
+
+    /// Nobody names this profile any more. What was handed over for it stays.
+    pub fn forget(&self, profile: &str) {
+        self.slots
+            .remove_if(&Some(profile.to_owned()), |_, slot| lock(&slot.handed).is_none());
     }
 
     /// The region that the configuration of `profile` names.

@@ -115,6 +115,11 @@ impl Sts {
         self.bases.hand_over(profile, handed)
     }
 
+    /// Nobody names this profile any more.
+    pub fn forget(&self, profile: &str) {
+        self.bases.forget(profile);
+    }
+
     fn client(&self, base: &Base, region: String) -> aws_sdk_sts::Client {
         let config = aws_sdk_sts::config::Builder::from(&base.sdk)
             .region(Region::new(region))
@@ -440,8 +445,12 @@ impl CredentialProvider for Sts {
                 Session::Role(session) => sts.assume(session).await,
                 Session::Profile(session) => sts.own(session).await,
             };
-            if let Err(ProviderError::NoBase(_) | ProviderError::NeedsAttention { .. }) = answer {
-                bases.forget(profile.as_deref()).await;
+            match &answer {
+                Err(error @ (ProviderError::NoBase(_) | ProviderError::NeedsAttention { .. })) => {
+                    bases.refused(profile.as_deref(), error).await;
+                }
+                Ok(_) => bases.taken(profile.as_deref()).await,
+                Err(_) => {}
             }
             answer
         })

@@ -656,7 +656,33 @@ async fn credentials_that_sts_does_not_know_are_fetched_anew() {
     desk.amazon.fail("AssumeRole", 403, UNKNOWN);
     let error = given(&sts, &session).await.unwrap_err().to_string();
     assert_eq!(error, "no base credentials: InvalidClientTokenId: not valid");
+    assert_eq!(
+        bases.states()[&Some("run".to_owned())]
+            .error
+            .as_ref()
+            .unwrap()
+            .to_string(),
+        error
+    );
+    assert!(base(&bases, Some("run")).await.is_err(), "not at once");
+    desk.clock.suspend(1_000);
     assert_eq!(base(&bases, Some("run")).await.unwrap().0, "AKIARUN2");
+    // And less and less often, as long as STS does not take them.
+    let mut runs = Vec::new();
+    for second in 0..40 {
+        if given(&sts, &session).await.unwrap_err().to_string() != error {
+            panic!("it is the same all the time");
+        }
+        runs.push((second, std::fs::read_to_string(&counter).unwrap().lines().count()));
+        desk.clock.suspend(1_000);
+    }
+    runs.dedup_by_key(|(_, count)| *count);
+    assert_eq!(runs, [(0, 2), (2, 3), (6, 4), (14, 5), (29, 6)]);
+    desk.amazon.work();
+    desk.clock.suspend(60_000);
+    given(&sts, &session).await.unwrap();
+    bases.forget("run");
+    assert_eq!(bases.states().len(), 0);
 }
 
 #[tokio::test]
@@ -764,6 +790,7 @@ async fn what_sts_says_no_to() {
         assert_eq!(given(&sts, &session).await.unwrap_err().to_string(), said);
     }
     desk.amazon.fail("AssumeRole", 503, "<html>no</html>");
+    desk.clock.suspend(60_000);
     let error = given(&sts, &session).await.unwrap_err();
     assert!(matches!(error, ProviderError::Unavailable(_)), "{error}");
 }
