@@ -3,6 +3,7 @@
 //! The only file that sees every other; nobody sees it.
 
 mod base;
+pub mod doctor;
 
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
@@ -916,12 +917,14 @@ impl Resolver {
                 "no region is configured; {FALLBACK_REGION} is a guess: --region, AWS_REGION or region = \"…\""
             ));
         }
-        if self.settings.load().attach == Attach::Host {
+        if self.level == Level::Address {
             warnings.push(
-                "attach host proves who asks, but does not keep answers secret from a neighbour with NET_RAW on the same \
-             bridge: --cap-drop NET_RAW, or a network each, closes that"
-                .to_owned(),
+                "callers are proven by their address only: a neighbour with NET_RAW on the same bridge can send with it and \
+                 take another's credentials; --cap-drop NET_RAW, a network each, or full proof closes that"
+                    .to_owned(),
             );
+        } else if !self.attaches() && !self.settings.load().freeze_links {
+            warnings.push(ATTACH_HOST.to_owned());
         }
         warnings
     }

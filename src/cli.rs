@@ -35,6 +35,12 @@ pub enum Verb {
         #[arg(long)]
         compat: bool,
     },
+    /// Show what is wrong on this host, why it matters, and the command that fixes it; changes nothing
+    Doctor {
+        /// Flags of the configuration.
+        #[command(flatten)]
+        common: Common,
+    },
     /// Put the address, routes and rules up or down by themselves
     Intercept {
         /// up: callers are refused until a daemon serves; down: removes what is ours; plan: says what up would do

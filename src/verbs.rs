@@ -45,9 +45,11 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         #[cfg(target_os = "linux")]
         Verb::Check { common, compat } => block_on(check(&common, compat))?,
         #[cfg(target_os = "linux")]
+        Verb::Doctor { common } => block_on(doctor(&common))?,
+        #[cfg(target_os = "linux")]
         Verb::Intercept { what } => intercept(what),
         #[cfg(not(target_os = "linux"))]
-        Verb::Serve(_) | Verb::Check { .. } | Verb::Intercept { .. } => Err(Failure::Failed(Box::new(Said(
+        Verb::Serve(_) | Verb::Check { .. } | Verb::Doctor { .. } | Verb::Intercept { .. } => Err(Failure::Failed(Box::new(Said(
             "containers run in a Linux VM on this system: run the image imds-router there \
              (docker run --net=host --pid=host --privileged -v /var/run/docker.sock:/var/run/docker.sock imds-router serve)"
                 .to_owned(),
@@ -152,6 +154,21 @@ async fn check(flags: &Common, compat: bool) -> Result<(), Failure> {
         problems => Err(Failure::Failed(Box::new(Said(format!(
             "{problems} of the containers above do not get what they ask for"
         ))))),
+    }
+}
+
+/// What keeps this host from serving.
+#[cfg(target_os = "linux")]
+async fn doctor(flags: &Common) -> Result<(), Failure> {
+    let settings = config::load(&flags.sources()).map_err(usage)?;
+    let found = crate::app::doctor::examine(&settings).await;
+    io::stdout().write_all(found.render().as_bytes())?;
+    match found.wrong() {
+        0 => Ok(()),
+        wrong => Err(Said(format!(
+            "{wrong} of the above keep this host from serving as configured"
+        ))
+        .into()),
     }
 }
 

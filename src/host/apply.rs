@@ -13,7 +13,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::kernel::{Bell, Kernel};
-use super::{HostError, Part, Plan, Step, diff, teardown};
+use super::{Family, GUARD_TABLE, HostError, Part, Plan, RULES_TABLE, Step, diff, teardown};
 
 /// Changes come in bursts (one deletion of a link is four messages): this long after the first, one look sees all.
 const SETTLE: Duration = Duration::from_millis(20);
@@ -117,6 +117,46 @@ impl Interception {
 pub fn pending(plan: &Plan) -> Result<Vec<Step>, HostError> {
     let (mut kernel, _) = Kernel::open()?;
     Ok(diff(plan, &kernel.observe(plan)?))
+}
+
+/// What a host is like, as far as a [`Plan`] is concerned. For people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Survey {
+    /// The plan's address family.
+    pub family: Family,
+    /// The netlink port of the process that serves.
+    pub holder: Option<u32>,
+    /// What stays without a daemon is there.
+    pub guarded: bool,
+    /// Addresses of the plan that somebody else put somewhere.
+    pub foreign: Vec<String>,
+    /// There is a link of ours.
+    pub dummy: bool,
+    /// Chains that look at what comes in for this host, and drop what they do not know.
+    pub dropping: Vec<String>,
+}
+
+/// Looks at a host. Changes nothing.
+///
+/// # Errors
+/// If the kernel does not show what is there.
+pub fn survey(plan: &Plan) -> Result<Survey, HostError> {
+    let (mut kernel, _) = Kernel::open()?;
+    let observed = kernel.observe(plan)?;
+    let family = plan.family();
+    let table = |name| observed.tables.iter().find(move |seen| seen.name == name);
+    Ok(Survey {
+        family,
+        holder: table(RULES_TABLE).and_then(|seen| seen.owner),
+        guarded: table(GUARD_TABLE).is_some(),
+        foreign: plan
+            .foreign(&observed)
+            .iter()
+            .map(|(part, _)| part.to_string())
+            .collect(),
+        dummy: observed.link.is_some(),
+        dropping: kernel.dropping(family)?,
+    })
 }
 
 /// Puts up what may stay without a daemon ([`Plan::persistent`]): callers are refused until one serves.

@@ -153,6 +153,10 @@ impl Plan {
         })
     }
 
+    fn family(&self) -> Family {
+        self.address().map_or(Family::Ip, Family::of)
+    }
+
     fn address(&self) -> Option<IpAddr> {
         self.parts.iter().find_map(|part| match part {
             Part::Address { address, .. } => Some(*address),
@@ -176,6 +180,11 @@ pub enum Family {
 }
 
 impl Family {
+    /// Whether it is IPv4.
+    pub fn is_ip(self) -> bool {
+        self == Self::Ip
+    }
+
     /// The family of an address.
     pub fn of(address: IpAddr) -> Self {
         match address {

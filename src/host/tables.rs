@@ -189,6 +189,35 @@ impl Kernel {
         })
     }
 
+    /// Base chains of other tables that see what comes in for this host, and drop what they do not know.
+    pub(super) fn dropping(&mut self, family: Family) -> Result<Vec<String>, HostError> {
+        /// NF_INET_LOCAL_IN (linux/netfilter.h).
+        const INPUT: u32 = 1;
+        /// linux/netfilter.h, NFPROTO_INET: chains that see both families.
+        const INET: u8 = 1;
+        let both = Nfgenmsg {
+            nfgen_family: INET,
+            ..Nfgenmsg::new()
+        };
+        let mut found = Vec::new();
+        for (name, header) in [(family.to_string(), of(family)), ("inet".to_owned(), both)] {
+            let asked = self.ask(&Request::new().op_getchain_dump(&header), |(_, seen)| {
+                let input = seen.get_hook().is_ok_and(|hook| hook.get_num().ok() == Some(INPUT));
+                if input && seen.get_policy().ok() == Some(VerdictCode::Drop as u32) {
+                    let text =
+                        |it: Result<&CStr, _>| it.map(|it| it.to_string_lossy().into_owned()).unwrap_or_default();
+                    found.push(format!(
+                        "chain {name} {} {}",
+                        text(seen.get_table()),
+                        text(seen.get_name())
+                    ));
+                }
+            });
+            asked.map_err(|error| HostError::nft(&"list chains", error))?;
+        }
+        Ok(found)
+    }
+
     /// One transaction: all of it or nothing.
     pub(super) fn batch(&mut self, fill: impl FnOnce(&mut Chained<'static>)) -> io::Result<()> {
         let mut batch = Chained::new(self.socket.reserve_seq(BATCH));

@@ -7,7 +7,7 @@ use imds_router::caller::Via;
 use imds_router::containers::watcher::Event;
 use imds_router::containers::{CgroupId, Counters, NamespaceId, NetworkId, NetworkMode, SocketEvidence};
 
-use crate::script::{Daemon, HOST, endpoint, id, settings};
+use crate::script::{Daemon, GATEWAY, HOST, endpoint, id, settings};
 
 const APP: &[(&str, &str)] = &[("imds.role", "app")];
 const OTHER: &[(&str, &str)] = &[("imds.role", "other")];
@@ -376,4 +376,44 @@ async fn the_first_act_of_who_joins_a_namespace_waits_for_its_life() {
     // Its process is there, and asks at once; the engine will say `start` later.
     let sharer = daemon.kernel.start_in(&id(2), &NetworkMode::Container(id(1)));
     assert_eq!(asks(&daemon, namespace, sharer).await, (200, "other".into()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_container_in_a_container_is_the_outer_one_or_nobody() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    daemon.run(1, APP).await;
+    let outer = daemon.kernel.alive(&id(1)).unwrap();
+    let namespace = NamespaceId(outer.0);
+    // Its own address is of a network that nobody out here knows.
+    let inner: SocketAddr = "172.17.0.2:40000".parse().unwrap();
+    let reply = daemon.dial_via(inner, Via::Nested(namespace, 9)).get(LIST).await.unwrap();
+    assert_eq!((reply.status, reply.text().as_str()), (200, "app"));
+    // In a namespace that is nobody's, or several containers', nobody can be meant.
+    let mut nobodys = daemon.dial_via(inner, Via::Nested(NamespaceId(77), 9));
+    assert_eq!(nobodys.get(LIST).await.unwrap().status, 403);
+    join(&daemon, 2, OTHER, NetworkMode::Container(id(1)));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let mut shared = daemon.dial_via(inner, Via::Nested(namespace, 9));
+    assert_eq!(shared.get(LIST).await.unwrap().status, 403);
+    daemon.kill(2);
+    daemon.kill(1);
+    let mut late = daemon.dial_via(inner, Via::Nested(namespace, 9));
+    assert_eq!(late.get(LIST).await.unwrap().status, 403);
+    let reasons = daemon.service.refusals();
+    assert_eq!(reasons, [("sent-inside", 2), ("shared", 1)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_hides_behind_an_address_of_the_host_is_nobody_and_the_reason_says_so() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    daemon.run(1, APP).await;
+    refused(&daemon, SocketAddr::new(GATEWAY.into(), 40_000)).await;
+    // Translated on its way: nobody in the namespace has this connection.
+    let namespace = NamespaceId(daemon.kernel.alive(&id(1)).unwrap().0);
+    let client = SocketAddr::new(GATEWAY.into(), 40_001);
+    let mut translated = daemon.dial_via(client, Via::Namespace(namespace));
+    assert_eq!(translated.get(LIST).await.unwrap().status, 403);
+    assert_eq!(daemon.service.refusals(), [("gateway", 1), ("translated", 1)]);
 }

@@ -30,6 +30,7 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
         what_another_program_put_there,
     ));
     trials.push(rig.once("networks::without_rights", without_rights));
+    trials.push(rig.once("networks::doctor", doctor));
     trials
 }
 
@@ -283,4 +284,68 @@ fn without_rights(engine: &Arc<Engine>) {
         (before.get(LIST, &[]).body == "lower-before").then_some(())
     });
     daemon.stop();
+}
+
+/// What `doctor` says of a host that is well, of one with a firewall, and of attach host.
+fn doctor(engine: &Arc<Engine>) {
+    let examine = |words: &[&str]| {
+        let mut command = engine.command("timeout");
+        command
+            .args(words)
+            .args(["30", crate::rig::tools::DAEMON, "doctor"])
+            .env("DOCKER_HOST", engine.docker_host());
+        Done::of(command)
+    };
+    let said = examine(&[]).ok();
+    for part in [
+        "ok    engine: unix://",
+        "ok    proof: full",
+        "ok    attach: namespace",
+        "note  daemon: none holds table ip",
+    ] {
+        assert!(said.contains(part), "{part} is not in {said}");
+    }
+    let serving = daemon(engine, "host");
+    engine.host(
+        "nft",
+        &[
+            "add table ip fire9; add chain ip fire9 in { type filter hook input priority 0; policy drop; }; \
+                          add rule ip fire9 in ct state established accept; add rule ip fire9 in iifname lo accept",
+        ],
+    );
+    let mut told = engine.command("timeout");
+    told.args(["30", crate::rig::tools::DAEMON, "doctor"])
+        .env("DOCKER_HOST", engine.docker_host())
+        .env("IMDS_ROUTER_SERVE_ATTACH", "host")
+        .env("IMDS_ROUTER_SERVE_ADMIN_SOCKET", serving.admin_socket());
+    let told = Done::of(told);
+    let victim = engine.run("walled").label("imds.role", "walled").start();
+    let walled = victim.request("GET", LIST, &[]);
+    engine.host("nft", &["delete table ip fire9"]);
+    assert_eq!(told.status.code(), Some(1), "{told}");
+    for part in [
+        "WRONG firewall: chain ip fire9 in drops",
+        "--dport 51254 -j ACCEPT",
+        "protects identity, not confidentiality",
+        "belongs to a live process",
+    ] {
+        assert!(told.stdout.contains(part), "{part} is not in {told}");
+    }
+    assert!(
+        walled.is_err_and(|why| why.timed_out()),
+        "the firewall is what doctor says it is"
+    );
+    is_itself(&victim);
+    let status = serving.cli(&["status"]).ok();
+    assert!(status.contains("identity, not confidentiality"), "{status}");
+    serving.stop();
+    // Without the rights to look.
+    let mut command = engine.command("setpriv");
+    command
+        .args(["--reuid=65534", "--clear-groups", crate::rig::tools::DAEMON, "doctor"])
+        .env("DOCKER_HOST", engine.docker_host());
+    let told = Done::of(command);
+    assert_eq!(told.status.code(), Some(1), "{told}");
+    assert!(told.stdout.contains("WRONG proof: CAP_SYS_ADMIN"), "{told}");
+    assert!(told.stdout.contains("fix: docker run -d --name imds-router"), "{told}");
 }

@@ -1,0 +1,240 @@
+//! What is wrong on this host, why it matters, and the command that fixes it. Changes nothing.
+
+use std::fmt::Write as _;
+
+use super::{ATTACH_HOST, DOCKER_RUN, IMDS_ADDRESS, engine_host, plans};
+use crate::admin;
+use crate::caller::level::{Lack, lacking};
+use crate::clock::Clock;
+use crate::config::{Attach, Proof, Settings};
+use crate::containers::docker::Engine;
+use crate::containers::watcher::ContainerEngine as _;
+use crate::host::apply::{Survey, survey};
+use crate::host::{HostError, LINK, RULES_TABLE};
+use crate::telemetry::{printable, with_causes};
+
+/// How it stands with one thing.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Verdict {
+    /// As it should be.
+    Fine,
+    /// Works, and should be known.
+    Note,
+    /// Does not work.
+    Wrong,
+}
+
+/// One thing that was looked at.
+struct Finding {
+    verdict: Verdict,
+    /// What was looked at, and what is so.
+    seen: String,
+    /// Why that matters.
+    why: &'static str,
+    /// What to do.
+    fix: Option<String>,
+}
+
+/// Everything that was found.
+#[derive(Default)]
+pub struct Diagnosis(Vec<Finding>);
+
+impl Diagnosis {
+    /// How many things do not work.
+    pub fn wrong(&self) -> usize {
+        self.0.iter().filter(|it| it.verdict == Verdict::Wrong).count()
+    }
+
+    /// For people, the worst last: that is what is read.
+    pub fn render(&self) -> String {
+        let mut all: Vec<_> = self.0.iter().collect();
+        all.sort_by_key(|finding| finding.verdict);
+        let mut text = String::new();
+        for finding in all {
+            let mark = match finding.verdict {
+                Verdict::Fine => "ok   ",
+                Verdict::Note => "note ",
+                Verdict::Wrong => "WRONG",
+            };
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "{mark} {}", printable(&finding.seen, 600));
+            if finding.verdict != Verdict::Fine {
+                let _ = writeln!(text, "      why it matters: {}", finding.why);
+            }
+            if let Some(fix) = &finding.fix {
+                let _ = writeln!(text, "      fix: {fix}");
+            }
+        }
+        text
+    }
+
+    fn fine(&mut self, seen: impl Into<String>) {
+        self.add(Verdict::Fine, seen, "", None);
+    }
+
+    fn add(&mut self, verdict: Verdict, seen: impl Into<String>, why: &'static str, fix: Option<&str>) {
+        self.0.push(Finding {
+            verdict,
+            seen: seen.into(),
+            why,
+            fix: fix.map(str::to_owned),
+        });
+    }
+}
+
+/// Looks at everything that serving takes.
+pub async fn examine(settings: &Settings) -> Diagnosis {
+    let mut found = Diagnosis::default();
+    engine(settings, &mut found).await;
+    proof(settings, &mut found).await;
+    host(settings, &mut found);
+    daemon(settings, &mut found).await;
+    found
+}
+
+async fn engine(settings: &Settings, found: &mut Diagnosis) {
+    let at = engine_host(settings);
+    let engine = Engine::new(&at, Clock::system());
+    match engine.subscribe().await {
+        Ok(_) => found.fine(format!("engine: {at} answers")),
+        Err(error) => found.add(
+            Verdict::Wrong,
+            format!("engine: {error}"),
+            "without it nobody knows which containers there are; a daemon waits for it",
+            Some("start Docker, or name its socket: DOCKER_HOST=unix:///path/to/docker.sock; sudo, if it belongs to root"),
+        ),
+    }
+}
+
+async fn proof(settings: &Settings, found: &mut Diagnosis) {
+    let lacks = lacking(&engine_host(settings)).await;
+    if lacks.is_empty() {
+        found.fine("proof: full; the kernel says who made a connection");
+    }
+    let accepted = settings.proof == Proof::Address;
+    for lack in &lacks {
+        let fix = match lack {
+            Lack::Cgroups(_) => {
+                "mount -t cgroup2 none /sys/fs/cgroup/unified (in a container: -v /sys/fs/cgroup:/sys/fs/cgroup:ro)"
+            }
+            Lack::Remote(_) => "run imds-router on the engine's own host",
+            Lack::Capabilities(_) | Lack::Processes | Lack::Network => DOCKER_RUN,
+        };
+        let verdict = if accepted { Verdict::Note } else { Verdict::Wrong };
+        found.add(
+            verdict,
+            format!("proof: {lack}"),
+            "a caller could be proven by its address only, and a neighbour with NET_RAW can send with it",
+            Some(fix),
+        );
+    }
+    let inside = lacks.is_empty() && settings.attach != Attach::Host;
+    if inside {
+        found.fine(
+            "attach: namespace; answers stay inside the containers (those in the host's network are answered over the host)",
+        );
+    } else {
+        found.add(
+            Verdict::Note,
+            format!("attach: host; {ATTACH_HOST}"),
+            "whoever reads a container's answers has its credentials",
+            Some("attach = \"auto\" with full proof; or docker run --cap-drop NET_RAW; or [serve] freeze_links = true"),
+        );
+    }
+}
+
+fn host(settings: &Settings, found: &mut Diagnosis) {
+    for plan in plans() {
+        match survey(&plan) {
+            Ok(survey) => of_survey(settings, &survey, found),
+            Err(error) => {
+                let text = with_causes(&error);
+                let (text, hint) = text.split_once("\nhint: ").unwrap_or((&text, ""));
+                let fix = match (&error, hint) {
+                    (HostError::Denied { .. }, _) => "run imds-router doctor as root",
+                    (_, "") => "see the kernel's own words above",
+                    (_, hint) => hint,
+                };
+                found.add(
+                    Verdict::Wrong,
+                    format!("rules: {text}"),
+                    "without rules of nf_tables a listener would need port 80, which applications and published ports want",
+                    Some(fix),
+                );
+            }
+        }
+    }
+}
+
+fn of_survey(settings: &Settings, survey: &Survey, found: &mut Diagnosis) {
+    let family = survey.family;
+    found.fine(format!("rules: the kernel has nf_tables ({family})"));
+    match survey.holder {
+        Some(holder) => found.fine(format!(
+            "daemon: table {family} {RULES_TABLE} belongs to a live process (netlink port {holder})"
+        )),
+        None if survey.guarded => found.add(
+            Verdict::Note,
+            format!("daemon: none holds table {family} {RULES_TABLE}, and what it leaves behind refuses everybody"),
+            "containers get \"connection refused\"; SDKs go on to their next source of credentials",
+            Some("imds-router serve; or imds-router intercept down"),
+        ),
+        None => found.add(
+            Verdict::Note,
+            format!("daemon: none holds table {family} {RULES_TABLE}"),
+            "requests of containers leave through the default route, to whatever answers there",
+            Some("imds-router serve; or imds-router intercept up, which refuses them until it does"),
+        ),
+    }
+    for foreign in &survey.foreign {
+        found.add(
+            Verdict::Note,
+            format!("address: {foreign}, and not by imds-router"),
+            "another metadata service may be set up here; with imds-router up its port 80 is not reached at that address",
+            Some("stop the program that put it there, or take it away with ip addr del"),
+        );
+    }
+    if family.is_ip() && !survey.dummy {
+        found.fine(format!(
+            "address: {IMDS_ADDRESS} goes to lo where the kernel can make no dummy link {LINK}; both will do"
+        ));
+    }
+    for chain in &survey.dropping {
+        let verdict = match settings.attach {
+            Attach::Host => Verdict::Wrong,
+            Attach::Auto | Attach::Namespace => Verdict::Note,
+        };
+        found.add(
+            verdict,
+            format!("firewall: {chain} drops what it does not know"),
+            "requests over a bridge (attach host) end in a timeout; attach namespace does not meet it",
+            Some("iptables -I INPUT -d 169.254.169.254/32 -p tcp --dport 51254 -j ACCEPT"),
+        );
+    }
+}
+
+async fn daemon(settings: &Settings, found: &mut Diagnosis) {
+    let Ok(status) = admin::ask_status(&settings.admin_socket).await else {
+        return;
+    };
+    found.fine(format!(
+        "daemon: serves, version {}, attach {}, proof {}, engine {}",
+        status.version, status.attach, status.proof, status.engine.state
+    ));
+    for warning in status.warnings {
+        found.add(
+            Verdict::Note,
+            format!("daemon: {warning}"),
+            "it says so itself",
+            Some("imds-router status"),
+        );
+    }
+    for container in status.containers.iter().filter(|it| !it.problems.is_empty()) {
+        found.add(
+            Verdict::Note,
+            format!("container {}: {}", container.name, container.problems.join("; ")),
+            "it does not get what it asks for, or shares it",
+            Some(&format!("imds-router explain {}", container.name)),
+        );
+    }
+}
