@@ -87,7 +87,10 @@ const MAP: &[(&str, &[&str])] = &[
         ],
     ),
     ("telemetry", &[]),
-    ("verbs", &["admin", "app", "cli", "config", "host::*", "telemetry"]),
+    (
+        "verbs",
+        &["admin", "app", "app::doctor", "cli", "config", "host::*", "telemetry"],
+    ),
     ("wire", &[]),
     // A credentials document is written as all documents are.
     ("wire::imds", &["clock", "credentials", "metadata"]),
