@@ -16,7 +16,7 @@ use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_credential_types::provider::ProvideCredentials as _;
-use aws_types::sdk_config::SharedHttpClient;
+use aws_types::sdk_config::{SharedHttpClient, TimeSource};
 use dashmap::DashMap;
 use tokio::sync::watch;
 use tracing::{info, warn};
@@ -60,6 +60,16 @@ const OURSELVES: &[&str] = &[
     "instance-data",
     "instance-data.ec2.internal",
 ];
+
+/// The time that requests are signed with: AWS's, as far as it is known.
+#[derive(Debug)]
+struct AwsTime(Clock);
+
+impl TimeSource for AwsTime {
+    fn now(&self) -> SystemTime {
+        self.0.aws()
+    }
+}
 
 /// Base credentials, and how to ask with them.
 #[derive(Clone)]
@@ -446,6 +456,7 @@ impl Bases {
             // Said in any case, though it be none: the SDK would ask the instance metadata service, which is us.
             .region(self.region_of(&set, selected).map(Region::new))
             .no_credentials()
+            .time_source(AwsTime(self.clock.clone()))
             .retry_config(RetryConfig::standard().with_max_attempts(ATTEMPTS))
             .timeout_config(
                 TimeoutConfig::builder()

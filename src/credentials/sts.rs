@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use aws_config::{Region, SdkConfig};
-use aws_sdk_sts::config::interceptors::BeforeDeserializationInterceptorContextRef;
+use aws_sdk_sts::config::interceptors::FinalizerInterceptorContextRef;
 use aws_sdk_sts::config::{ConfigBag, Intercept, RuntimeComponents};
 use aws_sdk_sts::error::{BoxError, ProvideErrorMetadata, SdkError};
 use aws_sdk_sts::operation::assume_role::builders::AssumeRoleFluentBuilder;
@@ -59,13 +59,14 @@ impl Intercept for Listener {
         "Listener"
     }
 
-    fn read_before_deserialization(
+    // Not before the end: the SDK corrects a wrong clock by itself between two attempts, from the time that it had before.
+    fn read_after_execution(
         &self,
-        context: &BeforeDeserializationInterceptorContextRef<'_>,
+        context: &FinalizerInterceptorContextRef<'_>,
         _: &RuntimeComponents,
         _: &mut ConfigBag,
     ) -> Result<(), BoxError> {
-        let date = context.response().headers().get("date");
+        let date = context.response().and_then(|response| response.headers().get("date"));
         if let Some(date) = date.and_then(|date| httpdate::parse_http_date(date).ok()) {
             self.0.heard_from_aws(date);
         }

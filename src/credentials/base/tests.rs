@@ -65,7 +65,17 @@ impl Amazon {
         let bearer = parts.headers.get("x-amz-sso_bearer_token");
         let bearer = bearer.map(|it| it.to_str().unwrap().to_owned()).unwrap_or_default();
         self.asked.lock().unwrap().push(format!("{action} {body}{bearer}"));
-        let failure = self.fails.lock().unwrap().get(action.as_str()).copied();
+        let mut failure = self.fails.lock().unwrap().get(action.as_str()).copied();
+        if let Some(signed) = parts.headers.get("x-amz-date") {
+            let format = "%Y%m%dT%H%M%SZ";
+            let signed = jiff::civil::DateTime::strptime(format, signed.to_str().unwrap()).unwrap();
+            let signed: SystemTime = signed.to_zoned(jiff::tz::TimeZone::UTC).unwrap().timestamp().into();
+            let now = SystemTime::now();
+            let off = now.duration_since(signed).unwrap_or_else(|error| error.duration());
+            if off > Duration::from_secs(300) {
+                failure = Some((403, SKEWED));
+            }
+        }
         let until = rfc3339_seconds(SystemTime::now() + HOUR);
         let keys = format!(
             "<Credentials><AccessKeyId>ASIA{action}</AccessKeyId><SecretAccessKey>made-secret</SecretAccessKey>\
@@ -121,6 +131,7 @@ const EXPIRED: &str = "<ErrorResponse><Error><Code>ExpiredToken</Code><Message>T
 const SLOWER: &str =
     "<ErrorResponse><Error><Code>Throttling</Code><Message>Rate exceeded</Message></Error></ErrorResponse>";
 
+const SKEWED: &str = "<ErrorResponse><Error><Code>SignatureDoesNotMatch</Code><Message>Signature expired</Message></Error></ErrorResponse>";
 const UNKNOWN: &str =
     "<ErrorResponse><Error><Code>InvalidClientTokenId</Code><Message>not valid</Message></Error></ErrorResponse>";
 
@@ -796,13 +807,31 @@ async fn what_sts_says_no_to() {
 }
 
 #[tokio::test]
-async fn what_sts_says_of_the_time_is_heard() {
-    let desk = Desk::new().await;
-    desk.config(&format!("[profile p]\n{KEYS}"));
-    let sts = desk.sts();
-    // The stand-in's Date is the machine's; the daemon's clock is ten hours behind.
-    desk.clock.jump(-36_000_000);
-    sts.base_identity(Some("p")).await.unwrap();
-    let skew = desk.clock.skew().aws.unwrap();
-    assert!((-36_002..=-35_998).contains(&skew), "{skew}");
+async fn a_clock_that_is_ten_hours_off_is_no_reason_to_fail() {
+    for (jump, skew) in [(-36_000_000, -36_000), (36_000_000, 36_000)] {
+        let desk = Desk::new().await;
+        desk.config(&format!("[profile p]\n{KEYS}"));
+        let sts = desk.sts();
+        // The stand-in's Date is the machine's, and it takes what is signed within five minutes of it.
+        desk.clock.jump(jump);
+        sts.base_identity(Some("p")).await.unwrap();
+        assert_eq!(
+            desk.amazon.asked().len(),
+            2,
+            "the second is signed with what the first told of the time"
+        );
+        let heard = desk.clock.skew().aws.unwrap();
+        assert!((heard - skew).abs() <= 2, "{heard}");
+        sts.base_identity(Some("p")).await.unwrap();
+        assert_eq!(desk.amazon.asked().len(), 1, "and it is remembered");
+        // It jumps again, back to where it should be.
+        desk.clock.jump(-jump);
+        let role = RoleArn::parse("arn:aws:iam::111122223333:role/x").unwrap();
+        let mut session = RoleSession::new(role, "s1", HOUR, "eu-west-1");
+        session.profile = Some("p".into());
+        let made = given(&sts, &Session::Role(session)).await.unwrap();
+        assert_eq!(desk.amazon.asked().len(), 1);
+        assert!(made.expiration.duration_since(made.updated).unwrap() <= HOUR);
+        assert!(desk.clock.skew().aws.unwrap().abs() <= 2);
+    }
 }
