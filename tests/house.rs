@@ -63,7 +63,6 @@ const MAP: &[(&str, &[&str])] = &[
             "credentials::naming",
             "credentials::offline",
             "credentials::policy",
-            "metadata",
             "metadata::catalogue",
         ],
     ),

@@ -16,8 +16,7 @@ use crate::config::{HttpEndpoint, HttpTokens, Settings};
 use crate::containers::labels::{self, ContainerSpec};
 use crate::containers::{Attachments, Definition};
 use crate::credentials::{RoleArn, Session, offline, partition_of, region_in};
-use crate::metadata::InstanceView;
-use crate::metadata::catalogue::{self, Facts};
+use crate::metadata::catalogue::{Facts, View};
 
 /// Region of last resort; `status` warns that it is a guess.
 pub const FALLBACK_REGION: &str = "us-east-1";
@@ -28,7 +27,7 @@ const ZONE_LETTER: char = 'a';
 #[derive(Clone, PartialEq, Debug)]
 pub struct Instance {
     /// Its tree of metadata.
-    pub view: InstanceView,
+    pub view: View,
     /// Whether it finds a metadata service at all.
     pub endpoint: bool,
     /// Whether that is not decided yet: without a label only a role makes it find one, and it may turn out to have none.
@@ -210,7 +209,7 @@ pub fn resolve(
         started,
     };
     Instance {
-        view: catalogue::view(&facts),
+        view: View::of(facts),
         endpoint: endpoint(&spec, &role, settings),
         endpoint_open: open && endpoint(&spec, &role, settings) && !endpoint(&spec, &Role::None, settings),
         tokens_required: tokens_required(&spec, settings, &problems),

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
+use std::sync::OnceLock;
 use std::time::SystemTime;
 
 use super::identity;
@@ -133,8 +134,36 @@ fn instance_profile_id(role: &RoleArn) -> String {
     "AIPA".chars().chain(tail).collect()
 }
 
-/// The tree of a container.
-pub fn view(facts: &Facts) -> InstanceView {
+/// The tree of a container, made when it is first asked for, and kept: most changes of most containers are never looked at,
+/// and a tree is large beside what it follows from.
+#[derive(Clone, Debug)]
+pub struct View {
+    facts: Facts,
+    tree: OnceLock<InstanceView>,
+}
+
+impl View {
+    /// The tree that follows from `facts`.
+    pub fn of(facts: Facts) -> Self {
+        Self {
+            facts,
+            tree: OnceLock::new(),
+        }
+    }
+
+    /// What stands at `path`.
+    pub fn get(&self, path: &str) -> Option<&Node> {
+        self.tree.get_or_init(|| view(&self.facts)).get(path)
+    }
+}
+
+impl PartialEq for View {
+    fn eq(&self, other: &Self) -> bool {
+        self.facts == other.facts
+    }
+}
+
+fn view(facts: &Facts) -> InstanceView {
     let mut leaves: BTreeMap<String, Node> = CATEGORIES
         .iter()
         .filter_map(|category| Some((category.path.to_owned(), Node::Text((category.value)(facts)?.into()))))
