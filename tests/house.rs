@@ -86,7 +86,10 @@ const MAP: &[(&str, &[&str])] = &[
         ],
     ),
     ("telemetry", &[]),
-    ("verbs", &["admin", "app", "app::doctor", "cli", "config", "host::*", "telemetry"]),
+    (
+        "verbs",
+        &["admin", "app", "app::doctor", "cli", "config", "host::*", "telemetry"],
+    ),
     ("wire", &[]),
     // A credentials document is written as all documents are.
     ("wire::imds", &["clock", "credentials", "metadata"]),
@@ -141,6 +144,11 @@ const WORDS: &[(&str, &[&str], &str)] = &[
         "tracing is for the log; an error is returned, and printed once",
     ),
     ("dbg!", &[], "tracing is for the log"),
+    (
+        "aws_config::defaults",
+        &["credentials/base.rs"],
+        "without a region that is given to it, it asks 169.254.169.254",
+    ),
 ];
 
 /// What may lie at the top of the repository, beside LICENSE* and what begins with a dot; `target` is cargo's, and ignored.

@@ -9,9 +9,9 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
+use futures_util::FutureExt as _;
 use futures_util::future::{self, BoxFuture};
 use futures_util::stream::{BoxStream, StreamExt as _};
-use futures_util::FutureExt as _;
 use imds_router::clock::Clock;
 use imds_router::config::Settings;
 use imds_router::containers::index::{EngineState, Index};
@@ -116,7 +116,10 @@ impl World {
 struct Scripted(Arc<Mutex<World>>);
 
 impl Scripted {
-    fn say<T: Send + 'static>(&self, answer: impl FnOnce(&mut World) -> T) -> BoxFuture<'static, Result<T, EngineError>> {
+    fn say<T: Send + 'static>(
+        &self,
+        answer: impl FnOnce(&mut World) -> T,
+    ) -> BoxFuture<'static, Result<T, EngineError>> {
         future::ready(Ok(answer(&mut self.0.lock().unwrap()))).boxed()
     }
 
@@ -175,7 +178,12 @@ impl ContainerEngine for Scripted {
     }
 
     fn networks(&self) -> BoxFuture<'static, Result<Vec<NetworkId>, EngineError>> {
-        self.say(|world| (0..world.containers).step_by(TOGETHER as usize).map(network_of).collect())
+        self.say(|world| {
+            (0..world.containers)
+                .step_by(TOGETHER as usize)
+                .map(network_of)
+                .collect()
+        })
     }
 
     fn network(&self, network: &NetworkId) -> BoxFuture<'static, Result<Option<Network>, EngineError>> {

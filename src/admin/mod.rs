@@ -521,6 +521,14 @@ pub fn render(status: &Status) -> String {
     for base in &status.bases {
         let _ = writeln!(text, "base {}", shown_base(base));
     }
+    if let Some(at) = &status.clock.last_shift {
+        let _ = writeln!(
+            text,
+            "clock set by {} s at {at}, after a sleep of {} s",
+            status.clock.last_shift_seconds.unwrap_or(0),
+            status.clock.last_sleep_seconds.unwrap_or(0)
+        );
+    }
     for warning in &status.warnings {
         let _ = writeln!(text, "warning: {warning}");
     }
@@ -655,7 +663,12 @@ mod tests {
                 error: Some("its login has expired".into()),
                 ..BaseStatus::default()
             }],
-            clock: ClockStatus::default(),
+            clock: ClockStatus {
+                last_shift: Some("2026-01-05T08:11:12Z".into()),
+                last_shift_seconds: Some(-36_000),
+                last_sleep_seconds: Some(7),
+                ..ClockStatus::default()
+            },
             containers: vec![ContainerStatus {
                 id: "ab".repeat(32),
                 name: "web\u{1b}[2J".into(),
@@ -689,6 +702,7 @@ mod tests {
             "engine away: no\\u{a}socket",
             "warning: w",
             "base dev: needs attention, its login has expired",
+            "clock set by -36000 s at 2026-01-05T08:11:12Z, after a sleep of 7 s",
             "refused connections: no-socket 3",
             "live until 2026-01-05T10:11:12Z (fake)",
             "2026-01-05T09:11:12Z 200",
@@ -697,5 +711,29 @@ mod tests {
         }
         let json = serde_json::to_string(&status).unwrap();
         assert_eq!(serde_json::from_str::<Status>(&json).unwrap(), status);
+    }
+
+    #[test]
+    fn what_is_handed_over_is_read_and_never_shown() {
+        let keys = r#""AccessKeyId":"ASIAX","SecretAccessKey":"the-secret""#;
+        for (text, fits) in [
+            (
+                format!(
+                    r#"{{"Version":1,{keys},"SessionToken":"the-token","Expiration":"2026-01-05T10:11:12+00:00"}}"#
+                ),
+                true,
+            ),
+            (format!("{{{keys}}}"), true),
+            (format!(r#"{{{keys},"SessionToken":null}}"#), true),
+            (r#"{"AccessKeyId":"ASIAX"}"#.to_owned(), false),
+            (format!(r#"{{{keys},"SessionToken":["the-token"]}}"#), false),
+            ("export AWS_SECRET_ACCESS_KEY=the-secret".to_owned(), false),
+            (String::new(), false),
+        ] {
+            let read = Handover::read(&text);
+            assert_eq!(read.is_ok(), fits, "{text}");
+            let shown = format!("{read:?}");
+            assert!(!shown.contains("the-secret") && !shown.contains("the-token"), "{shown}");
+        }
     }
 }

@@ -147,6 +147,7 @@ async fn learn_one(sts: Sts, resolver: Arc<Resolver>, index: Arc<Index>, name: N
         };
         if pause == PAUSES.1 && name.as_ref().is_some_and(|name| !in_use(name)) {
             resolver.forget(&name);
+            sts.forget(name.as_deref().unwrap_or_default());
             return;
         }
     }

@@ -14,9 +14,9 @@ use aws_config::profile::ProfileSet;
 use aws_config::provider_config::ProviderConfig;
 use aws_config::retry::RetryConfig;
 use aws_config::timeout::TimeoutConfig;
-use aws_config::{BehaviorVersion, SdkConfig};
+use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_credential_types::provider::ProvideCredentials as _;
-use aws_types::sdk_config::SharedHttpClient;
+use aws_types::sdk_config::{SharedHttpClient, TimeSource};
 use dashmap::DashMap;
 use tokio::sync::watch;
 use tracing::{info, warn};
@@ -42,8 +42,9 @@ const LOAD_TIMEOUT: Duration = Duration::from_secs(20);
 pub const RENEW_BEFORE: Duration = Duration::from_secs(300);
 /// They are used for so long if it is not.
 const USE_UNTIL: Duration = Duration::from_secs(10);
-/// A failure is not looked into again before this: many sessions have one base.
-const FAILURE_HOLDS: Duration = Duration::from_secs(1);
+/// A failure is not looked into again before the first of these, then twice as long, up to the second: many sessions have
+/// one base. A change of the files ends it.
+const FAILURE_HOLDS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(15));
 /// How often what a person has to do is said again.
 const SAY_AGAIN: Duration = Duration::from_secs(300);
 /// How often the files are looked at.
@@ -59,6 +60,16 @@ const OURSELVES: &[&str] = &[
     "instance-data",
     "instance-data.ec2.internal",
 ];
+
+/// The time that requests are signed with: AWS's, as far as it is known.
+#[derive(Debug)]
+struct AwsTime(Clock);
+
+impl TimeSource for AwsTime {
+    fn now(&self) -> SystemTime {
+        self.0.aws()
+    }
+}
 
 /// Base credentials, and how to ask with them.
 #[derive(Clone)]
@@ -114,7 +125,7 @@ pub struct BaseState {
 }
 
 /// What the operator sets.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Setup {
     /// The profile of the daemon itself; `None`: the usual chain.
     pub profile: Option<String>,
@@ -141,7 +152,7 @@ pub struct Bases {
 impl std::fmt::Debug for Bases {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Bases")
-            .field("setup", &self.setup.files)
+            .field("files", &self.setup.files)
             .finish_non_exhaustive()
     }
 }
@@ -166,8 +177,33 @@ struct Held {
     base: Option<Arc<Base>>,
     /// What the files were, and how often something was handed over, when that was fetched.
     of: (Vec<(PathBuf, Stamp)>, u64),
-    /// The last failure, and when, by boot time.
+    /// The last failure, and until when it holds, by boot time.
     failed: Option<(Duration, ProviderError)>,
+    /// Failures since the last success or change.
+    failures: u32,
+}
+
+impl Held {
+    fn fails(&mut self, error: ProviderError, now: Duration) {
+        let pause = FAILURE_HOLDS.0 * 2_u32.saturating_pow(self.failures.min(16));
+        self.failures = self.failures.saturating_add(1);
+        self.failed = Some((now + pause.min(FAILURE_HOLDS.1), error));
+    }
+}
+
+impl Shown {
+    /// Whether what a person has to do is to be said now: when it is new, and again and again.
+    fn says(&mut self, error: Option<&ProviderError>, now: Duration) -> bool {
+        let Some(error @ ProviderError::NeedsAttention { .. }) = error else {
+            return false;
+        };
+        let new = self.state.error.as_ref() != Some(error);
+        let says = new || self.said.is_none_or(|said| now.saturating_sub(said) >= SAY_AGAIN);
+        if says {
+            self.said = Some(now);
+        }
+        says
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -251,9 +287,13 @@ impl Bases {
         {
             return Ok(base.clone());
         }
-        let recent = |at: Duration| self.clock.boot().saturating_sub(at) < FAILURE_HOLDS;
-        if let Some((_, error)) = held.failed.as_ref().filter(|(at, _)| same && recent(*at)) {
-            return Err(error.clone());
+        if let Some((until, error)) = held.failed.as_ref().filter(|_| same)
+            && self.clock.boot() < *until
+        {
+            return match held.base.as_ref().filter(|base| base.has(USE_UNTIL, &self.clock)) {
+                Some(base) => Ok(base.clone()),
+                None => Err(error.clone()),
+            };
         }
         let name = self.name(profile);
         let fetched = tokio::time::timeout(LOAD_TIMEOUT, self.fetch(name, &slot)).await;
@@ -268,7 +308,11 @@ impl Bases {
         match fetched {
             Ok(base) => {
                 let base = Arc::new(base);
+                // Failures are counted until STS takes them, which is not known here; a change begins anew.
                 (held.base, held.failed) = (Some(base.clone()), None);
+                if !same {
+                    held.failures = 0;
+                }
                 self.show(&slot, Some(&base), None);
                 Ok(base)
             }
@@ -276,11 +320,36 @@ impl Bases {
                 // What a changed file no longer says is not used any more.
                 let still = |base: &Arc<Base>| same && base.has(USE_UNTIL, &self.clock);
                 held.base = held.base.take().filter(still);
-                held.failed = Some((self.clock.boot(), error.clone()));
+                if !same {
+                    held.failures = 0;
+                }
+                held.fails(error.clone(), self.clock.boot());
                 self.show(&slot, held.base.as_deref(), Some(&error));
                 held.base.clone().ok_or(error)
             }
         }
+    }
+
+    /// STS does not take the credentials of this base: they are fetched anew before it is asked again.
+    pub async fn refused(&self, profile: Option<&str>, error: &ProviderError) {
+        let slot = self.slot(profile);
+        let mut held = slot.held.lock().await;
+        // Where there are none, that has been noted already.
+        if held.base.take().is_some() {
+            held.fails(error.clone(), self.clock.boot());
+            self.show(&slot, None, Some(error));
+        }
+    }
+
+    /// STS has taken the credentials of this base.
+    pub async fn taken(&self, profile: Option<&str>) {
+        self.slot(profile).held.lock().await.failures = 0;
+    }
+
+    /// Nobody names this profile any more. What was handed over for it stays.
+    pub fn forget(&self, profile: &str) {
+        self.slots
+            .remove_if(&Some(profile.to_owned()), |_, slot| lock(&slot.handed).is_none());
     }
 
     /// The region that the configuration of `profile` names.
@@ -288,8 +357,19 @@ impl Bases {
         match self.configuration(self.name(profile)).await {
             Ok((sdk, _)) => sdk.region().map(ToString::to_string),
             // The files say nothing now; a variable does, and wins over them in any case.
-            Err(_) => self.variable("AWS_REGION").map(str::to_owned),
+            Err(_) => self.region_of(&ProfileSet::default(), ""),
         }
+    }
+
+    /// What is configured, else the variables, else the profile.
+    fn region_of(&self, set: &ProfileSet, profile: &str) -> Option<String> {
+        let variable = || {
+            self.variable("AWS_REGION")
+                .or_else(|| self.variable("AWS_DEFAULT_REGION"))
+        };
+        let named = || set.get_profile(profile)?.get("region");
+        let configured = self.setup.region.as_deref();
+        configured.or_else(variable).or_else(named).map(str::to_owned)
     }
 
     fn name<'a>(&'a self, profile: Option<&'a str>) -> Option<&'a str> {
@@ -306,13 +386,8 @@ impl Bases {
 
     fn show(&self, slot: &Slot, base: Option<&Base>, error: Option<&ProviderError>) {
         let mut shown = lock(&slot.shown);
-        let now = self.clock.boot();
-        if let Some(error @ ProviderError::NeedsAttention { .. }) = error {
-            let new = shown.state.error.as_ref() != Some(error);
-            if new || shown.said.is_none_or(|said| now.saturating_sub(said) >= SAY_AGAIN) {
-                warn!("{error}");
-                shown.said = Some(now);
-            }
+        if let Some(error) = error.filter(|error| shown.says(Some(error), self.clock.boot())) {
+            warn!("{error}");
         }
         shown.state = BaseState {
             origin: base.map(|base| base.origin.clone()),
@@ -378,7 +453,10 @@ impl Bases {
         let mut loader = aws_config::defaults(BehaviorVersion::latest())
             .profile_files(files)
             .profile_name(selected)
+            // Said in any case, though it be none: the SDK would ask the instance metadata service, which is us.
+            .region(self.region_of(&set, selected).map(Region::new))
             .no_credentials()
+            .time_source(AwsTime(self.clock.clone()))
             .retry_config(RetryConfig::standard().with_max_attempts(ATTEMPTS))
             .timeout_config(
                 TimeoutConfig::builder()
@@ -387,9 +465,6 @@ impl Bases {
                     .operation_timeout(OPERATION_TIMEOUT)
                     .build(),
             );
-        if let Some(region) = &self.setup.region {
-            loader = loader.region(aws_config::Region::new(region.clone()));
-        }
         let http = lock(&self.http).clone();
         if let Some(http) = http {
             loader = loader.http_client(http);

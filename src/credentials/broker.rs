@@ -602,6 +602,7 @@ async fn leased_until(broker: &Broker, session: &Session, slot: &Arc<Slot>, wake
 mod tests {
     use super::*;
     use crate::credentials::{RoleArn, RoleSession, Secret};
+    use proptest::prelude::*;
     use std::collections::VecDeque;
     use std::sync::Mutex;
     use std::time::UNIX_EPOCH;
@@ -1117,5 +1118,74 @@ mod tests {
         broker.try_again(|_| true);
         tokio::time::sleep(Duration::from_secs(2)).await;
         assert_eq!(calls.lock().unwrap().len(), 4, "what is good is left alone");
+    }
+
+    /// What happens to clocks.
+    #[derive(Clone, Copy, Debug)]
+    enum Happens {
+        /// Time goes by.
+        Passes(u64),
+        /// The machine sleeps.
+        Sleeps(u64),
+        /// Wall time is set.
+        Set(i64),
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_happens_to_clocks_nothing_dead_is_served_and_nothing_good_is_lost_without_a_doubt(
+            wrong in -50_000_i64..50_000,
+            all in proptest::collection::vec(
+                prop_oneof![
+                    (0_u64..2_000).prop_map(Happens::Passes),
+                    (0_u64..40_000).prop_map(Happens::Sleeps),
+                    (-40_000_i64..40_000).prop_map(Happens::Set),
+                ],
+                0..10,
+            ),
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+            runtime.block_on(async {
+                let life = Duration::from_secs(3600);
+                let truth = UNIX_EPOCH + Duration::from_secs(1_767_607_872);
+                let clock = Clock::scripted(truth);
+                clock.jump(wrong * 1_000);
+                let published = Published {
+                    credentials: Credentials {
+                        access_key_id: "ASIAEXAMPLE".into(),
+                        secret_access_key: Secret::new("s"),
+                        token: Secret::new("t"),
+                        updated: truth,
+                        expiration: truth + life,
+                        fake: false,
+                    },
+                    body: Body(Bytes::new()),
+                    asked: clock.moment(),
+                };
+                let (mut age, mut set) = (0_u64, 0_i64);
+                for happens in all {
+                    match happens {
+                        Happens::Passes(seconds) => {
+                            tokio::time::advance(Duration::from_secs(seconds)).await;
+                            age += seconds;
+                        }
+                        Happens::Sleeps(seconds) => {
+                            clock.suspend(i64::try_from(seconds).unwrap() * 1_000);
+                            age += seconds;
+                        }
+                        Happens::Set(seconds) => {
+                            clock.jump(seconds * 1_000);
+                            set += seconds;
+                        }
+                    }
+                    let live = published.is_live(&clock);
+                    prop_assert!(!live || age < 3600, "{age} s old and served");
+                    // Good, and no reason to doubt it: wall time does not say that more has gone by, or agrees with AWS.
+                    let doubt = set > 0 && clock.wall() >= published.credentials.expiration;
+                    prop_assert!(live || age >= 3600 || doubt, "{age} s old and not served");
+                }
+                Ok(())
+            })?;
+        }
     }
 }

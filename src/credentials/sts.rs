@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use aws_config::{Region, SdkConfig};
-use aws_sdk_sts::config::interceptors::BeforeDeserializationInterceptorContextRef;
+use aws_sdk_sts::config::interceptors::FinalizerInterceptorContextRef;
 use aws_sdk_sts::config::{ConfigBag, Intercept, RuntimeComponents};
 use aws_sdk_sts::error::{BoxError, ProvideErrorMetadata, SdkError};
 use aws_sdk_sts::operation::assume_role::builders::AssumeRoleFluentBuilder;
@@ -59,13 +59,14 @@ impl Intercept for Listener {
         "Listener"
     }
 
-    fn read_before_deserialization(
+    // Not before the end: the SDK corrects a wrong clock by itself between two attempts, from the time that it had before.
+    fn read_after_execution(
         &self,
-        context: &BeforeDeserializationInterceptorContextRef<'_>,
+        context: &FinalizerInterceptorContextRef<'_>,
         _: &RuntimeComponents,
         _: &mut ConfigBag,
     ) -> Result<(), BoxError> {
-        let date = context.response().headers().get("date");
+        let date = context.response().and_then(|response| response.headers().get("date"));
         if let Some(date) = date.and_then(|date| httpdate::parse_http_date(date).ok()) {
             self.0.heard_from_aws(date);
         }
@@ -113,6 +114,11 @@ impl Sts {
     /// Why not.
     pub fn hand_over(&self, profile: Option<&str>, handed: HandedOver) -> Result<(), String> {
         self.bases.hand_over(profile, handed)
+    }
+
+    /// Nobody names this profile any more.
+    pub fn forget(&self, profile: &str) {
+        self.bases.forget(profile);
     }
 
     fn client(&self, base: &Base, region: String) -> aws_sdk_sts::Client {
@@ -325,14 +331,11 @@ where
     E: ProvideErrorMetadata + Error + 'static,
     R: std::fmt::Debug,
 {
-    match failure(error) {
-        Failure::Passing(message) => ProviderError::Unavailable(message),
-        Failure::Service { code, message } => match classify(code, message) {
-            ProviderError::Denied { code, message } => {
-                ProviderError::NoBase(format!("role {role_arn} of the profile: {code}: {message}"))
-            }
-            other => other,
-        },
+    match meaning(error) {
+        ProviderError::Denied { code, message } => {
+            ProviderError::NoBase(format!("role {role_arn} of the profile: {code}: {message}"))
+        }
+        other => other,
     }
 }
 
@@ -373,18 +376,26 @@ where
     E: ProvideErrorMetadata + Error + 'static,
     R: std::fmt::Debug,
 {
+    match meaning(error) {
+        // Session credentials that somebody has put there: only somebody can put others there.
+        ProviderError::NoBase(why) if why.starts_with("ExpiredToken") && base.credentials.expiry().is_none() => {
+            ProviderError::NeedsAttention {
+                why: format!("the session credentials of {} have expired", base.origin),
+                command: login_command(profile),
+            }
+        }
+        other => other,
+    }
+}
+
+fn meaning<E, R>(error: &SdkError<E, R>) -> ProviderError
+where
+    E: ProvideErrorMetadata + Error + 'static,
+    R: std::fmt::Debug,
+{
     match failure(error) {
         Failure::Passing(message) => ProviderError::Unavailable(message),
-        Failure::Service { code, message } => match classify(code, message) {
-            // Session credentials that somebody has put there: only somebody can put others there.
-            ProviderError::NoBase(why) if why.starts_with("ExpiredToken") && base.credentials.expiry().is_none() => {
-                ProviderError::NeedsAttention {
-                    why: format!("the session credentials of {} have expired", base.origin),
-                    command: login_command(profile),
-                }
-            }
-            other => other,
-        },
+        Failure::Service { code, message } => classify(code, message),
     }
 }
 
@@ -429,10 +440,20 @@ impl CredentialProvider for Sts {
     fn credentials(&self, session: &Session) -> Provided {
         let (sts, session) = (self.clone(), session.clone());
         Box::pin(async move {
-            match session {
+            let bases = sts.bases.clone();
+            let profile = session.profile().map(str::to_owned);
+            let answer = match session {
                 Session::Role(session) => sts.assume(session).await,
                 Session::Profile(session) => sts.own(session).await,
+            };
+            match &answer {
+                Err(error @ (ProviderError::NoBase(_) | ProviderError::NeedsAttention { .. })) => {
+                    bases.refused(profile.as_deref(), error).await;
+                }
+                Ok(_) => bases.taken(profile.as_deref()).await,
+                Err(_) => {}
             }
+            answer
         })
     }
 

@@ -15,7 +15,7 @@ use self::session::{Case, Verdict};
 use crate::config::{HttpEndpoint, HttpTokens, Settings};
 use crate::containers::labels::{self, ContainerSpec};
 use crate::containers::{Attachments, Definition};
-use crate::credentials::{RoleArn, Session, offline, partition_of};
+use crate::credentials::{RoleArn, Session, offline, partition_of, region_in};
 use crate::metadata::catalogue::{Facts, View};
 
 /// Region of last resort; `status` warns that it is a guess.
@@ -100,6 +100,11 @@ impl Base {
         let (_, role) = self.arn.as_deref()?.split_once(":assumed-role/")?;
         role.split('/').next()
     }
+
+    /// Their partition; roles of another cannot be assumed.
+    pub fn partition(&self) -> Option<&str> {
+        self.arn.as_deref()?.split(':').nth(1)
+    }
 }
 
 /// Base credentials of which nothing is known.
@@ -135,7 +140,14 @@ pub fn resolve(
         .clone()
         .or_else(|| settings.region.clone())
         .or_else(|| around.base.region.clone());
-    let region = region.unwrap_or_else(|| FALLBACK_REGION.to_owned());
+    // Where nothing names one, it follows the role, as far as that is written out.
+    let region = region.unwrap_or_else(|| {
+        let typed = spec.role.as_deref().or(settings.default_role.as_deref());
+        let role = typed.and_then(|typed| settings.roles.get(typed).cloned().or_else(|| RoleArn::parse(typed)));
+        role.map_or(FALLBACK_REGION.to_owned(), |role| {
+            region_in(role.partition(), FALLBACK_REGION)
+        })
+    });
     let partition = partition_of(&region);
     let zone = spec
         .availability_zone

@@ -123,6 +123,14 @@ impl Case<'_> {
         };
         let rule = policy::decide(rules, &who, &wish)?;
         verdict.rule = rule.map(ToString::to_string);
+        let abroad = |role: &&RoleArn| base.partition().is_some_and(|partition| partition != role.partition());
+        if let (Some(abroad), Some(arn)) = (chain.iter().chain([&role]).find(abroad), &base.arn) {
+            return Err(Role::Refused(format!(
+                "role {abroad} is in partition {}, and the base credentials, {arn}, are not: {}.profile names others",
+                abroad.partition(),
+                self.settings.label_prefix
+            )));
+        }
 
         // Whoever asks with a role's session is bound to an hour, be it one of the chain or the base's own.
         let chained = !chain.is_empty() || base.role_name().is_some();

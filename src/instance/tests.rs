@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::config::CredentialSource;
 use crate::containers::{ContainerId, Endpoint, Environment, NetworkId, NetworkMode};
-use crate::metadata::Node;
+use crate::metadata::{Node, catalogue};
 use std::time::Duration;
 
 fn container(labels: &[(&str, &str)]) -> Definition {
@@ -935,6 +935,49 @@ const ATTEMPTS: &[(&str, &[&str])] = &[
     ("imds.role.session-tag.admin", &["yes"]),
     ("com.docker.compose.project", &["sport", "other"]),
 ];
+
+#[test]
+fn a_role_of_another_partition() {
+    let of = |partition: &str| format!("arn:{partition}:iam::111122223333:role/app");
+    // Where nobody names a region, it follows the role.
+    let offline = Settings {
+        source: CredentialSource::Offline,
+        roles: [("alias".to_owned(), RoleArn::parse(&of("aws-us-gov")).unwrap())].into(),
+        ..Settings::default()
+    };
+    for (role, region, domain) in [
+        (of("aws-cn"), "cn-northwest-1", "amazonaws.com.cn"),
+        ("alias".to_owned(), "us-gov-west-1", "amazonaws.com"),
+        ("app".to_owned(), "us-east-1", "amazonaws.com"),
+    ] {
+        let instance = resolve(
+            &container(&[("imds.role", &role)]),
+            &attachments(),
+            SystemTime::UNIX_EPOCH,
+            &offline,
+            &Surroundings::default(),
+        );
+        assert_eq!(value(&instance, "meta-data/placement/region"), region);
+        assert_eq!(value(&instance, "meta-data/services/domain"), domain);
+        assert_eq!(instance.role.session().unwrap().region(), region);
+    }
+    let mut around = around();
+    around.base.arn = Some("arn:aws:iam::111122223333:user/me".into());
+    let resolved = resolve(
+        &container(&[("imds.role", &of("aws-cn"))]),
+        &attachments(),
+        SystemTime::UNIX_EPOCH,
+        &Settings::default(),
+        &around,
+    );
+    assert_eq!(
+        resolved.problems,
+        [
+            "role arn:aws-cn:iam::111122223333:role/app is in partition aws-cn, and the base credentials, \
+          arn:aws:iam::111122223333:user/me, are not: imds.profile names others"
+        ]
+    );
+}
 
 proptest! {
     #[test]

@@ -65,7 +65,17 @@ impl Amazon {
         let bearer = parts.headers.get("x-amz-sso_bearer_token");
         let bearer = bearer.map(|it| it.to_str().unwrap().to_owned()).unwrap_or_default();
         self.asked.lock().unwrap().push(format!("{action} {body}{bearer}"));
-        let failure = self.fails.lock().unwrap().get(action.as_str()).copied();
+        let mut failure = self.fails.lock().unwrap().get(action.as_str()).copied();
+        if let Some(signed) = parts.headers.get("x-amz-date") {
+            let format = "%Y%m%dT%H%M%SZ";
+            let signed = jiff::civil::DateTime::strptime(format, signed.to_str().unwrap()).unwrap();
+            let signed: SystemTime = signed.to_zoned(jiff::tz::TimeZone::UTC).unwrap().timestamp().into();
+            let now = SystemTime::now();
+            let off = now.duration_since(signed).unwrap_or_else(|error| error.duration());
+            if off > Duration::from_secs(300) {
+                failure = Some((403, SKEWED));
+            }
+        }
         let until = rfc3339_seconds(SystemTime::now() + HOUR);
         let keys = format!(
             "<Credentials><AccessKeyId>ASIA{action}</AccessKeyId><SecretAccessKey>made-secret</SecretAccessKey>\
@@ -120,6 +130,10 @@ const DENIED: &str = "<ErrorResponse><Error><Code>AccessDenied</Code><Message>Us
 const EXPIRED: &str = "<ErrorResponse><Error><Code>ExpiredToken</Code><Message>The security token included in the request is expired</Message></Error></ErrorResponse>";
 const SLOWER: &str =
     "<ErrorResponse><Error><Code>Throttling</Code><Message>Rate exceeded</Message></Error></ErrorResponse>";
+
+const SKEWED: &str = "<ErrorResponse><Error><Code>SignatureDoesNotMatch</Code><Message>Signature expired</Message></Error></ErrorResponse>";
+const UNKNOWN: &str =
+    "<ErrorResponse><Error><Code>InvalidClientTokenId</Code><Message>not valid</Message></Error></ErrorResponse>";
 
 struct Desk {
     directory: tempfile::TempDir,
@@ -607,6 +621,105 @@ async fn what_is_handed_over_counts_until_it_ends() {
     assert_eq!(base(&bases, None).await.unwrap().0, "ASIAOWN");
 }
 
+#[test]
+fn what_a_person_has_to_do_is_said_again_every_five_minutes() {
+    let mut shown = Shown::default();
+    let attention = |why: &str| ProviderError::NeedsAttention {
+        why: why.into(),
+        command: "c".into(),
+    };
+    let mut said = Vec::new();
+    // Asked every 10 s for a quarter of an hour; after 400 s it is something else.
+    for second in (0..900).step_by(10) {
+        let error = attention(if second < 400 { "one" } else { "other" });
+        if shown.says(Some(&error), Duration::from_secs(second)) {
+            said.push(second);
+        }
+        shown.state.error = Some(error);
+    }
+    assert_eq!(said, [0, 300, 400, 700]);
+    assert!(!shown.says(Some(&ProviderError::NoBase("x".into())), HOUR));
+    assert!(!shown.says(None, HOUR));
+}
+
+#[tokio::test]
+async fn credentials_that_sts_does_not_know_are_fetched_anew() {
+    let desk = Desk::new().await;
+    let counter = desk.path("runs");
+    let program = format!(
+        "echo x >> {0}; echo '{{\"Version\":1,\"AccessKeyId\":\"AKIARUN'$(wc -l < {0})'\",\"SecretAccessKey\":\"s\"}}'",
+        counter.display()
+    );
+    desk.config(&format!("[profile run]\ncredential_process = {program}\n"));
+    let bases = desk.bases();
+    let sts = Sts::new(bases.clone(), desk.clock.clone());
+    let role = RoleArn::parse("arn:aws:iam::111122223333:role/x").unwrap();
+    let mut session = RoleSession::new(role, "s1", HOUR, "eu-west-1");
+    session.profile = Some("run".into());
+    let session = Session::Role(session);
+    given(&sts, &session).await.unwrap();
+    given(&sts, &session).await.unwrap();
+    assert_eq!(
+        base(&bases, Some("run")).await.unwrap().0,
+        "AKIARUN1",
+        "long-lived keys are kept"
+    );
+    desk.amazon.fail("AssumeRole", 403, UNKNOWN);
+    let error = given(&sts, &session).await.unwrap_err().to_string();
+    assert_eq!(error, "no base credentials: InvalidClientTokenId: not valid");
+    assert_eq!(
+        bases.states()[&Some("run".to_owned())]
+            .error
+            .as_ref()
+            .unwrap()
+            .to_string(),
+        error
+    );
+    assert!(base(&bases, Some("run")).await.is_err(), "not at once");
+    desk.clock.suspend(1_000);
+    assert_eq!(base(&bases, Some("run")).await.unwrap().0, "AKIARUN2");
+    // And less and less often, as long as STS does not take them.
+    let mut runs = Vec::new();
+    for second in 0..40 {
+        if given(&sts, &session).await.unwrap_err().to_string() != error {
+            panic!("it is the same all the time");
+        }
+        runs.push((second, std::fs::read_to_string(&counter).unwrap().lines().count()));
+        desk.clock.suspend(1_000);
+    }
+    runs.dedup_by_key(|(_, count)| *count);
+    assert_eq!(runs, [(0, 2), (2, 3), (6, 4), (14, 5), (29, 6)]);
+    desk.amazon.work();
+    desk.clock.suspend(60_000);
+    given(&sts, &session).await.unwrap();
+    bases.forget("run");
+    assert_eq!(bases.states().len(), 0);
+}
+
+#[tokio::test]
+async fn a_base_that_fails_is_asked_less_and_less_often() {
+    let desk = Desk::new().await;
+    desk.config(&format!(
+        "[default]\n{KEYS}[profile p]\nrole_arn = arn:aws:iam::111122223333:role/p\nsource_profile = default\n"
+    ));
+    desk.amazon.fail("AssumeRole", 403, DENIED);
+    let bases = desk.bases();
+    let mut asked = Vec::new();
+    for second in 0..60 {
+        assert!(base(&bases, Some("p")).await.is_err());
+        if !desk.amazon.asked().is_empty() {
+            asked.push(second);
+        }
+        desk.clock.suspend(1_000);
+    }
+    assert_eq!(asked, [0, 1, 3, 7, 15, 30, 45]);
+    desk.amazon.work();
+    desk.config(&format!(
+        "[default]\n{KEYS}[profile p]\nrole_arn = arn:aws:iam::111122223333:role/q\nsource_profile = default\n"
+    ));
+    assert!(base(&bases, Some("p")).await.is_ok(), "a change ends it");
+}
+
 fn as_it_is(profile: &str) -> Session {
     Session::Profile(ProfileSession {
         profile: Some(profile.to_owned()),
@@ -688,18 +801,37 @@ async fn what_sts_says_no_to() {
         assert_eq!(given(&sts, &session).await.unwrap_err().to_string(), said);
     }
     desk.amazon.fail("AssumeRole", 503, "<html>no</html>");
+    desk.clock.suspend(60_000);
     let error = given(&sts, &session).await.unwrap_err();
     assert!(matches!(error, ProviderError::Unavailable(_)), "{error}");
 }
 
 #[tokio::test]
-async fn what_sts_says_of_the_time_is_heard() {
-    let desk = Desk::new().await;
-    desk.config(&format!("[profile p]\n{KEYS}"));
-    let sts = desk.sts();
-    // The stand-in's Date is the machine's; the daemon's clock is ten hours behind.
-    desk.clock.jump(-36_000_000);
-    sts.base_identity(Some("p")).await.unwrap();
-    let skew = desk.clock.skew().aws.unwrap();
-    assert!((-36_002..=-35_998).contains(&skew), "{skew}");
+async fn a_clock_that_is_ten_hours_off_is_no_reason_to_fail() {
+    for (jump, skew) in [(-36_000_000, -36_000), (36_000_000, 36_000)] {
+        let desk = Desk::new().await;
+        desk.config(&format!("[profile p]\n{KEYS}"));
+        let sts = desk.sts();
+        // The stand-in's Date is the machine's, and it takes what is signed within five minutes of it.
+        desk.clock.jump(jump);
+        sts.base_identity(Some("p")).await.unwrap();
+        assert_eq!(
+            desk.amazon.asked().len(),
+            2,
+            "the second is signed with what the first told of the time"
+        );
+        let heard = desk.clock.skew().aws.unwrap();
+        assert!((heard - skew).abs() <= 2, "{heard}");
+        sts.base_identity(Some("p")).await.unwrap();
+        assert_eq!(desk.amazon.asked().len(), 1, "and it is remembered");
+        // It jumps again, back to where it should be.
+        desk.clock.jump(-jump);
+        let role = RoleArn::parse("arn:aws:iam::111122223333:role/x").unwrap();
+        let mut session = RoleSession::new(role, "s1", HOUR, "eu-west-1");
+        session.profile = Some("p".into());
+        let made = given(&sts, &Session::Role(session)).await.unwrap();
+        assert_eq!(desk.amazon.asked().len(), 1);
+        assert!(made.expiration.duration_since(made.updated).unwrap() <= HOUR);
+        assert!(desk.clock.skew().aws.unwrap().abs() <= 2);
+    }
 }
