@@ -945,7 +945,7 @@ impl Instances for Resolver {
         instance
     }
 
-    fn hold(&self, session: &Session) -> Box<dyn Hold> {
+    fn hold(&self, session: &Arc<Session>) -> Box<dyn Hold> {
         let mut lease = self.broker.lease(session);
         lease.set_linger(LINGER_NEVER_STARTED);
         Box::new(lease)
@@ -965,7 +965,7 @@ impl Instances for Resolver {
 }
 
 impl Hold for Lease {
-    fn session(&self) -> &Session {
+    fn session(&self) -> &Arc<Session> {
         Self::session(self)
     }
 

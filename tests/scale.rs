@@ -199,7 +199,7 @@ impl ContainerEngine for Scripted {
     }
 }
 
-struct Witnessed(NamespaceId, watch::Receiver<()>);
+struct Witnessed(NamespaceId);
 
 impl Kernel for Scripted {
     fn birth(&self, id: &ContainerId, _: Option<&Run>, _: Option<&NetworkMode>) -> Result<Birth, String> {
@@ -208,15 +208,12 @@ impl Kernel for Scripted {
         if !world.has(number) {
             return Err("not there yet".to_owned());
         }
-        // Lives that do not end by themselves: their end is no part of what is measured.
-        let (sender, receiver) = watch::channel(());
-        std::mem::forget(sender);
         let cgroup = CgroupId(u64::from(number) + 10);
         Ok(Birth {
             cgroup,
             pid: number,
             started: SystemTime::UNIX_EPOCH,
-            witness: Box::new(Witnessed(NamespaceId(cgroup.0), receiver)),
+            witness: Box::new(Witnessed(NamespaceId(cgroup.0))),
         })
     }
 }
@@ -227,8 +224,8 @@ impl Witness for Witnessed {
     }
 
     fn ended(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
-        let mut ended = self.1.clone();
-        Box::pin(async move { while ended.changed().await.is_ok() {} })
+        // Lives that do not end by themselves: their end is no part of what is measured.
+        Box::pin(future::pending())
     }
 
     fn socket(&self, _: SocketAddr, _: SocketAddr) -> std::io::Result<Option<SocketEvidence>> {
@@ -269,7 +266,7 @@ struct Resolver {
 struct Held(Lease);
 
 impl Hold for Held {
-    fn session(&self) -> &Session {
+    fn session(&self) -> &Arc<Session> {
         self.0.session()
     }
 
@@ -281,7 +278,7 @@ impl Instances for Resolver {
         resolve(container, attachments, started, &self.settings, &self.around)
     }
 
-    fn hold(&self, session: &Session) -> Box<dyn Hold> {
+    fn hold(&self, session: &Arc<Session>) -> Box<dyn Hold> {
         Box::new(Held(self.broker.lease(session)))
     }
 
@@ -317,7 +314,8 @@ impl Host {
         })));
         let settings = Settings {
             account_id: Some("111122223333".into()),
-            session_name: "{project}".into(),
+            // Containers of one role share a session: what its credentials take is no part of what is measured.
+            session_name: "app".into(),
             ..Settings::default()
         };
         let broker = Broker::new(
@@ -352,9 +350,13 @@ impl Host {
             took,
             _changed: changed,
         };
-        // Until every life is known, so that the memory is all of it.
-        while host.index.all().iter().any(|record| record.life.is_none()) {
-            tokio::time::sleep(Duration::from_millis(20)).await;
+        // Until every life is known and nothing is looked up any more, so that the memory is all of it.
+        let mut before = Duration::ZERO;
+        while host.index.all().iter().any(|record| record.life.is_none())
+            || processor() - before > Duration::from_millis(20)
+        {
+            before = processor();
+            tokio::time::sleep(Duration::from_millis(200)).await;
         }
         host
     }

@@ -11,11 +11,10 @@
 //! of the table that names a role (or a profile) gives all. What is read is an input like those of our labels, and subject
 //! to the same rules.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::Environment;
 use super::labels::{ContainerSpec, LabelError};
+use super::{Environment, Labels};
 use crate::config::Settings;
 use crate::credentials::{Secret, inputs};
 
@@ -27,7 +26,7 @@ pub const IMDS_SERVER: &str = "aws.";
 pub const VARIABLES: [&str; 3] = ["IAM_ROLE", "IAM_EXTERNAL_ID", "IAM_POLICY"];
 
 /// The labels and variables of other programs that a container has, by name.
-pub fn found(labels: &BTreeMap<String, String>, environment: &Environment, label_prefix: &str) -> Vec<String> {
+pub fn found(labels: &Labels, environment: &Environment, label_prefix: &str) -> Vec<String> {
     let imds_server = format!("{label_prefix}.{IMDS_SERVER}");
     let labels = labels
         .keys()
@@ -47,7 +46,7 @@ fn bad(label: &str, value: &str, expected: &str) -> LabelError {
 
 /// Adds what other programs' settings say to what ours say.
 pub(super) fn read(
-    labels: &BTreeMap<String, String>,
+    labels: &Labels,
     environment: Option<&Environment>,
     settings: &Settings,
     spec: &mut ContainerSpec,
@@ -112,12 +111,7 @@ fn variables(environment: &Environment, spec: &mut ContainerSpec, errors: &mut V
 }
 
 /// Whether these labels say anything.
-fn imds_server(
-    labels: &BTreeMap<String, String>,
-    prefix: &str,
-    spec: &mut ContainerSpec,
-    errors: &mut Vec<LabelError>,
-) -> bool {
+fn imds_server(labels: &Labels, prefix: &str, spec: &mut ContainerSpec, errors: &mut Vec<LabelError>) -> bool {
     let mut any = false;
     for (label, value) in labels {
         let Some(name) = label.strip_prefix(prefix) else {

@@ -3,9 +3,7 @@
 //! Only labels that whoever started the container wrote come here ([`super::Definition::labels`]). A label with our
 //! prefix that is unknown is an error of its container: a typo must not drop a restriction.
 
-use std::collections::BTreeMap;
-
-use super::{Environment, compat};
+use super::{Environment, Labels, compat};
 use crate::config::{HttpEndpoint, HttpTokens, Nearest, Settings, is_region, parse_duration, template_fits};
 use crate::credentials::Secret;
 use crate::credentials::inputs::{self, Inputs};
@@ -259,7 +257,7 @@ fn is_id(prefix: &str, text: &str) -> bool {
 /// Everything that is wrong, not only the first, so that a compose file is mended once. What could be read comes along:
 /// a container with a bad label still lives, without credentials.
 pub fn read(
-    labels: &BTreeMap<String, String>,
+    labels: &Labels,
     environment: Option<&Environment>,
     settings: &Settings,
 ) -> (ContainerSpec, Vec<LabelError>) {
@@ -349,11 +347,11 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn read(labels: &BTreeMap<String, String>, settings: &Settings) -> (ContainerSpec, Vec<LabelError>) {
+    fn read(labels: &Labels, settings: &Settings) -> (ContainerSpec, Vec<LabelError>) {
         super::read(labels, Some(&Environment::default()), settings)
     }
 
-    fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    fn labels(pairs: &[(&str, &str)]) -> Labels {
         pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
     }
 
@@ -569,7 +567,7 @@ mod tests {
             key in ".{0,3}",
         ) {
             let given = [(format!("imds.{name}"), value.clone()), (format!("imds.{SESSION_TAG}{key}"), value)];
-            let (spec, errors) = read(&given.clone().into(), &Settings::default());
+            let (spec, errors) = read(&given.clone().into_iter().collect(), &Settings::default());
             let inputs = &spec.inputs;
             let nothing = ContainerSpec {
                 labelled: true,

@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
+use litemap::LiteMap;
 
 use crate::instance::Instance;
 
@@ -101,7 +102,7 @@ pub struct Definition {
     /// Its name, without the leading slash.
     pub name: String,
     /// Its labels that are **not** the image's: absent from, or different in, the image's configuration.
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     /// Labels with our prefix that were left out because they are the image's.
     pub image_labels: Vec<String>,
     /// Its environment, as far as it is not the image's; `None`: not known yet.
@@ -184,9 +185,12 @@ impl Endpoint {
     }
 }
 
-/// All networks of a container, by id.
+/// Labels, by name. A sorted list, exactly as long as it is: there are as many of these as containers.
+pub type Labels = LiteMap<String, String>;
+
+/// All networks of a container, by id: one, as a rule, and there are as many of these as containers.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Attachments(pub BTreeMap<NetworkId, Endpoint>);
+pub struct Attachments(pub LiteMap<NetworkId, Endpoint>);
 
 impl Attachments {
     /// All addresses on all networks.

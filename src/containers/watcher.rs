@@ -26,7 +26,7 @@ use super::{
 };
 use crate::clock::Clock;
 use crate::credentials::Session;
-use crate::instance::Instance;
+use crate::instance::{Instance, Role};
 
 /// What an engine can be asked. Implemented by [`super::docker`] and by a script in tests.
 pub trait ContainerEngine: Send + Sync + 'static {
@@ -118,6 +118,7 @@ impl Row {
                 .partition(|(key, value)| image.labels.get(key) != Some(value)),
             None => (BTreeMap::new(), self.labels),
         };
+        let labels = labels.into_iter().collect();
         Definition {
             name: self.name,
             labels,
@@ -196,7 +197,7 @@ pub trait Instances: Send + Sync + 'static {
     /// [`crate::instance::resolve`] with the settings in force.
     fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance;
     /// Has credentials kept fresh until the hold is dropped.
-    fn hold(&self, session: &Session) -> Box<dyn Hold>;
+    fn hold(&self, session: &Arc<Session>) -> Box<dyn Hold>;
     /// Whether the service is to listen inside the containers' own network namespaces.
     fn attaches(&self) -> bool;
     /// Whether what an image brought counts, too.
@@ -207,8 +208,8 @@ pub trait Instances: Send + Sync + 'static {
 
 /// A wish for credentials to be kept.
 pub trait Hold: Send {
-    /// What for.
-    fn session(&self) -> &Session;
+    /// What for: the same one for all who hold it.
+    fn session(&self) -> &Arc<Session>;
     /// The container has run: its credentials are kept longer after it.
     fn started(&mut self);
 }
@@ -325,7 +326,7 @@ pub struct Watcher {
     /// Wakes when settings or surroundings have changed: every instance is resolved again.
     changed: watch::Receiver<u64>,
 
-    known: HashMap<ContainerId, Known>,
+    known: HashMap<ContainerId, Box<Known>>,
     networks: HashMap<NetworkId, KnownNetwork>,
     images: Images,
 
@@ -704,22 +705,24 @@ impl Watcher {
 
     fn known(&mut self, id: &ContainerId) -> &mut Known {
         let seen = self.clock.wall();
-        self.known.entry(id.clone()).or_insert_with(|| Known {
-            definition: None,
-            running: false,
-            attachments: Arc::default(),
-            hostname: None,
-            image: None,
-            environment: None,
-            run: None,
-            birth: None,
-            life: None,
-            no_life: None,
-            attached: Attach::No,
-            not_attached: None,
-            left_alone: Vec::new(),
-            hold: None,
-            seen,
+        self.known.entry(id.clone()).or_insert_with(|| {
+            Box::new(Known {
+                definition: None,
+                running: false,
+                attachments: Arc::default(),
+                hostname: None,
+                image: None,
+                environment: None,
+                run: None,
+                birth: None,
+                life: None,
+                no_life: None,
+                attached: Attach::No,
+                not_attached: None,
+                left_alone: Vec::new(),
+                hold: None,
+                seen,
+            })
         })
     }
 
@@ -749,7 +752,10 @@ impl Watcher {
             if known.attachments.0.get(id) == Some(&endpoint) {
                 continue;
             }
-            Arc::make_mut(&mut known.attachments).0.insert(id.clone(), endpoint);
+            let mut attachments = Attachments::clone(&known.attachments);
+            attachments.0.insert(id.clone(), endpoint);
+            // A copy is exactly as long as it has to be.
+            known.attachments = Arc::new(attachments.clone());
             if known.definition.is_none() {
                 self.touch(Subject::Container(container));
             } else {
@@ -917,12 +923,16 @@ impl Watcher {
             (None, Some(life)) => life.started,
             (None, None) => known.seen,
         };
-        let instance = Arc::new(self.instances.resolve(definition, &known.attachments, started));
+        let mut instance = self.instances.resolve(definition, &known.attachments, started);
         match instance.role.session() {
-            Some(session) if known.hold.as_ref().is_some_and(|hold| hold.session() == &**session) => {}
+            Some(session) if known.hold.as_ref().is_some_and(|hold| hold.session() == session) => {}
             Some(session) => known.hold = Some(self.instances.hold(session)),
             None => known.hold = None,
         }
+        if let Some(hold) = &known.hold {
+            instance.role = Role::Session(hold.session().clone());
+        }
+        let instance = Arc::new(instance);
         if let Some(birth) = known.birth.take() {
             let life = Arc::new(Life {
                 container: id.clone(),
@@ -1020,7 +1030,7 @@ impl Watcher {
                 .networks
                 .get(id)
                 .is_none_or(|network| network.may_hold(waiter.miss.address)),
-            Subject::Container(id) => self.known.get(id).is_some_and(at),
+            Subject::Container(id) => self.known.get(id).is_some_and(|known| at(known)),
             _ => false,
         });
         waiter.pending.extend(more.cloned());
@@ -1029,7 +1039,10 @@ impl Watcher {
         waiter
             .pending
             .retain(|subject| open(subject) || *subject == Subject::Rows);
-        let born_soon = self.awaited.keys().any(|id| self.known.get(id).is_some_and(at));
+        let born_soon = self
+            .awaited
+            .keys()
+            .any(|id| self.known.get(id).is_some_and(|known| at(known)));
         if waiter.pending.is_empty() && !born_soon {
             // A closed channel: whoever waited has left.
             let _ = waiter.miss.looked.send(());

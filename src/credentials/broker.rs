@@ -214,7 +214,7 @@ impl Default for Limits {
 
 /// Keeps credentials for all sessions that somebody holds.
 pub struct Broker {
-    slots: DashMap<Session, Arc<Slot>>,
+    slots: DashMap<Arc<Session>, Arc<Slot>>,
     provider: Box<dyn CredentialProvider>,
     render: fn(&Credentials) -> Bytes,
     clock: Clock,
@@ -230,7 +230,7 @@ pub struct Broker {
 /// A counted wish for credentials to be kept fresh.
 pub struct Lease {
     broker: Arc<Broker>,
-    session: Session,
+    session: Arc<Session>,
     slot: Arc<Slot>,
     linger: Duration,
 }
@@ -247,8 +247,8 @@ impl Lease {
         self.linger = linger;
     }
 
-    /// What it is for.
-    pub fn session(&self) -> &Session {
+    /// What it is for: one for all leases of it.
+    pub fn session(&self) -> &Arc<Session> {
         &self.session
     }
 }
@@ -294,8 +294,8 @@ impl Broker {
     }
 
     /// Asks for `session` to be kept fresh until the lease is dropped. The first lease starts the first fetch at once.
-    pub fn lease(self: &Arc<Self>, session: &Session) -> Lease {
-        let slot = match self.slots.entry(session.clone()) {
+    pub fn lease(self: &Arc<Self>, session: &Arc<Session>) -> Lease {
+        let (session, slot) = match self.slots.entry(session.clone()) {
             Entry::Occupied(entry) => {
                 let slot = entry.get().clone();
                 slot.leases.send_modify(|leases| *leases += 1);
@@ -303,7 +303,7 @@ impl Broker {
                 if slot.state.borrow().error.is_some() {
                     slot.look.notify_one();
                 }
-                slot
+                (entry.key().clone(), slot)
             }
             Entry::Vacant(entry) => {
                 let slot = Arc::new(Slot {
@@ -315,12 +315,12 @@ impl Broker {
                 });
                 entry.insert(slot.clone());
                 tokio::spawn(keep(self.clone(), session.clone(), slot.clone()));
-                slot
+                (session.clone(), slot)
             }
         };
         Lease {
             broker: self.clone(),
-            session: session.clone(),
+            session,
             slot,
             linger: LINGER,
         }
@@ -463,7 +463,7 @@ const SAY_AGAIN: Duration = Duration::from_secs(300);
 /// The least time between two tries, whoever asks for one.
 const BETWEEN_TRIES: Duration = Duration::from_secs(1);
 
-async fn keep(broker: Arc<Broker>, session: Session, slot: Arc<Slot>) {
+async fn keep(broker: Arc<Broker>, session: Arc<Session>, slot: Arc<Slot>) {
     let mut failures = 0_u32;
     let mut said: Option<(Duration, ProviderError)> = None;
     loop {
@@ -664,9 +664,9 @@ mod tests {
         )
     }
 
-    fn session() -> Session {
+    fn session() -> Arc<Session> {
         let role = RoleArn::parse("arn:aws:iam::111122223333:role/x").unwrap();
-        Session::Role(RoleSession::new(role, "s1", Duration::from_secs(3600), "us-east-1"))
+        Session::Role(RoleSession::new(role, "s1", Duration::from_secs(3600), "us-east-1")).into()
     }
 
     fn down() -> Result<(), ProviderError> {
@@ -942,7 +942,9 @@ mod tests {
         // All of them are born in an outage, which ends for all at once.
         let end = clock.now() + 10 * MINUTE;
         *sts.outage.lock().unwrap() = Some((clock.now(), end));
-        let leases: Vec<_> = (0..SESSIONS).map(|number| broker.lease(&numbered(number))).collect();
+        let leases: Vec<_> = (0..SESSIONS)
+            .map(|number| broker.lease(&numbered(number).into()))
+            .collect();
         tokio::time::sleep_until(end).await;
         let all = |broker: &Broker| {
             let live = |number: &usize| broker.state(&numbered(*number)).unwrap().published.is_some();
@@ -976,7 +978,7 @@ mod tests {
     async fn who_is_asking_does_not_wait_for_what_nobody_wants_yet() {
         let sts = Sometimes::default();
         let (broker, clock) = sometimes(&sts, 16);
-        let _leases: Vec<_> = (0..1000).map(|number| broker.lease(&numbered(number))).collect();
+        let _leases: Vec<_> = (0..1000).map(|number| broker.lease(&numbered(number).into())).collect();
         tokio::time::sleep(Duration::from_millis(1)).await;
         // The line takes 16 s.
         for number in [999, 500, 998] {

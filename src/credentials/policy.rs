@@ -19,9 +19,11 @@
 //! ceiling, a label's own session policy is refused. A resource's policy that names the session itself is not bounded by
 //! session policies.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
+
+use litemap::LiteMap;
 
 use super::inputs::Inputs;
 use super::{RoleArn, Secret};
@@ -149,7 +151,7 @@ pub struct Applicant<'a> {
     /// Names of its networks; `None`: not known yet.
     pub networks: Option<Vec<&'a str>>,
     /// Its own labels.
-    pub labels: &'a BTreeMap<String, String>,
+    pub labels: &'a LiteMap<String, String>,
 }
 
 /// What it asks for.

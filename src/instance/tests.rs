@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::config::CredentialSource;
 use crate::containers::{ContainerId, Endpoint, Environment, NetworkId, NetworkMode};
-use crate::metadata::{Node, catalogue};
+use crate::metadata::Node;
 use std::time::Duration;
 
 fn container(labels: &[(&str, &str)]) -> Definition {
@@ -35,7 +35,8 @@ fn attachments() -> Attachments {
     Attachments(
         [("n1", "a", 1, true), ("n2", "b", 2, false), ("n3", "c", 3, false)]
             .map(|(id, name, last, internal)| (NetworkId::from(id), endpoint(name, last, internal)))
-            .into(),
+            .into_iter()
+            .collect(),
     )
 }
 

@@ -421,7 +421,7 @@ struct Resolver {
 struct Held(Lease);
 
 impl Hold for Held {
-    fn session(&self) -> &Session {
+    fn session(&self) -> &Arc<Session> {
         self.0.session()
     }
 
@@ -437,7 +437,7 @@ impl Instances for Resolver {
         resolve(container, attachments, started, &self.settings.lock().unwrap(), &around)
     }
 
-    fn hold(&self, session: &Session) -> Box<dyn Hold> {
+    fn hold(&self, session: &Arc<Session>) -> Box<dyn Hold> {
         Box::new(Held(self.broker.lease(session)))
     }
 
