@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
 
-use crate::rig::{BOX, Container, Daemon, Engine, Rig, poll};
+use crate::rig::{BOX, Container, Daemon, Engine, Rig, poll, rounds};
 
 pub const LIST: &str = "/latest/meta-data/iam/security-credentials/";
 
@@ -211,13 +211,13 @@ fn nothing_is_left_in_any_namespace(engine: &Arc<Engine>) {
 
 /// kill -9, start again: everybody is served again within a second of the daemon's start.
 fn many_containers_after_a_kill(engine: &Arc<Engine>) {
-    const CONTAINERS: usize = 30;
+    let all = rounds(30) as usize;
     let first = daemon(engine, "namespace");
     let network = engine.network("many", &[]);
     // Each asks again and again, and notes when it was served and when not.
     let ask = "while true; do timeout 1 wget -q -O - http://169.254.169.254/latest/meta-data/iam/security-credentials/ \
                > /tmp/now 2>/dev/null && mv /tmp/now /tmp/got || rm -f /tmp/got; sleep 0.05; done";
-    let containers: Vec<_> = (0..CONTAINERS)
+    let containers: Vec<_> = (0..all)
         .map(|number| {
             let name = format!("many-{number}");
             let run = engine
@@ -248,10 +248,10 @@ fn many_containers_after_a_kill(engine: &Arc<Engine>) {
         let status = second.status();
         let shown = status["containers"].as_array().expect("a list");
         let served = shown.iter().filter(|it| it["last_request"]["status"] == 200).count();
-        (served == CONTAINERS).then_some(())
+        (served == all).then_some(())
     });
     println!(
-        "{CONTAINERS} containers served again {:?} after the daemon's start",
+        "{all} containers served again {:?} after the daemon's start",
         started.elapsed()
     );
     assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
