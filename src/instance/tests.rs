@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::config::CredentialSource;
 use crate::containers::{ContainerId, Endpoint, Environment, NetworkId, NetworkMode};
-use crate::metadata::{Node, catalogue};
+use crate::metadata::Node;
 use std::time::Duration;
 
 fn container(labels: &[(&str, &str)]) -> Definition {
