@@ -165,6 +165,22 @@ const WRONG: &[Case] = &[
          Usage: imds-router <COMMAND>\n\nFor more information, try '--help'.\n",
     ),
     typed(
+        "nothing handed over",
+        &["login", "--stdin", "--admin", "admin.sock"],
+        "imds-router: this is not what was expected: the JSON that `aws configure export-credentials` prints, with AccessKeyId, \
+         SecretAccessKey, SessionToken and Expiration\n",
+    ),
+    file(
+        "calls at once",
+        "[credentials]\nconcurrent_calls = 0\n",
+        "imds-router: imds.toml, line 2: credentials.concurrent_calls = \"0\": expected a whole number from 1 to 64\n",
+    ),
+    file(
+        "directory of the AWS files",
+        "[credentials]\naws_dir = \".aws\"\n",
+        "imds-router: imds.toml, line 2: credentials.aws_dir = \".aws\": expected an absolute path\n",
+    ),
+    typed(
         "path that is none",
         &["get", "/latest/a b"],
         "imds-router: \"/latest/a b\" is not a path: expected visible characters without blanks\n",
@@ -206,7 +222,7 @@ fn help_and_version_are_no_failure() {
     let done = run(imds_router(&["--help"]));
     assert!(done.status.success(), "{done:?}");
     let help = text(&done.stdout);
-    for verb in ["serve", "check", "intercept", "status", "get"] {
+    for verb in ["serve", "check", "intercept", "status", "explain", "login", "get"] {
         assert!(
             help.contains(&format!("\n  {verb} ")),
             "{verb} is not in the help:\n{help}"
