@@ -378,8 +378,8 @@ impl Doors for HostDoors {
             bridges.kind(server::LOOPBACK);
             opened.bridges = Some(bridges);
         }
-        // The engine takes IPv6 addresses away while it sets a network up.
-        for listening in open {
+        // The engine turns IPv6 off and perhaps on again while it sets a network up, and addresses go.
+        for listening in open.iter().filter(|it| it.is_ipv4() || has_ipv6()) {
             drop(Interception::up(Plan::namespace(*listening, self.nested)).map_err(io::Error::other)?);
         }
         let is_open = |address: &IpAddr| open.iter().any(|it| it.ip() == *address);
