@@ -4,11 +4,13 @@
 
 mod base;
 pub mod doctor;
+mod freeze;
+mod interception;
 
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::io::{self, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::{
     DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
 };
@@ -20,17 +22,18 @@ use arc_swap::ArcSwap;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
-use tokio::task::AbortHandle;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
+pub use self::interception::plans;
+use self::interception::{HostDoors, PORTS, guard, has_ipv6, intercept, intercept_ipv6, leave_namespaces, listen};
 use crate::admin::{
     self, BaseStatus, ClockStatus, ContainerStatus, CredentialStatus, EngineStatus, Explanation, Judgement,
     Observatory, RefusalStatus, RequestStatus, Status,
 };
 use crate::caller::address::EngineWord;
 use crate::caller::cgroup::Cgroups;
-use crate::caller::connection::{Interfaces, remember_ingress};
-use crate::caller::kernel::{Doors, HostKernel, KernelError, Opened};
+use crate::caller::connection::Interfaces;
+use crate::caller::kernel::{HostKernel, KernelError};
 use crate::caller::level::{Lack, lacking};
 use crate::caller::socket::DiagSocket;
 use crate::clock::{Clock, rfc3339_seconds};
@@ -41,19 +44,16 @@ use crate::containers::index::{EngineState, Index};
 use crate::containers::watcher::{
     ContainerEngine as _, EngineError, Hold, Instances, Kernel, Ports, Watcher, own_environment,
 };
-use crate::containers::{
-    Attachments, CgroupId, ContainerId, Definition, Level, LinkSeen, NamespaceId, NetworkMode, Record,
-};
+use crate::containers::{Attachments, ContainerId, Definition, Level, NetworkMode, Record};
 use crate::credentials::broker::{Broker, CredentialProvider, LINGER, LINGER_NEVER_STARTED, Lease, Limits};
 use crate::credentials::offline::Offline;
 use crate::credentials::sts::Sts;
 use crate::credentials::{Session, offline};
-use crate::host::apply::{Interception, clear};
-use crate::host::freeze::{Frozen, Held};
+use crate::host::apply::Interception;
 use crate::host::{HostError, LINK, Plan};
 use crate::instance::{FALLBACK_REGION, Instance, Role, Surroundings, resolve};
 use crate::server::{self, RefusedConnection, Service};
-use crate::telemetry::{printable, with_causes};
+use crate::telemetry::printable;
 use crate::wire::imds::credentials_document;
 use crate::wire::token::{TokenAuthority, TokenKey};
 
@@ -63,18 +63,12 @@ pub const IMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 pub const IMDS_ADDRESS_IPV6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
 /// The port that is listened on; the next free one if it is taken.
 pub const DEFAULT_PORT: u16 = 51_254;
-/// Ports that are tried.
-const PORTS: u16 = 64;
-/// Connections that wait to be accepted.
-const BACKLOG: i32 = 1024;
 /// A clock that is off by more than so many seconds is warned of; AWS takes requests that are off by five minutes.
 const CLOCK_IS_WRONG: u64 = 60;
 /// What attach `host` is not.
 pub const ATTACH_HOST: &str = "attach host protects identity, not confidentiality: it proves who asks, but a neighbour with \
     NET_RAW (Docker's default) on the same bridge can divert answers; --cap-drop NET_RAW, a network each, attach namespace, \
     or [serve] freeze_links = true closes that";
-/// How often interception is looked at even if nobody says that it has changed.
-const VERIFY: Duration = Duration::from_secs(10);
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
@@ -245,7 +239,7 @@ pub async fn run(
 
     // From here on the host is changed; what fails takes its own part down again. The first goes with its owner.
     let frozen = match settings.freeze_links {
-        true => Some(freeze(&clock).await?),
+        true => Some(freeze::freeze(&clock).await?),
         false => None,
     };
     let mut interception = vec![intercept(&Plan::host(listening), &clock).await?];
@@ -273,7 +267,7 @@ pub async fn run(
     tasks.spawn(server::accept_on_host(listener, interfaces, host, level, service));
     tasks.spawn(admin::serve(admin, observer));
     if let Some(frozen) = frozen {
-        tasks.spawn(keep_frozen(frozen, index.clone()));
+        tasks.spawn(freeze::keep_frozen(frozen, index.clone()));
     }
     tasks.spawn(broker.watch_clocks());
     tasks.spawn(reload(reloads, resolver.clone()));
@@ -296,248 +290,6 @@ pub async fn run(
     leave_namespaces(&index).await;
     let _ = std::fs::remove_file(&settings.admin_socket);
     down.into_iter().collect::<Result<(), _>>().map_err(AppError::from)
-}
-
-/// Listens at the IPv6 address as well.
-async fn intercept_ipv6(clock: &Clock) -> Result<(Interception, TcpListener), String> {
-    let (listener, listening) = listen(IMDS_ADDRESS_IPV6.into()).map_err(|error| error.to_string())?;
-    let listener = TcpListener::from_std(listener).map_err(|error| error.to_string())?;
-    let interception = intercept(&Plan::host(listening), clock).await;
-    Ok((interception.map_err(|error| with_causes(&error))?, listener))
-}
-
-/// What interception is on the host, without a daemon: one plan an address.
-pub fn plans() -> Vec<Plan> {
-    let ipv6 = has_ipv6().then_some(IMDS_ADDRESS_IPV6.into());
-    let addresses = std::iter::once(IMDS_ADDRESS.into()).chain(ipv6);
-    // The listener's port does not matter for what stays without a daemon.
-    addresses
-        .map(|address: IpAddr| Plan::host(SocketAddr::new(address, DEFAULT_PORT)))
-        .collect()
-}
-
-/// Whether the network namespace of the calling thread speaks IPv6 on its loopback (ip-sysctl, `disable_ipv6`).
-fn has_ipv6() -> bool {
-    std::fs::read("/proc/sys/net/ipv6/conf/lo/disable_ipv6").is_ok_and(|text| text.starts_with(b"0"))
-}
-
-/// Takes the service out of every container's network namespace.
-async fn leave_namespaces(index: &Index) {
-    let lives = index.all().into_iter().filter_map(|record| record.life.clone());
-    let mut leaving = tokio::task::JoinSet::new();
-    for life in lives {
-        leaving.spawn_blocking(move || {
-            // What ends meanwhile takes its namespace along.
-            if let Err(why) = life.witness.detach()
-                && life.alive()
-            {
-                warn!(container = %life.container, why, "something of ours is left inside the container");
-            }
-        });
-    }
-    while leaving.join_next().await.is_some() {}
-}
-
-/// How the service comes into a container's network namespace.
-struct HostDoors {
-    service: Arc<Service>,
-    runtime: Handle,
-    ipv6: bool,
-    nested: bool,
-}
-
-impl HostDoors {
-    /// One address: rules, listener, and what was there before.
-    fn open_at(&self, address: IpAddr, opened: &mut Opened) -> io::Result<()> {
-        let (listener, listening) = listen(address)?;
-        // What is up stays up without the handle on it: it goes with the namespace, or by `close`.
-        let up = Interception::up(Plan::namespace(listening, self.nested)).map_err(io::Error::other)?;
-        let mut carriers = vec![server::LOOPBACK];
-        for (part, link) in up.left_alone() {
-            let told = format!("{part} was put there by another program; left alone");
-            opened.left_alone.push(told);
-            carriers.push(*link);
-        }
-        opened.listeners.push((listener, carriers));
-        Ok(())
-    }
-
-    /// Those addresses of the service that this namespace can have.
-    fn addresses(&self) -> impl Iterator<Item = IpAddr> {
-        let ipv6 = (self.ipv6 && has_ipv6()).then_some(IMDS_ADDRESS_IPV6.into());
-        std::iter::once(IMDS_ADDRESS.into()).chain(ipv6)
-    }
-}
-
-impl Doors for HostDoors {
-    fn open(&self, open: &[SocketAddr]) -> io::Result<Opened> {
-        let mut opened = Opened::default();
-        if self.nested {
-            let bridges = Interfaces::new(LINK);
-            // The first question opens its socket, which has to be in here.
-            bridges.kind(server::LOOPBACK);
-            opened.bridges = Some(bridges);
-        }
-        // The engine turns IPv6 off and perhaps on again while it sets a network up, and addresses go.
-        for listening in open.iter().filter(|it| it.is_ipv4() || has_ipv6()) {
-            drop(Interception::up(Plan::namespace(*listening, self.nested)).map_err(io::Error::other)?);
-        }
-        let is_open = |address: &IpAddr| open.iter().any(|it| it.ip() == *address);
-        for address in self.addresses().filter(|address| !is_open(address)) {
-            match self.open_at(address, &mut opened) {
-                Err(error) if address.is_ipv6() => {
-                    let why = with_causes(&error);
-                    opened.left_alone.push(format!("not served at {address}: {why}"));
-                }
-                done => done?,
-            }
-        }
-        Ok(opened)
-    }
-
-    fn close(&self) -> io::Result<()> {
-        for address in self.addresses() {
-            let plan = Plan::namespace(SocketAddr::new(address, DEFAULT_PORT), self.nested);
-            clear(&plan).map_err(io::Error::other)?;
-        }
-        Ok(())
-    }
-
-    fn serve(&self, opened: Opened, namespace: NamespaceId) -> AbortHandle {
-        let service = self.service.clone();
-        let serving = async move {
-            let listeners = opened.listeners.into_iter();
-            let listeners =
-                listeners.map(|(listener, links)| Ok::<_, io::Error>((TcpListener::from_std(listener)?, links)));
-            match listeners.collect::<Result<_, _>>() {
-                Ok(listeners) => server::accept_inside(listeners, namespace, opened.bridges, service).await,
-                Err(error) => error!(%error, "a listener inside a container cannot be used"),
-            }
-        };
-        self.runtime.spawn(serving).abort_handle()
-    }
-}
-
-/// Puts interception up. The table of a daemon that was killed a moment ago may still be there: the kernel takes it away
-/// when the last copy of its socket is closed, and a child that was just being forked had one.
-async fn intercept(plan: &Plan, clock: &Clock) -> Result<Interception, HostError> {
-    let patience = clock.now() + Duration::from_secs(1);
-    loop {
-        match Interception::up(plan.clone()) {
-            Err(HostError::Busy { .. }) if clock.now() < patience => {
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-            done => return done,
-        }
-    }
-}
-
-/// As [`intercept`], for what neighbours on bridges may say.
-async fn freeze(clock: &Clock) -> Result<Frozen, HostError> {
-    let patience = clock.now() + Duration::from_secs(1);
-    loop {
-        match Frozen::up() {
-            Err(_) if clock.now() < patience => tokio::time::sleep(Duration::from_millis(50)).await,
-            done => return done,
-        }
-    }
-}
-
-/// Has every served container's MACs and IPv4 addresses taken from its own links only, for as long as it runs.
-async fn keep_frozen(mut frozen: Frozen, index: Arc<Index>) {
-    /// A link comes a moment before or after the engine tells of its address.
-    const AGAIN: Duration = Duration::from_millis(20);
-    let mut changes = index.changes();
-    let mut known = BTreeMap::new();
-    loop {
-        changes.mark_unchanged();
-        let (held, complete) = held(&index, &mut known);
-        if let Err(error) = frozen.hold(held) {
-            warn!(error = with_causes(&error), "links are not frozen");
-        }
-        tokio::select! {
-            changed = changes.changed() => if changed.is_err() { return },
-            () = tokio::time::sleep(AGAIN), if !complete => {}
-        }
-    }
-}
-
-/// Links of a life, as they were when it had these networks.
-type KnownLinks = BTreeMap<CgroupId, (Arc<Attachments>, Vec<LinkSeen>)>;
-
-/// Who holds what on the bridges of this host, and whether that is all of it.
-fn held(index: &Index, known: &mut KnownLinks) -> (Held, bool) {
-    let mut held = Held::default();
-    let mut complete = true;
-    let mut still = KnownLinks::new();
-    for record in index.all() {
-        let Some(life) = record.life.as_ref().filter(|life| life.alive()) else {
-            continue;
-        };
-        if !record.instance.endpoint || record.attachments.0.is_empty() {
-            continue;
-        }
-        let links = match known.remove(&life.cgroup) {
-            Some((attachments, links)) if attachments == record.attachments => links,
-            _ => life.witness.links().unwrap_or_default(),
-        };
-        let endpoints = record.attachments.0.values();
-        let macs: Vec<_> = endpoints
-            .clone()
-            .filter_map(|endpoint| parse_mac(&endpoint.mac))
-            .collect();
-        let own: Vec<_> = links.iter().filter(|link| macs.contains(&link.mac)).copied().collect();
-        complete &= own.len() == macs.len();
-        // A container may send from any of its addresses over any of its links.
-        for link in &own {
-            held.macs.insert((link.mac, link.peer));
-            let addresses = endpoints.clone().filter_map(|endpoint| endpoint.ipv4);
-            held.addresses
-                .extend(addresses.map(|(address, _)| (address, link.peer)));
-        }
-        if own.len() == macs.len() {
-            still.insert(life.cgroup, (record.attachments.clone(), links));
-        }
-    }
-    *known = still;
-    held.nobodys
-        .extend(index.gateways().into_iter().filter_map(|it| match it {
-            IpAddr::V4(address) => Some(address),
-            IpAddr::V6(_) => None,
-        }));
-    (held, complete)
-}
-
-/// Reads `02:42:ac:11:00:02`.
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let bytes: Option<Vec<u8>> = text.split(':').map(|part| u8::from_str_radix(part, 16).ok()).collect();
-    bytes?.try_into().ok()
-}
-
-/// Puts interception back whenever somebody removes it, until `shutdown`.
-async fn guard(mut interception: Vec<Interception>, shutdown: impl Future<Output = ()>) -> Vec<Interception> {
-    let mut shutdown = std::pin::pin!(shutdown);
-    loop {
-        tokio::select! {
-            () = &mut shutdown => return interception,
-            // Each hears of every change: one bell is enough.
-            changed = interception[0].changed() => if let Err(error) = changed {
-                warn!(%error, "changes of the host's network are not seen at once");
-                tokio::time::sleep(Duration::from_secs(1)).await;
-            },
-            () = tokio::time::sleep(VERIFY) => {}
-        }
-        for part in &mut interception {
-            match part.verify() {
-                Ok(steps) => {
-                    for step in steps {
-                        warn!(%step, "interception was changed by somebody else; put back");
-                    }
-                }
-                Err(error) => error!(%error, "interception is not whole"),
-            }
-        }
-    }
 }
 
 /// Takes each new configuration, and has every container looked at again: a role that is no longer allowed is no longer
@@ -734,36 +486,6 @@ pub fn engine_host(settings: &Settings) -> String {
 /// What this host calls itself.
 pub fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
-}
-
-/// Listens, in the network namespace of the calling thread, before the address is there (IP_FREEBIND, ip(7)): rules and
-/// listener come first, the address last.
-fn listen(address: IpAddr) -> io::Result<(std::net::TcpListener, SocketAddr)> {
-    let mut taken = io::Error::other("no port was tried");
-    for port in DEFAULT_PORT..DEFAULT_PORT + PORTS {
-        let address = SocketAddr::new(address, port);
-        let socket = socket2::Socket::new(
-            socket2::Domain::for_address(address),
-            socket2::Type::STREAM,
-            Some(socket2::Protocol::TCP),
-        )?;
-        if address.is_ipv6() {
-            socket.set_only_v6(true)?;
-            socket.set_freebind_v6(true)?;
-        } else {
-            socket.set_freebind_v4(true)?;
-        }
-        remember_ingress(&socket)?;
-        // Connections of an earlier daemon in TIME_WAIT must not move the port.
-        socket.set_reuse_address(true)?;
-        socket.set_nonblocking(true)?;
-        match socket.bind(&address.into()).and_then(|()| socket.listen(BACKLOG)) {
-            Ok(()) => return Ok((socket.into(), address)),
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => taken = error,
-            Err(error) => return Err(error),
-        }
-    }
-    Err(taken)
 }
 
 /// The mode of the admin socket: root and its group.

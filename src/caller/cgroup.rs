@@ -18,6 +18,15 @@ use crate::containers::{CgroupId, ContainerId, NamespaceId, NetworkMode};
 /// container, too few to keep the daemon busy.
 const DIRECTORIES: usize = 512;
 
+/// Where engines put a container's cgroup unless they are told otherwise, around its id: Docker and Podman, with the drivers
+/// cgroupfs and systemd. Names only say where to look.
+const USUAL: [(&str, &str); 4] = [
+    ("docker/", ""),
+    ("system.slice/docker-", ".scope"),
+    ("libpod_parent/libpod-", ""),
+    ("machine.slice/libpod-", ".scope"),
+];
+
 /// Where this host keeps cgroups and processes.
 #[derive(Clone, Debug)]
 pub struct Cgroups {
@@ -100,10 +109,7 @@ impl Cgroups {
         pid: Option<u32>,
         mode: Option<&NetworkMode>,
     ) -> Result<FirstProcess, String> {
-        let usual = [
-            format!("docker/{}", id.as_str()),
-            format!("system.slice/docker-{}.scope", id.as_str()),
-        ];
+        let usual = USUAL.map(|(before, after)| format!("{before}{}{after}", id.as_str()));
         let mut why = "its cgroup is not there".to_owned();
         for directory in usual
             .map(|path| self.root.join(path))
@@ -416,10 +422,12 @@ mod tests {
     }
 
     #[test]
-    fn the_first_process_is_found_where_docker_puts_it() {
+    fn the_first_process_is_found_where_engines_put_it() {
         for path in [
             format!("docker/{}", id().as_str()),
             format!("system.slice/docker-{}.scope", id().as_str()),
+            format!("libpod_parent/libpod-{}", id().as_str()),
+            format!("machine.slice/libpod-{}.scope", id().as_str()),
         ] {
             let host = Host::new();
             host.write(&format!("c/{path}/cgroup.procs"), &format!("{}\n", me()));

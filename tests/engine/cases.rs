@@ -25,6 +25,10 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
         "cases::nothing_is_left_in_any_namespace",
         nothing_is_left_in_any_namespace,
     ));
+    trials.push(rig.once(
+        "cases::who_is_excluded_is_left_as_before",
+        who_is_excluded_is_left_as_before,
+    ));
     trials.push(rig.once("cases::many_containers_after_a_kill", many_containers_after_a_kill));
     trials
 }
@@ -207,6 +211,30 @@ fn nothing_is_left_in_any_namespace(engine: &Arc<Engine>) {
     for (container, before) in containers.iter().zip(before) {
         assert_eq!(inside(container), before, "{}", container.name());
     }
+}
+
+/// Who is served no more, by a configuration that has changed, has its namespace back as it was; and is served again.
+fn who_is_excluded_is_left_as_before(engine: &Arc<Engine>) {
+    let container = engine.run("excluded").label("imds.role", "excluded").start();
+    let before = inside(&container);
+    let daemon = daemon(engine, "namespace");
+    is_itself(&container);
+    let file = daemon.directory().join("config.toml");
+    let config = std::fs::read_to_string(&file).expect("its configuration");
+    let reread = |text: &str| {
+        std::fs::write(&file, text).expect("its directory is writable");
+        engine.host("kill", &["-HUP", &daemon.pid().to_string()]);
+    };
+    reread(&format!("{config}\n[imds]\nhttp_endpoint = \"disabled\"\n"));
+    poll(Duration::from_secs(5), "the namespace to be as before", || {
+        (inside(&container) == before).then_some(())
+    });
+    // What it asks now goes to the host, which refuses.
+    assert_eq!(container.get(LIST, &[]).status, 403);
+    reread(&config);
+    is_itself(&container);
+    daemon.stop();
+    assert_eq!(inside(&container), before);
 }
 
 /// kill -9, start again: everybody is served again within a second of the daemon's start.

@@ -22,6 +22,7 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
     trials.push(rig.once("rig::moto_knows_sessions", moto_knows_sessions));
     let view = rig.views()[0];
     trials.push(rig.alone("rig::clients_find_an_imds", move || clients_find_an_imds(view)));
+    trials.extend(rig.on_newer("rig::newer_engines_are_newer", newer_engines_are_newer));
     let all = rig.clone();
     trials.push(rig.alone("rig::output_and_secrets_are_kept", move || {
         output_and_secrets_are_kept(&all)
@@ -31,6 +32,18 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
         trials.push(rig.alone(&name, move || nothing_is_left(view)));
     }
     trials
+}
+
+/// Docker 20.10 is this machine's; 26.1 and 28.5 were those of Debian trixie and sid when this was written.
+fn newer_engines_are_newer(engine: &Arc<Engine>) {
+    let version = engine.docker(&["version", "--format", "{{.Server.Version}}"]);
+    let major: u32 = version
+        .split('.')
+        .next()
+        .and_then(|it| it.parse().ok())
+        .expect("a version");
+    println!("Docker {version}");
+    assert!(major >= 26, "{version}");
 }
 
 fn a_container_runs(engine: &Arc<Engine>) {

@@ -1,0 +1,222 @@
+//! How the address comes to the host, and into the containers' network namespaces: listener first, rules, address last.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::runtime::Handle;
+use tokio::task::AbortHandle;
+use tracing::{error, warn};
+
+use super::{DEFAULT_PORT, IMDS_ADDRESS, IMDS_ADDRESS_IPV6};
+use crate::caller::connection::{Interfaces, remember_ingress};
+use crate::caller::kernel::{Doors, Opened};
+use crate::clock::Clock;
+use crate::containers::NamespaceId;
+use crate::containers::index::Index;
+use crate::host::apply::{Interception, clear};
+use crate::host::{HostError, LINK, Plan};
+use crate::server::{self, Service};
+use crate::telemetry::with_causes;
+
+/// Ports that are tried.
+pub(super) const PORTS: u16 = 64;
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 1024;
+/// How often interception is looked at even if nobody says that it has changed.
+const VERIFY: Duration = Duration::from_secs(10);
+
+/// Listens at the IPv6 address as well.
+pub(super) async fn intercept_ipv6(clock: &Clock) -> Result<(Interception, TcpListener), String> {
+    let (listener, listening) = listen(IMDS_ADDRESS_IPV6.into()).map_err(|error| error.to_string())?;
+    let listener = TcpListener::from_std(listener).map_err(|error| error.to_string())?;
+    let interception = intercept(&Plan::host(listening), clock).await;
+    Ok((interception.map_err(|error| with_causes(&error))?, listener))
+}
+
+/// What interception is on the host, without a daemon: one plan an address.
+pub fn plans() -> Vec<Plan> {
+    let ipv6 = has_ipv6().then_some(IMDS_ADDRESS_IPV6.into());
+    let addresses = std::iter::once(IMDS_ADDRESS.into()).chain(ipv6);
+    // The listener's port does not matter for what stays without a daemon.
+    addresses
+        .map(|address: IpAddr| Plan::host(SocketAddr::new(address, DEFAULT_PORT)))
+        .collect()
+}
+
+/// Whether the network namespace of the calling thread speaks IPv6 on its loopback (ip-sysctl, `disable_ipv6`).
+pub(super) fn has_ipv6() -> bool {
+    std::fs::read("/proc/sys/net/ipv6/conf/lo/disable_ipv6").is_ok_and(|text| text.starts_with(b"0"))
+}
+
+/// Takes the service out of every container's network namespace.
+pub(super) async fn leave_namespaces(index: &Index) {
+    let lives = index.all().into_iter().filter_map(|record| record.life.clone());
+    let mut leaving = tokio::task::JoinSet::new();
+    for life in lives {
+        leaving.spawn_blocking(move || {
+            // What ends meanwhile takes its namespace along.
+            if let Err(why) = life.witness.detach()
+                && life.alive()
+            {
+                warn!(container = %life.container, why, "something of ours is left inside the container");
+            }
+        });
+    }
+    while leaving.join_next().await.is_some() {}
+}
+
+/// How the service comes into a container's network namespace.
+pub(super) struct HostDoors {
+    pub(super) service: Arc<Service>,
+    pub(super) runtime: Handle,
+    pub(super) ipv6: bool,
+    pub(super) nested: bool,
+}
+
+impl HostDoors {
+    /// One address: rules, listener, and what was there before.
+    fn open_at(&self, address: IpAddr, opened: &mut Opened) -> io::Result<()> {
+        let (listener, listening) = listen(address)?;
+        // What is up stays up without the handle on it: it goes with the namespace, or by `close`.
+        let up = Interception::up(Plan::namespace(listening, self.nested)).map_err(io::Error::other)?;
+        let mut carriers = vec![server::LOOPBACK];
+        for (part, link) in up.left_alone() {
+            let told = format!("{part} was put there by another program; left alone");
+            opened.left_alone.push(told);
+            carriers.push(*link);
+        }
+        opened.listeners.push((listener, carriers));
+        Ok(())
+    }
+
+    /// Those addresses of the service that this namespace can have.
+    fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let ipv6 = (self.ipv6 && has_ipv6()).then_some(IMDS_ADDRESS_IPV6.into());
+        std::iter::once(IMDS_ADDRESS.into()).chain(ipv6)
+    }
+}
+
+impl Doors for HostDoors {
+    fn open(&self, open: &[SocketAddr]) -> io::Result<Opened> {
+        let mut opened = Opened::default();
+        if self.nested {
+            let bridges = Interfaces::new(LINK);
+            // The first question opens its socket, which has to be in here.
+            bridges.kind(server::LOOPBACK);
+            opened.bridges = Some(bridges);
+        }
+        // The engine turns IPv6 off and perhaps on again while it sets a network up, and addresses go.
+        for listening in open.iter().filter(|it| it.is_ipv4() || has_ipv6()) {
+            drop(Interception::up(Plan::namespace(*listening, self.nested)).map_err(io::Error::other)?);
+        }
+        let is_open = |address: &IpAddr| open.iter().any(|it| it.ip() == *address);
+        for address in self.addresses().filter(|address| !is_open(address)) {
+            match self.open_at(address, &mut opened) {
+                Err(error) if address.is_ipv6() => {
+                    let why = with_causes(&error);
+                    opened.left_alone.push(format!("not served at {address}: {why}"));
+                }
+                done => done?,
+            }
+        }
+        Ok(opened)
+    }
+
+    fn close(&self) -> io::Result<()> {
+        for address in self.addresses() {
+            let plan = Plan::namespace(SocketAddr::new(address, DEFAULT_PORT), self.nested);
+            clear(&plan).map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
+    fn serve(&self, opened: Opened, namespace: NamespaceId) -> AbortHandle {
+        let service = self.service.clone();
+        let serving = async move {
+            let listeners = opened.listeners.into_iter();
+            let listeners =
+                listeners.map(|(listener, links)| Ok::<_, io::Error>((TcpListener::from_std(listener)?, links)));
+            match listeners.collect::<Result<_, _>>() {
+                Ok(listeners) => server::accept_inside(listeners, namespace, opened.bridges, service).await,
+                Err(error) => error!(%error, "a listener inside a container cannot be used"),
+            }
+        };
+        self.runtime.spawn(serving).abort_handle()
+    }
+}
+
+/// Puts interception up. The table of a daemon that was killed a moment ago may still be there: the kernel takes it away
+/// when the last copy of its socket is closed, and a child that was just being forked had one.
+pub(super) async fn intercept(plan: &Plan, clock: &Clock) -> Result<Interception, HostError> {
+    let patience = clock.now() + Duration::from_secs(1);
+    loop {
+        match Interception::up(plan.clone()) {
+            Err(HostError::Busy { .. }) if clock.now() < patience => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            done => return done,
+        }
+    }
+}
+
+/// Puts interception back whenever somebody removes it, until `shutdown`.
+pub(super) async fn guard(
+    mut interception: Vec<Interception>,
+    shutdown: impl Future<Output = ()>,
+) -> Vec<Interception> {
+    let mut shutdown = std::pin::pin!(shutdown);
+    loop {
+        tokio::select! {
+            () = &mut shutdown => return interception,
+            // Each hears of every change: one bell is enough.
+            changed = interception[0].changed() => if let Err(error) = changed {
+                warn!(%error, "changes of the host's network are not seen at once");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            },
+            () = tokio::time::sleep(VERIFY) => {}
+        }
+        for part in &mut interception {
+            match part.verify() {
+                Ok(steps) => {
+                    for step in steps {
+                        warn!(%step, "interception was changed by somebody else; put back");
+                    }
+                }
+                Err(error) => error!(%error, "interception is not whole"),
+            }
+        }
+    }
+}
+
+/// Listens, in the network namespace of the calling thread, before the address is there (IP_FREEBIND, ip(7)): rules and
+/// listener come first, the address last.
+pub(super) fn listen(address: IpAddr) -> io::Result<(std::net::TcpListener, SocketAddr)> {
+    let mut taken = io::Error::other("no port was tried");
+    for port in DEFAULT_PORT..DEFAULT_PORT + PORTS {
+        let address = SocketAddr::new(address, port);
+        let socket = socket2::Socket::new(
+            socket2::Domain::for_address(address),
+            socket2::Type::STREAM,
+            Some(socket2::Protocol::TCP),
+        )?;
+        if address.is_ipv6() {
+            socket.set_only_v6(true)?;
+            socket.set_freebind_v6(true)?;
+        } else {
+            socket.set_freebind_v4(true)?;
+        }
+        remember_ingress(&socket)?;
+        // Connections of an earlier daemon in TIME_WAIT must not move the port.
+        socket.set_reuse_address(true)?;
+        socket.set_nonblocking(true)?;
+        match socket.bind(&address.into()).and_then(|()| socket.listen(BACKLOG)) {
+            Ok(()) => return Ok((socket.into(), address)),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => taken = error,
+            Err(error) => return Err(error),
+        }
+    }
+    Err(taken)
+}
