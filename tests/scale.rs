@@ -45,11 +45,11 @@ fn main() {
     runtime.block_on(async {
         // What the program takes by itself, and what the first use of everything takes.
         let few = Host::start(FEW).await;
-        let cost_with_few = few.cost_of_an_event(2_000).await;
+        let cost_with_few = few.cost_of_an_event(4_000).await;
         let before = resident();
         let many = Host::start(MANY).await;
         let memory = resident() - before;
-        let cost_with_many = many.cost_of_an_event(2_000).await;
+        let cost_with_many = many.cost_of_an_event(4_000).await;
         println!(
             "{MANY} containers: synchronised in {:?}, {:.1} MB, {:.2} kB each",
             many.took,
@@ -361,8 +361,18 @@ impl Host {
         host
     }
 
-    /// What one more container costs that comes, runs, and goes, in processor time.
+    /// What one more container costs that comes, runs, and goes, in processor time: the least of several batches, since what
+    /// a machine does beside only adds.
     async fn cost_of_an_event(&self, times: u32) -> Duration {
+        const BATCHES: u32 = 8;
+        let mut least = Duration::MAX;
+        for _ in 0..BATCHES {
+            least = least.min(self.batch(times / BATCHES).await);
+        }
+        least
+    }
+
+    async fn batch(&self, times: u32) -> Duration {
         let guest = id(self.containers);
         let network = network_of(self.containers);
         let tell = |event: Event| {

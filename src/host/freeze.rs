@@ -27,6 +27,7 @@ use netlink_bindings::utils::Pusher;
 use rustix::io::Errno;
 
 use super::kernel::{Kernel, is};
+use super::tables::{self, meta};
 use super::{HostError, RULES_TABLE};
 
 /// linux/netfilter.h, NFPROTO_BRIDGE.
@@ -246,22 +247,11 @@ fn push_rule<P: Pusher>(mut list: PushExprListAttrs<P>, said: Said) {
         .push_code(VerdictCode::Drop as u32);
 }
 
-fn meta<P: Pusher>(list: PushExprListAttrs<P>, key: MetaKeys, register: u32) -> PushExprListAttrs<P> {
-    let meta = list.nested_elem().nested_data_meta().push_key(key as u32);
-    meta.push_dreg(register).end_nested().end_nested()
-}
-
 fn load<P: Pusher>(list: PushExprListAttrs<P>, said: Said, register: u32) -> PushExprListAttrs<P> {
-    let (base, offset, length) = match said {
-        Said::Mac => (PayloadBase::LinkLayerHeader, ETHER_SADDR, 6),
-        Said::ArpAddress => (PayloadBase::NetworkHeader, ARP_SADDR_IP, 4),
-    };
-    let load = list.nested_elem().nested_data_payload().push_dreg(register);
-    load.push_base(base as u32)
-        .push_offset(offset)
-        .push_len(length)
-        .end_nested()
-        .end_nested()
+    match said {
+        Said::Mac => tables::load(list, PayloadBase::LinkLayerHeader, (ETHER_SADDR, 6), register),
+        Said::ArpAddress => tables::load(list, PayloadBase::NetworkHeader, (ARP_SADDR_IP, 4), register),
+    }
 }
 
 fn lookup<P: Pusher>(list: PushExprListAttrs<P>, set: &Set, flags: u32) -> PushExprListAttrs<P> {

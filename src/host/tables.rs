@@ -282,15 +282,22 @@ fn push_rule<P: Pusher>(mut list: PushExprListAttrs<P>, rule: &Rule) {
             Input::IsNot(_) => CmpOps::Neq,
             _ => CmpOps::Eq,
         };
-        list = compare(meta(list, MetaKeys::Iifname), how, &name);
+        list = compare(meta(list, MetaKeys::Iifname, REGISTER), how, &name);
     }
     list = match rule.address {
-        IpAddr::V4(octets) => equals(load(list, PayloadBase::NetworkHeader, address, 4), &octets.octets()),
-        IpAddr::V6(octets) => equals(load(list, PayloadBase::NetworkHeader, address, 16), &octets.octets()),
+        IpAddr::V4(octets) => equals(
+            load(list, PayloadBase::NetworkHeader, (address, 4), REGISTER),
+            &octets.octets(),
+        ),
+        IpAddr::V6(octets) => equals(
+            load(list, PayloadBase::NetworkHeader, (address, 16), REGISTER),
+            &octets.octets(),
+        ),
     };
     if let Some(number) = rule.port {
-        list = equals(meta(list, MetaKeys::L4Proto), &[IPPROTO_TCP]);
-        list = equals(load(list, PayloadBase::TransportHeader, port, 2), &number.to_be_bytes());
+        list = equals(meta(list, MetaKeys::L4Proto, REGISTER), &[IPPROTO_TCP]);
+        list = load(list, PayloadBase::TransportHeader, (port, 2), REGISTER);
+        list = equals(list, &number.to_be_bytes());
     }
     match rule.action {
         Action::Untrack => {
@@ -332,13 +339,20 @@ fn push_rule<P: Pusher>(mut list: PushExprListAttrs<P>, rule: &Rule) {
     }
 }
 
-fn meta<P: Pusher>(list: PushExprListAttrs<P>, key: MetaKeys) -> PushExprListAttrs<P> {
+/// What is known of a packet beside its bytes, into a register.
+pub(super) fn meta<P: Pusher>(list: PushExprListAttrs<P>, key: MetaKeys, register: u32) -> PushExprListAttrs<P> {
     let meta = list.nested_elem().nested_data_meta().push_key(key as u32);
-    meta.push_dreg(REGISTER).end_nested().end_nested()
+    meta.push_dreg(register).end_nested().end_nested()
 }
 
-fn load<P: Pusher>(list: PushExprListAttrs<P>, base: PayloadBase, offset: u32, len: u32) -> PushExprListAttrs<P> {
-    let load = list.nested_elem().nested_data_payload().push_dreg(REGISTER);
+/// Bytes of a packet: after `base`, from `offset` on, `len` of them, into a register.
+pub(super) fn load<P: Pusher>(
+    list: PushExprListAttrs<P>,
+    base: PayloadBase,
+    (offset, len): (u32, u32),
+    register: u32,
+) -> PushExprListAttrs<P> {
+    let load = list.nested_elem().nested_data_payload().push_dreg(register);
     load.push_base(base as u32)
         .push_offset(offset)
         .push_len(len)
@@ -350,6 +364,7 @@ fn equals<P: Pusher>(list: PushExprListAttrs<P>, value: &[u8]) -> PushExprListAt
     compare(list, CmpOps::Eq, value)
 }
 
+/// Goes on where [`REGISTER`] compares so.
 fn compare<P: Pusher>(list: PushExprListAttrs<P>, how: CmpOps, value: &[u8]) -> PushExprListAttrs<P> {
     let cmp = list
         .nested_elem()
