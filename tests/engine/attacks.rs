@@ -194,9 +194,15 @@ impl Field {
 
 /// Parts that one program can do: none of a trial may take longer than 90 s.
 fn parts(all: u32) -> impl Iterator<Item = u32> {
-    const PART: u32 = 25;
-    (0..all.div_ceil(PART)).map(move |part| PART.min(all - part * PART))
+    parts_of(all, 25)
 }
+
+fn parts_of(all: u32, most: u32) -> impl Iterator<Item = u32> {
+    (0..all.div_ceil(most)).map(move |part| most.min(all - part * most))
+}
+
+/// Connections that are taken at once: each takes seconds of waiting.
+const AT_ONCE: u32 = 8;
 
 fn number(row: &Value, name: &str) -> u64 {
     row[name]
@@ -400,40 +406,48 @@ impl Field {
         Program::start(&self.victim, "victim", &[&how[..], &self.server(target)].concat())
     }
 
-    /// One connection of the victim, which the neighbour takes from it: first from the stand-in, where it must work, then from
-    /// the daemon: what came of it.
+    /// A connection of the victim, and the neighbour's attempt to take it.
+    #[track_caller]
+    fn start_taking(&self, how: &str, state: &str, target: Target) -> (Program, Program) {
+        let text = self.new_port();
+        let taking = [
+            &self.victim_is()[..],
+            &self.server(target),
+            &["--how", how, "--port", &text, "--seconds", "4"],
+        ]
+        .concat();
+        let take = || Program::start(&self.neighbour, "takeover", &taking);
+        match state {
+            // The attacker is there before the victim's connection is.
+            "connecting" => {
+                let taker = take();
+                (self.victim_holds(state, &text, target), taker)
+            }
+            "established" | "silent" => (self.victim_holds(state, &text, target), take()),
+            // The attacker listens before the victim goes on.
+            _ => {
+                let holder = self.victim_holds(state, &text, target);
+                let taker = take();
+                holder.go(&self.victim);
+                (holder, taker)
+            }
+        }
+    }
+
+    /// Connections of the victim, which the neighbour takes from it, few at once: first from the stand-in, where it must work,
+    /// then from the daemon: what came of it.
     #[track_caller]
     fn taken_over(&self, how: &str, state: &str) -> Value {
         let name = format!("take over {how}, the victim {state}");
         let mut all = Value::Null;
         for (target, times) in [(Target::Naive, 1), (Target::Daemon, rounds(2))] {
             all = Value::Null;
-            for _ in 0..times {
-                let text = self.new_port();
-                let taking = [
-                    &self.victim_is()[..],
-                    &self.server(target),
-                    &["--how", how, "--port", &text, "--seconds", "4"],
-                ]
-                .concat();
-                let take = || Program::start(&self.neighbour, "takeover", &taking);
-                let (holder, taker) = match state {
-                    // The attacker is there before the victim's connection is.
-                    "connecting" => {
-                        let taker = take();
-                        (self.victim_holds(state, &text, target), taker)
-                    }
-                    "established" | "silent" => (self.victim_holds(state, &text, target), take()),
-                    // The attacker listens before the victim goes on.
-                    _ => {
-                        let holder = self.victim_holds(state, &text, target);
-                        let taker = take();
-                        holder.go(&self.victim);
-                        (holder, taker)
-                    }
-                };
-                add(&mut all, last_line(&taker.end()));
-                holder.stop(&self.victim);
+            for some in parts_of(times, AT_ONCE) {
+                let tries: Vec<_> = (0..some).map(|_| self.start_taking(how, state, target)).collect();
+                for (holder, taker) in tries {
+                    add(&mut all, last_line(&taker.end()));
+                    holder.stop(&self.victim);
+                }
             }
             report(&name, self.attach, target, &all);
             match (target, self.frozen) {
