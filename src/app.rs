@@ -52,6 +52,7 @@ use crate::host::apply::{Interception, clear};
 use crate::host::freeze::{Frozen, Held};
 use crate::host::{HostError, LINK, Plan};
 use crate::instance::{FALLBACK_REGION, Instance, Role, Surroundings, resolve};
+use crate::metadata::identity::Signer;
 use crate::server::{self, RefusedConnection, Service};
 use crate::telemetry::{printable, with_causes};
 use crate::wire::imds::credentials_document;
@@ -164,6 +165,7 @@ pub async fn run(
 ) -> Result<(), AppError> {
     let clock = Clock::system();
     let tokens = token_authority(&settings.state_dir, &clock)?;
+    let signer = Arc::new(signer(&settings.state_dir)?);
     let level = level(&settings).await?;
     let admin = admin_listener(&settings.admin_socket)?;
     let (listener, listening) = listen(IMDS_ADDRESS.into()).map_err(AppError::Listen)?;
@@ -210,7 +212,7 @@ pub async fn run(
     let service = Service::new(
         index.clone(),
         broker.clone(),
-        tokens,
+        (tokens, signer),
         clock.clone(),
         server::Options {
             hold: settings.hold,
@@ -806,52 +808,97 @@ fn token_authority(state_dir: &Path, clock: &Clock) -> Result<TokenAuthority, Ap
     ))
 }
 
-/// The key of tokens: kept on disk, so that a restart of the daemon logs nobody out. Made on first use, 0600 in a 0700
-/// directory; no symbolic link is followed, and a file that others could have read is not used.
+/// The key of tokens: kept on disk, so that a restart of the daemon logs nobody out.
 fn token_key(state_dir: &Path) -> Result<TokenKey, AppError> {
     let path = state_dir.join("token.key");
+    let make = || {
+        let mut bytes = vec![0; 32];
+        getrandom::fill(&mut bytes).map_err(|error| io::Error::other(error.to_string()))?;
+        Ok(bytes)
+    };
+    let what = "is not a key that only we know; remove it, and clients ask for new tokens";
+    let bytes = kept_secret(&path, make, what)?;
+    let bytes = bytes.try_into().map_err(|_| AppError::State {
+        path,
+        what,
+        source: io::Error::other("expected 32 bytes"),
+    })?;
+    Ok(TokenKey(bytes))
+}
+
+/// The key of identity documents: kept on disk, so that its certificate stays what it is.
+fn signer(state_dir: &Path) -> Result<Signer, AppError> {
+    let path = state_dir.join("identity.pem");
+    let make = || Signer::generate().map(String::into_bytes).map_err(io::Error::other);
+    let what = "is not a key that only we know; remove it, and identities are signed with a new one";
+    let bytes = kept_secret(&path, make, what)?;
+    Signer::new(&String::from_utf8_lossy(&bytes)).map_err(|error| AppError::State {
+        path,
+        what,
+        source: io::Error::other(error),
+    })
+}
+
+/// The most that a file of ours may hold.
+const MOST_KEPT: u64 = 16 * 1024 * 1024;
+
+/// A secret that is kept on disk. Made on first use, 0600 in a 0700 directory; no symbolic link is followed, and a file that
+/// others could have read is not used. `bad`: what is said of such a file.
+fn kept_secret(
+    path: &Path,
+    make: impl FnOnce() -> io::Result<Vec<u8>>,
+    bad: &'static str,
+) -> Result<Vec<u8>, AppError> {
     let state = |what| {
-        let path = path.clone();
+        let path = path.to_owned();
         move |source| AppError::State { path, what, source }
     };
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(state_dir)
-        .map_err(state("its directory cannot be made"))?;
+    if let Some(directory) = path.parent() {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
+            .map_err(state("its directory cannot be made"))?;
+    }
     // Linux O_NOFOLLOW (open(2)).
     let no_follow = i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or(0);
-    let mut bytes = [0; 32];
     match std::fs::OpenOptions::new()
         .read(true)
         .custom_flags(no_follow)
-        .open(&path)
+        .open(path)
     {
-        Ok(mut file) => {
+        Ok(file) => {
             let meta = file.metadata().map_err(state("cannot be looked at"))?;
             let own = meta.uid() == rustix::process::geteuid().as_raw();
-            if !meta.is_file() || meta.mode() & 0o077 != 0 || !own || meta.len() != 32 {
-                let source = io::Error::other("expected a file of 32 bytes, mode 0600, owned by this user");
-                return Err(state(
-                    "is not a key that only we know; remove it, and clients ask for new tokens",
-                )(source));
+            if !meta.is_file() || meta.mode() & 0o077 != 0 || !own {
+                let source = io::Error::other("expected a file of mode 0600, owned by this user");
+                return Err(state(bad)(source));
             }
-            file.read_exact(&mut bytes).map_err(state("cannot be read"))?;
+            let mut bytes = Vec::new();
+            file.take(MOST_KEPT)
+                .read_to_end(&mut bytes)
+                .map_err(state("cannot be read"))?;
+            Ok(bytes)
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            getrandom::fill(&mut bytes).map_err(|error| state("no randomness")(io::Error::other(error.to_string())))?;
+            let bytes = make().map_err(state("cannot be made up"))?;
+            // Whole or not at all: a crash in between leaves no half of a key.
+            let new = path.with_extension("new");
+            let _ = std::fs::remove_file(&new);
             let mut file = std::fs::OpenOptions::new()
                 .write(true)
                 .create_new(true)
                 .mode(0o600)
                 .custom_flags(no_follow)
-                .open(&path)
+                .open(&new)
                 .map_err(state("cannot be made"))?;
-            file.write_all(&bytes).map_err(state("cannot be written"))?;
+            file.write_all(&bytes)
+                .and_then(|()| std::fs::rename(&new, path))
+                .map_err(state("cannot be written"))?;
+            Ok(bytes)
         }
-        Err(error) => return Err(state("cannot be opened")(error)),
+        Err(error) => Err(state("cannot be opened")(error)),
     }
-    Ok(TokenKey(bytes))
 }
 
 /// Settings, and what was learnt since.
@@ -1066,6 +1113,10 @@ impl Observatory for Observer {
             }
             _ => Vec::new(),
         })
+    }
+
+    fn identity_certificate(&self) -> String {
+        self.service.signer.certificate().to_owned()
     }
 
     fn login(&self, profile: Option<&str>, handover: &admin::Handover) -> Result<String, String> {

@@ -82,11 +82,27 @@ pub enum Verb {
         #[arg(long, value_name = "PATH", env = "IMDS_ROUTER_SERVE_ADMIN_SOCKET", default_value = DEFAULT_ADMIN_SOCKET)]
         admin: PathBuf,
     },
+    /// What instance identities are verified with
+    Identity {
+        /// Print the certificate that they are signed by, in PEM
+        #[arg(value_enum)]
+        what: Identity,
+        /// The daemon's admin socket
+        #[arg(long, value_name = "PATH", env = "IMDS_ROUTER_SERVE_ADMIN_SOCKET", default_value = DEFAULT_ADMIN_SOCKET)]
+        admin: PathBuf,
+    },
     /// Ask the metadata service for a path, as an IMDSv2 client; works inside containers
     Get {
         /// Such as meta-data/instance-id, or /latest/meta-data/instance-id
         path: String,
     },
+}
+
+/// What of instance identity.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum Identity {
+    /// The certificate.
+    Certificate,
 }
 
 /// Which way.

@@ -32,7 +32,8 @@ use crate::containers::{ContainerId, Level, Life, NamespaceId};
 use crate::credentials::broker::{Broker, NoCredentials, ProviderError, Published};
 use crate::instance::{Instance, Role};
 use crate::metadata::Node;
-use crate::metadata::catalogue::ROLE_LIST;
+use crate::metadata::catalogue::{IAM, ROLE_LIST};
+use crate::metadata::identity::Signer;
 use crate::telemetry::printable;
 use crate::wire::imds::{self, Call, parse, version_list};
 use crate::wire::token::TokenAuthority;
@@ -62,6 +63,8 @@ pub struct Service {
     pub broker: Arc<Broker>,
     /// Their tokens.
     pub tokens: TokenAuthority,
+    /// Who signs their identities.
+    pub signer: Arc<Signer>,
     /// Time.
     pub clock: Clock,
     /// The longest that a request waits in all.
@@ -93,7 +96,7 @@ impl Service {
     pub fn new(
         index: Arc<Index>,
         broker: Arc<Broker>,
-        tokens: TokenAuthority,
+        (tokens, signer): (TokenAuthority, Arc<Signer>),
         clock: Clock,
         options: Options,
         own_ends: Box<dyn OwnEnds>,
@@ -107,6 +110,7 @@ impl Service {
             index,
             broker,
             tokens,
+            signer,
             refusals: Refusals::new(&clock),
             clock,
             hold,
@@ -467,6 +471,11 @@ impl Session {
         let container = &self.caller.life().container;
         match instance.view.get(path) {
             Some(Node::Dir(text) | Node::Text(text)) => Reply::value(text.clone(), modified),
+            Some(Node::UserData(data)) => Reply::bytes(data.clone(), modified),
+            Some(Node::Signed(form, document)) => match self.service.signer.sign(*form, document) {
+                Some(signature) => Reply::value(signature, modified),
+                None => Reply::refused(Refused::NotFound),
+            },
             Some(Node::RoleList(role)) => match self.credentials(&instance, deadline).await {
                 Ok(_) => Reply::value(role.clone(), modified),
                 // Denied: EC2 lists it all the same.
@@ -529,9 +538,6 @@ fn hinted(reply: Reply, why: &NoCredentials, container: &ContainerId) -> Reply {
 fn hint(why: &str, container: &ContainerId) -> String {
     printable(&format!("{why}; ask: imds-router explain {container}"), 160)
 }
-
-/// Where everything that a role decides stands.
-const IAM: &str = "meta-data/iam";
 
 /// No role, or no credentials of it. 404 is what every SDK takes as "none here"; anything else stops some of them.
 fn no_role(why: &str, container: &ContainerId) -> Reply {

@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::admin;
-use crate::cli::{Cli, Verb};
+use crate::cli::{Cli, Identity, Verb};
 #[cfg(target_os = "linux")]
 use crate::cli::{Common, Intercept, Serve};
 use crate::config;
@@ -82,6 +82,10 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
                 false => admin::render_explanation(&explanation),
             };
             Ok(io::stdout().write_all(text.as_bytes())?)
+        })?,
+        Verb::Identity { what: Identity::Certificate, admin } => block_on(async move {
+            let certificate = admin::ask_identity_certificate(&admin).await?;
+            Ok(io::stdout().write_all(certificate.as_bytes())?)
         })?,
         Verb::Login { profile, admin, .. } => block_on(async move {
             let mut text = String::new();

@@ -22,6 +22,7 @@ const MAP: &[(&str, &[&str])] = &[
             "credentials::*",
             "host::*",
             "instance",
+            "metadata::identity",
             "server",
             "telemetry",
             "wire::*",
@@ -35,7 +36,15 @@ const MAP: &[(&str, &[&str])] = &[
     ("cli", &["config", "telemetry"]),
     ("clock", &[]),
     // The rules of `[[allow]]` are read here, and STS's limits are kept.
-    ("config", &["credentials", "credentials::inputs", "credentials::policy"]),
+    (
+        "config",
+        &[
+            "credentials",
+            "credentials::inputs",
+            "credentials::policy",
+            "metadata::catalogue",
+        ],
+    ),
     // A container's life holds the instance that was resolved for it.
     ("containers", &["instance"]),
     ("containers::compat", &["config", "credentials", "credentials::inputs"]),
@@ -82,6 +91,7 @@ const MAP: &[(&str, &[&str])] = &[
             "instance",
             "metadata",
             "metadata::catalogue",
+            "metadata::identity",
             "telemetry",
             "wire::*",
         ],

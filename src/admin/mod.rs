@@ -7,6 +7,7 @@
 //! | `GET /status` | [`Status`] |
 //! | `GET /explain/CONTAINER` | [`Explanation`]; 404 if there is no such container |
 //! | `GET /trust-policy/CONTAINER` | a list of [`Trust`]; 404 if there is no such container |
+//! | `GET /identity-certificate` | a JSON string: the certificate in PEM |
 //! | `POST /login`, `POST /login/PROFILE` | takes over a [`Handover`]; 400 with a sentence if it does not |
 
 use std::collections::BTreeMap;
@@ -250,6 +251,8 @@ pub trait Observatory: Send + Sync + 'static {
     /// What the trust policies of its roles must say. `None`: there is no such container, or several. An empty list: it has
     /// no role.
     fn trust(&self, container: &str) -> Option<Vec<Trust>>;
+    /// The certificate that instance identities are signed by, in PEM.
+    fn identity_certificate(&self) -> String;
     /// Takes over session credentials for `profile`, or for the daemon itself; answers what was taken.
     ///
     /// # Errors
@@ -300,6 +303,7 @@ async fn answer(request: Request<Incoming>, observatory: &dyn Observatory) -> Re
         (&Method::GET, "trust-policy", Some(container)) => observatory
             .trust(container)
             .map_or_else(absent, |it| json(serde_json::to_vec_pretty(&it))),
+        (&Method::GET, "identity-certificate", None) => json(serde_json::to_vec(&observatory.identity_certificate())),
         (&Method::POST, "login", profile) => {
             let body = Limited::new(body, MOST_BYTES).collect().await;
             let text = body.map(|body| body.to_bytes()).unwrap_or_default();
@@ -363,11 +367,23 @@ pub enum AskError {
 /// # Errors
 /// When none answers.
 pub async fn ask_status(socket: &Path) -> Result<Status, AskError> {
+    ask_for(socket, "/status").await
+}
+
+/// Asks a daemon for the certificate that instance identities are signed by, in PEM.
+///
+/// # Errors
+/// When none answers.
+pub async fn ask_identity_certificate(socket: &Path) -> Result<String, AskError> {
+    ask_for(socket, "/identity-certificate").await
+}
+
+async fn ask_for<T: serde::de::DeserializeOwned>(socket: &Path, path: &str) -> Result<T, AskError> {
     let strange = |what: String| AskError::Strange {
         path: socket.display().to_string(),
         what,
     };
-    let (status, body) = ask(socket, "/status").await?;
+    let (status, body) = ask(socket, path).await?;
     if status != StatusCode::OK {
         return Err(strange(format!("status {status}")));
     }

@@ -5,8 +5,14 @@
 
 use std::collections::BTreeMap;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+
 use super::{Environment, compat};
-use crate::config::{HttpEndpoint, HttpTokens, Nearest, Settings, is_region, parse_duration, template_fits};
+use crate::config::{
+    HttpEndpoint, HttpTokens, Nearest, Settings, is_region, is_user_data, metadata_path, parse_duration, template_fits,
+};
 use crate::credentials::Secret;
 use crate::credentials::inputs::{self, Inputs};
 
@@ -37,6 +43,14 @@ pub struct ContainerSpec {
     pub instance_id: Option<String>,
     /// `imds.ami-id`
     pub ami_id: Option<String>,
+    /// `imds.metadata.…`: by path, from the version on.
+    pub metadata: BTreeMap<String, String>,
+    /// `imds.instance-tag.…`
+    pub tags: BTreeMap<String, String>,
+    /// `imds.instance-metadata-tags`
+    pub instance_metadata_tags: Option<bool>,
+    /// `imds.user-data`, `imds.user-data-base64`
+    pub user_data: Option<Bytes>,
 }
 
 /// What is wrong with one label.
@@ -223,7 +237,59 @@ const LABELS: &[Label] = &[
         expected: "ami- and 8 or 17 hexadecimal digits",
         read: |spec, value| is_id("ami-", value).then(|| spec.ami_id = Some(value.to_owned())),
     },
+    Label {
+        name: "instance-metadata-tags",
+        expected: "enabled or disabled",
+        read: |spec, value| {
+            let choices = [("enabled", true), ("disabled", false)];
+            choose(value, &choices, &mut spec.instance_metadata_tags)
+        },
+    },
+    Label {
+        name: USER_DATA,
+        expected: "text of 1 to 16384 bytes, and not user-data-base64 as well",
+        read: |spec, value| set_user_data(spec, value.as_bytes().to_vec()),
+    },
+    Label {
+        name: USER_DATA_BASE64,
+        expected: "base64 of 1 to 16384 bytes, and not user-data as well",
+        read: |spec, value| set_user_data(spec, STANDARD.decode(value).ok()?),
+    },
 ];
+
+/// Labels whose values may be secrets: they are not shown.
+const UNSHOWN: [&str; 3] = [EXTERNAL_ID, USER_DATA, USER_DATA_BASE64];
+const USER_DATA: &str = "user-data";
+const USER_DATA_BASE64: &str = "user-data-base64";
+/// What values below `meta-data/` stand below.
+const METADATA: &str = "metadata.";
+/// What tags stand below.
+const INSTANCE_TAG: &str = "instance-tag.";
+/// EC2's own bounds (user guide, "View tags using instance metadata", and "Tag restrictions").
+const INSTANCE_TAG_EXPECTED: &str = "a key of 1 to 128 letters, digits and +-=.,_:@ that is not ., .. or _index and does not begin with aws:, and a value \
+     of up to 256 characters in one line";
+
+fn set_user_data(spec: &mut ContainerSpec, data: Vec<u8>) -> Option<()> {
+    let fits = spec.user_data.is_none() && is_user_data(&data);
+    fits.then(|| spec.user_data = Some(data.into()))
+}
+
+fn instance_tag(spec: &mut ContainerSpec, key: &str, value: &str) -> Option<()> {
+    let key_fits = (1..=128).contains(&key.len())
+        && key
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"+-=.,_:@".contains(&b))
+        && ![".", "..", "_index"].contains(&key)
+        && !key.starts_with("aws:");
+    (key_fits && is_tag_value(value)).then(|| {
+        spec.tags.insert(key.to_owned(), value.to_owned());
+    })
+}
+
+/// Whether `value` can be that of an instance tag.
+pub fn is_tag_value(value: &str) -> bool {
+    value.chars().count() <= 256 && !value.contains(char::is_control)
+}
 
 /// The items of a list.
 fn items(value: &str) -> Vec<&str> {
@@ -284,14 +350,36 @@ pub fn read(
             }
             continue;
         }
+        if let Some(key) = name.strip_prefix(INSTANCE_TAG) {
+            if instance_tag(&mut spec, key, value).is_none() {
+                errors.push(LabelError::BadValue {
+                    label: label.clone(),
+                    value: value.clone(),
+                    expected: INSTANCE_TAG_EXPECTED.to_owned(),
+                });
+            }
+            continue;
+        }
+        if let Some(path) = name.strip_prefix(METADATA) {
+            match metadata_path(path, value) {
+                Ok(path) => {
+                    spec.metadata.insert(path, value.clone());
+                }
+                Err(what) => errors.push(LabelError::Contradiction {
+                    label: label.clone(),
+                    what,
+                }),
+            }
+            continue;
+        }
         match LABELS.iter().find(|known| known.name == name) {
             Some(known) if (known.read)(&mut spec, value).is_some() => {}
             Some(known) => errors.push(LabelError::BadValue {
                 label: label.clone(),
                 // What an external id is to be is no secret; what it is, is.
-                value: match name {
-                    EXTERNAL_ID => "…".to_owned(),
-                    _ => value.clone(),
+                value: match UNSHOWN.contains(&name) {
+                    true => "…".to_owned(),
+                    false => value.clone(),
                 },
                 expected: known.expected.to_owned(),
             }),

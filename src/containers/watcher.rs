@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::BoxFuture;
@@ -341,6 +341,11 @@ pub struct Watcher {
     ends: FuturesUnordered<BoxFuture<'static, (ContainerId, CgroupId)>>,
     attachings: FuturesUnordered<BoxFuture<'static, Attached>>,
     waiters: Vec<Waiter>,
+
+    /// Whose an instance id is: that of one life.
+    ids: HashMap<String, (ContainerId, Weak<Life>)>,
+    /// Who would have it as well.
+    twins: HashMap<String, HashSet<ContainerId>>,
 }
 
 /// What a watcher needs.
@@ -381,6 +386,8 @@ impl Watcher {
             ends: FuturesUnordered::new(),
             attachings: FuturesUnordered::new(),
             waiters: Vec::new(),
+            ids: HashMap::new(),
+            twins: HashMap::new(),
         }
     }
 
@@ -735,10 +742,13 @@ impl Watcher {
     fn forget(&mut self, id: &ContainerId) {
         self.kernel.engine_says_ended(id);
         self.awaited.remove(id);
-        if let Some(known) = self.known.remove(id) {
-            debug!(container = %id, name = known.definition.map(|it| it.name), "forgotten");
-        }
+        let known = self.known.remove(id);
         self.index.remove(id);
+        if let Some(known) = known {
+            debug!(container = %id, name = known.definition.map(|it| it.name), "forgotten");
+            let instance = known.life.map(|life| life.instance.load_full());
+            self.release(id, instance.as_deref());
+        }
     }
 
     // ---- the kernel
@@ -851,8 +861,20 @@ impl Watcher {
         let Some(known) = self.known.get_mut(id) else { return };
         if known.life.as_ref().is_some_and(|life| life.cgroup == cgroup) {
             debug!(container = %id, "ended");
-            known.life = None;
+            let instance = known.life.take().map(|life| life.instance.load_full());
             self.publish(id);
+            self.release(id, instance.as_deref());
+        }
+    }
+
+    /// The instance id of a life that has ended is free.
+    fn release(&mut self, id: &ContainerId, instance: Option<&Instance>) {
+        let Some(instance) = instance else { return };
+        if self.ids.get(&instance.id).is_some_and(|(holder, _)| holder == id) {
+            self.ids.remove(&instance.id);
+        }
+        for twin in self.twins.remove(&instance.id).unwrap_or_default() {
+            self.publish(&twin);
         }
     }
 
@@ -875,7 +897,26 @@ impl Watcher {
             (None, Some(life)) => life.started,
             (None, None) => known.seen,
         };
-        let instance = Arc::new(self.instances.resolve(definition, &known.attachments, started));
+        let mut instance = self.instances.resolve(definition, &known.attachments, started);
+        let lives = known.birth.is_some() || known.life.as_ref().is_some_and(|life| life.alive());
+        let other = self.ids.get(&instance.id).and_then(|(other, life)| {
+            let life = life
+                .upgrade()
+                .filter(|it| other != id && it.alive() && it.instance.load().id == instance.id)?;
+            Some((other.clone(), life.started))
+        });
+        // Whoever was first stays; a daemon that has been started again may hear of them in another order.
+        let (other, displaced) = match other {
+            Some((other, since)) if lives && (started, id) < (since, &other) => (None, Some(other)),
+            other => (other, None),
+        };
+        let is_twin = other.is_some();
+        if let Some((other, _)) = other {
+            self.twins.entry(instance.id.clone()).or_default().insert(id.clone());
+            let problem = format!("instance id {} is that of container {other}, which runs", instance.id);
+            instance = instance.refused(problem);
+        }
+        let instance = Arc::new(instance);
         match instance.role.session() {
             Some(session) if known.hold.as_ref().is_some_and(|hold| hold.session() == &**session) => {}
             Some(session) => known.hold = Some(self.instances.hold(session)),
@@ -907,6 +948,9 @@ impl Watcher {
         }
         if let Some(life) = &known.life {
             life.instance.store(instance.clone());
+            if !is_twin {
+                self.ids.insert(instance.id.clone(), (id.clone(), Arc::downgrade(life)));
+            }
             let wanted = match self.instances.attaches() && instance.endpoint {
                 false => Attach::No,
                 true => Attach::Yes {
@@ -938,6 +982,9 @@ impl Watcher {
             left_alone: known.left_alone.clone(),
             instance,
         });
+        if let Some(other) = displaced {
+            self.publish(&other);
+        }
     }
 
     /// A caller whose address leads to nobody: ask the engine about the networks that the address may be on.

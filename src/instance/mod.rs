@@ -17,12 +17,18 @@ use crate::containers::labels::{self, ContainerSpec};
 use crate::containers::{Attachments, Definition};
 use crate::credentials::{RoleArn, Session, offline, partition_of};
 use crate::metadata::InstanceView;
-use crate::metadata::catalogue::{self, Facts};
+use crate::metadata::catalogue::{self, Facts, Link};
 
 /// Region of last resort; `status` warns that it is a guess.
 pub const FALLBACK_REGION: &str = "us-east-1";
 const INSTANCE_TYPE: &str = "t3.micro";
 const ZONE_LETTER: char = 'a';
+/// What compose writes on its containers that is true of them.
+const COMPOSE_TAGS: [&str; 3] = [
+    "com.docker.compose.project",
+    "com.docker.compose.service",
+    "com.docker.compose.container-number",
+];
 
 /// The instance that a container sees.
 #[derive(Clone, PartialEq, Debug)]
@@ -33,6 +39,8 @@ pub struct Instance {
     pub endpoint: bool,
     /// Whether that is not decided yet: without a label only a role makes it find one, and it may turn out to have none.
     pub endpoint_open: bool,
+    /// Its id, which no other container that runs may have.
+    pub id: String,
     /// Whether it must use IMDSv2.
     pub tokens_required: bool,
     /// Its role, or why it has none.
@@ -121,6 +129,23 @@ impl Surroundings {
     }
 }
 
+impl Instance {
+    /// The same, of a container that gets no credentials because of `problem`.
+    #[must_use]
+    pub fn refused(self, problem: String) -> Self {
+        let mut problems = self.problems;
+        problems.push(problem.clone());
+        Self {
+            role: Role::Refused(problem),
+            profile: None,
+            rule: None,
+            tokens_required: true,
+            problems,
+            ..self
+        }
+    }
+}
+
 /// Makes the instance of one container. `started`: when its present run began; before that, when it was seen.
 pub fn resolve(
     container: &Definition,
@@ -131,20 +156,21 @@ pub fn resolve(
 ) -> Instance {
     let (spec, errors) = labels::read(&container.labels, container.environment.as_ref(), settings);
     let mut problems: Vec<String> = errors.iter().map(ToString::to_string).collect();
-    let region = spec
-        .region
-        .clone()
+    let overrides = overrides(&spec, settings);
+    let given = |path: &str| overrides.get(path).cloned();
+    let region = given(catalogue::REGION)
         .or_else(|| settings.region.clone())
         .or_else(|| around.base.region.clone());
     let region = region.unwrap_or_else(|| FALLBACK_REGION.to_owned());
     let partition = partition_of(&region);
-    let zone = spec
-        .availability_zone
-        .clone()
-        .unwrap_or_else(|| format!("{region}{ZONE_LETTER}"));
+    let zone = given(catalogue::ZONE).unwrap_or_else(|| format!("{region}{ZONE_LETTER}"));
     if !zone.starts_with(&region) {
         problems.push(format!("availability zone {zone} is not in region {region}"));
     }
+    let links = links(attachments, &given);
+    // Those of the configuration are for every container, whichever links it has.
+    let strange = spec.metadata.keys().filter(|path| catalogue::of_no_link(path, &links));
+    problems.extend(strange.map(|path| format!("{path}: no link of the container has this MAC address")));
     let Verdict {
         role,
         listed,
@@ -174,31 +200,30 @@ pub fn resolve(
         problems.push(why.clone());
     }
     let account = account(listed.as_ref(), settings, around);
-    let primary = attachments.primary();
+    let id = given("meta-data/instance-id").unwrap_or_else(|| derived_id("i-", container.id.as_str()));
     let facts = Facts {
-        instance_id: spec
-            .instance_id
-            .clone()
-            .unwrap_or_else(|| derived_id("i-", container.id.as_str())),
-        ami_id: spec.ami_id.clone().unwrap_or_else(|| {
-            let digest = container.image_id.rsplit(':').next().unwrap_or_default();
-            derived_id("ami-", digest)
-        }),
-        instance_type: spec.instance_type.clone().unwrap_or_else(|| INSTANCE_TYPE.to_owned()),
+        container: container.id.as_str().to_owned(),
+        instance_id: id.clone(),
+        ami_id: derived_id("ami-", container.image_id.rsplit(':').next().unwrap_or_default()),
+        instance_type: INSTANCE_TYPE.to_owned(),
         hostname: container.hostname.clone(),
-        local_ipv4: primary.and_then(|endpoint| endpoint.ipv4).map(|(address, _)| address),
-        mac: primary
-            .map(|endpoint| endpoint.mac.clone())
-            .filter(|mac| !mac.is_empty()),
+        links,
         partition: listed.as_ref().map_or(partition, RoleArn::partition).to_owned(),
         account,
         role: listed,
         region,
         zone,
         started,
+        project: container.project().map(str::to_owned),
+        launch_index: container.replica().map_or(0, |number| number.saturating_sub(1)),
+        tags: tags(container, &spec, settings),
+        public_keys: settings.public_keys.clone().into_iter().collect(),
+        user_data: spec.user_data.clone().or_else(|| settings.user_data.clone()),
+        overrides,
     };
     Instance {
         view: catalogue::view(&facts),
+        id,
         endpoint: endpoint(&spec, &role, settings),
         endpoint_open: open && endpoint(&spec, &role, settings) && !endpoint(&spec, &Role::None, settings),
         tokens_required: tokens_required(&spec, settings, &problems),
@@ -209,6 +234,74 @@ pub fn resolve(
         last_modified: HeaderValue::from_str(&httpdate::fmt_http_date(started))
             .expect("a date has letters, digits, blanks, commas and colons only"),
     }
+}
+
+/// Values that take the place of what is derived, the most particular first: the label of the path, the label of its own, the
+/// configuration.
+fn overrides(spec: &ContainerSpec, settings: &Settings) -> BTreeMap<String, String> {
+    let own = [
+        (catalogue::REGION, &spec.region),
+        (catalogue::ZONE, &spec.availability_zone),
+        ("meta-data/instance-type", &spec.instance_type),
+        ("meta-data/instance-id", &spec.instance_id),
+        ("meta-data/ami-id", &spec.ami_id),
+    ];
+    let own = own
+        .into_iter()
+        .filter_map(|(path, value)| Some((path.to_owned(), value.clone()?)));
+    let labels: BTreeMap<String, String> = own.chain(spec.metadata.clone()).collect();
+    let mut all = settings.metadata.clone();
+    // The configuration's zone is one of the configuration's region.
+    if labels
+        .get(catalogue::REGION)
+        .is_some_and(|region| all.get(catalogue::REGION) != Some(region))
+    {
+        all.retain(|path, _| !path.starts_with("meta-data/placement/availability-zone"));
+    }
+    all.extend(labels);
+    all
+}
+
+/// The container's links, as EC2 would number them. What is given for the first one's MAC and IPv4 address is its.
+fn links(attachments: &Attachments, given: &dyn Fn(&str) -> Option<String>) -> Vec<Link> {
+    let mut links: Vec<Link> = Vec::new();
+    for (id, endpoint) in attachments.in_order() {
+        let mac = endpoint.mac.to_ascii_lowercase();
+        if mac.is_empty() || links.iter().any(|link| link.mac == mac) {
+            continue;
+        }
+        links.push(Link {
+            network: id.0.to_string(),
+            name: endpoint.network.clone(),
+            mac,
+            ipv4: endpoint.ipv4,
+            ipv6: endpoint.ipv6,
+        });
+    }
+    if let Some(first) = links.first_mut() {
+        first.mac = given("meta-data/mac").unwrap_or_else(|| first.mac.clone());
+        let address = given("meta-data/local-ipv4").and_then(|it| it.parse().ok());
+        first.ipv4 = address
+            .map(|it| (it, first.ipv4.map_or(32, |(_, prefix)| prefix)))
+            .or(first.ipv4);
+    }
+    links
+}
+
+/// What a container sees of its tags; `None`: nothing.
+fn tags(container: &Definition, spec: &ContainerSpec, settings: &Settings) -> Option<BTreeMap<String, String>> {
+    if !spec.instance_metadata_tags.unwrap_or(settings.instance_metadata_tags) {
+        return None;
+    }
+    let mut tags = BTreeMap::new();
+    if settings.compose_tags {
+        let labels = container.labels.iter();
+        let known =
+            labels.filter(|(label, value)| COMPOSE_TAGS.contains(&label.as_str()) && labels::is_tag_value(value));
+        tags.extend(known.map(|(label, value)| (label.clone(), value.clone())));
+    }
+    tags.extend(spec.tags.clone());
+    Some(tags)
 }
 
 fn endpoint(spec: &ContainerSpec, role: &Role, settings: &Settings) -> bool {

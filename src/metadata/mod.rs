@@ -18,6 +18,10 @@ pub enum Node {
     RoleList(Bytes),
     /// The credentials document of the role.
     Credentials,
+    /// A signature of an identity document.
+    Signed(identity::Form, Bytes),
+    /// User data: bytes as they were given.
+    UserData(Bytes),
 }
 
 /// The tree of one container. Paths have no slash at their ends: `meta-data/instance-id`; the root is empty.

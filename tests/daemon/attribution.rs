@@ -387,7 +387,11 @@ async fn a_container_in_a_container_is_the_outer_one_or_nobody() {
     let namespace = NamespaceId(outer.0);
     // Its own address is of a network that nobody out here knows.
     let inner: SocketAddr = "172.17.0.2:40000".parse().unwrap();
-    let reply = daemon.dial_via(inner, Via::Nested(namespace, 9)).get(LIST).await.unwrap();
+    let reply = daemon
+        .dial_via(inner, Via::Nested(namespace, 9))
+        .get(LIST)
+        .await
+        .unwrap();
     assert_eq!((reply.status, reply.text().as_str()), (200, "app"));
     // In a namespace that is nobody's, or several containers', nobody can be meant.
     let mut nobodys = daemon.dial_via(inner, Via::Nested(NamespaceId(77), 9));

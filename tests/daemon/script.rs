@@ -5,7 +5,7 @@ use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU16, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::{BoxFuture, FutureExt as _};
@@ -28,6 +28,7 @@ use imds_router::containers::{
 use imds_router::credentials::broker::{Broker, CredentialProvider, Lease, Limits, Provided, ProviderError};
 use imds_router::credentials::{Credentials, RoleArn, Secret, Session};
 use imds_router::instance::{Instance, Surroundings, resolve};
+use imds_router::metadata::identity::Signer;
 use imds_router::server::{self, Service};
 use imds_router::wire::imds::credentials_document;
 use imds_router::wire::token::{TokenAuthority, TokenKey};
@@ -40,9 +41,9 @@ pub const HOST: NamespaceId = NamespaceId(1);
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 255, 255, 254);
 pub const WALL: Duration = Duration::from_secs(1_767_607_872);
 
-/// An id made of a number.
+/// An id made of a number. It is in front: what is derived from an id looks there.
 pub fn id(number: u32) -> ContainerId {
-    ContainerId::parse(&format!("{number:064x}")).unwrap()
+    ContainerId::parse(&format!("{number:08x}{}", "0".repeat(56))).unwrap()
 }
 
 // ---- the engine
@@ -127,7 +128,7 @@ fn row(id: &ContainerId, container: &Container) -> Row {
         id: id.clone(),
         name: match &container.name {
             Some(name) => name.clone(),
-            None => format!("c{}", id.as_str().trim_start_matches('0')),
+            None => format!("c{}", id.as_str()[..8].trim_start_matches('0')),
         },
         labels,
         image: "box".into(),
@@ -469,6 +470,13 @@ pub struct Daemon {
     _tasks: [tokio::task::JoinHandle<()>; 2],
 }
 
+/// One key for all daemons: making one takes a while.
+fn signer() -> Arc<Signer> {
+    static SIGNER: OnceLock<Arc<Signer>> = OnceLock::new();
+    let make = || Arc::new(Signer::new(&Signer::generate().unwrap()).unwrap());
+    SIGNER.get_or_init(make).clone()
+}
+
 pub fn settings() -> Settings {
     Settings {
         account_id: Some("111122223333".into()),
@@ -523,7 +531,14 @@ impl Daemon {
             engine,
             kernel,
             sts,
-            service: Service::new(index.clone(), broker, tokens, clock.clone(), options, own_ends),
+            service: Service::new(
+                index.clone(),
+                broker,
+                (tokens, signer()),
+                clock.clone(),
+                options,
+                own_ends,
+            ),
             index,
             clock,
             changed,
