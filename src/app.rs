@@ -465,7 +465,7 @@ async fn keep_frozen(mut frozen: Frozen, index: Arc<Index>) {
 }
 
 /// Links of a life, as they were when it had these networks.
-type KnownLinks = BTreeMap<CgroupId, (Attachments, Vec<LinkSeen>)>;
+type KnownLinks = BTreeMap<CgroupId, (Arc<Attachments>, Vec<LinkSeen>)>;
 
 /// Who holds what on the bridges of this host, and whether that is all of it.
 fn held(index: &Index, known: &mut KnownLinks) -> (Held, bool) {

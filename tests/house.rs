@@ -72,7 +72,6 @@ const MAP: &[(&str, &[&str])] = &[
             "credentials::naming",
             "credentials::offline",
             "credentials::policy",
-            "metadata",
             "metadata::catalogue",
         ],
     ),
@@ -97,7 +96,10 @@ const MAP: &[(&str, &[&str])] = &[
         ],
     ),
     ("telemetry", &[]),
-    ("verbs", &["admin", "app", "cli", "config", "host::*", "telemetry"]),
+    (
+        "verbs",
+        &["admin", "app", "app::doctor", "cli", "config", "host::*", "telemetry"],
+    ),
     ("wire", &[]),
     // A credentials document is written as all documents are.
     ("wire::imds", &["clock", "credentials", "metadata"]),

@@ -379,9 +379,9 @@ impl LastRequest {
 #[derive(Clone, Debug)]
 pub struct Record {
     /// What the engine says of it.
-    pub definition: Definition,
+    pub definition: Arc<Definition>,
     /// Its networks.
-    pub attachments: Attachments,
+    pub attachments: Arc<Attachments>,
     /// Its present run, if the kernel knows of one.
     pub life: Option<Arc<Life>>,
     /// Why there is no life although the engine says that it runs.

@@ -13,7 +13,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::BoxFuture;
-use futures_util::stream::{BoxStream, FuturesUnordered, StreamExt as _};
+use futures_util::stream::{BoxStream, FuturesUnordered, StreamExt as _, TryStreamExt as _};
 use futures_util::{FutureExt as _, future};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -213,8 +213,11 @@ pub trait Hold: Send {
     fn started(&mut self);
 }
 
-/// Look-ups in flight at once.
+/// Look-ups in flight at once; and, apart from them, inspects: those of containers that are starting block, and nothing may
+/// wait for them.
 const FLIGHTS: usize = 16;
+/// First processes that are looked for at once.
+const BIRTHS: usize = 32;
 /// The longest pause before the engine is tried again.
 const RECONNECT: Duration = Duration::from_millis(250);
 /// How often the kernel is asked for a container that must be starting now: its first process is there at least 135 ms
@@ -240,7 +243,7 @@ enum Subject {
 }
 
 /// A row with the labels that its image brings (`None`: unreadable).
-type ReadRow = (Row, Option<Image>);
+type ReadRow = (Row, Option<Arc<Image>>);
 
 enum Found {
     Rows(Vec<ReadRow>),
@@ -251,16 +254,16 @@ enum Found {
 }
 
 type Answer = (Subject, Result<Found, EngineError>);
-type Images = Arc<dashmap::DashMap<String, Image>>;
+type Images = Arc<dashmap::DashMap<String, Arc<Image>>>;
 
 /// What the writer knows of a container.
 struct Known {
-    definition: Option<Definition>,
+    definition: Option<Arc<Definition>>,
     running: bool,
-    attachments: Attachments,
+    attachments: Arc<Attachments>,
     hostname: Option<String>,
     /// What its image brings, if that can be read.
-    image: Option<Image>,
+    image: Option<Arc<Image>>,
     /// All its variables, once an inspect has told them.
     environment: Option<Environment>,
     run: Option<Run>,
@@ -329,7 +332,9 @@ pub struct Watcher {
     /// In flight; `true`: overtaken by an event, to be made again.
     flights: HashMap<Subject, bool>,
     queue: VecDeque<Subject>,
+    inspects: VecDeque<Subject>,
     queued: HashSet<Subject>,
+    inspecting: usize,
     answers: FuturesUnordered<BoxFuture<'static, Answer>>,
     retries: Vec<(Instant, Subject)>,
     failures: HashMap<Subject, u32>,
@@ -337,6 +342,8 @@ pub struct Watcher {
     synchronising: Option<HashSet<Subject>>,
 
     awaited: HashMap<ContainerId, Awaited>,
+    /// Those whose first process is to be looked for now.
+    due: VecDeque<ContainerId>,
     births: FuturesUnordered<BoxFuture<'static, (ContainerId, Result<Birth, String>)>>,
     ends: FuturesUnordered<BoxFuture<'static, (ContainerId, CgroupId)>>,
     attachings: FuturesUnordered<BoxFuture<'static, Attached>>,
@@ -376,12 +383,15 @@ impl Watcher {
             images: Images::default(),
             flights: HashMap::new(),
             queue: VecDeque::new(),
+            inspects: VecDeque::new(),
             queued: HashSet::new(),
+            inspecting: 0,
             answers: FuturesUnordered::new(),
             retries: Vec::new(),
             failures: HashMap::new(),
             synchronising: None,
             awaited: HashMap::new(),
+            due: VecDeque::new(),
             births: FuturesUnordered::new(),
             ends: FuturesUnordered::new(),
             attachings: FuturesUnordered::new(),
@@ -450,6 +460,8 @@ impl Watcher {
         self.kernel.engine_lost();
         self.synchronising = None;
         self.queue.clear();
+        self.inspects.clear();
+        self.inspecting = 0;
         self.queued.clear();
         self.flights.clear();
         self.retries.clear();
@@ -519,18 +531,32 @@ impl Watcher {
         if let Some(again) = self.flights.get_mut(&subject) {
             *again = true;
         } else if self.queued.insert(subject.clone()) {
-            self.queue.push_back(subject);
+            match subject {
+                Subject::Inspect(_) => self.inspects.push_back(subject),
+                _ => self.queue.push_back(subject),
+            }
         }
         self.fly();
     }
 
     fn fly(&mut self) {
-        while self.answers.len() < FLIGHTS {
-            let Some(subject) = self.queue.pop_front() else { return };
-            self.queued.remove(&subject);
-            self.flights.insert(subject.clone(), false);
-            self.answers.push(self.look_up(subject));
+        while self.answers.len() - self.inspecting < FLIGHTS
+            && let Some(subject) = self.queue.pop_front()
+        {
+            self.depart(subject);
         }
+        while self.inspecting < FLIGHTS
+            && let Some(subject) = self.inspects.pop_front()
+        {
+            self.inspecting += 1;
+            self.depart(subject);
+        }
+    }
+
+    fn depart(&mut self, subject: Subject) {
+        self.queued.remove(&subject);
+        self.flights.insert(subject.clone(), false);
+        self.answers.push(self.look_up(subject));
     }
 
     fn look_up(&self, subject: Subject) -> BoxFuture<'static, Answer> {
@@ -540,12 +566,9 @@ impl Watcher {
             let found = match &subject {
                 Subject::Rows => {
                     async {
-                        let rows = engine.containers().await?;
-                        let mut read = Vec::with_capacity(rows.len());
-                        for row in rows {
-                            read.push(with_image(&engine, &images, all, row).await?);
-                        }
-                        Ok(Found::Rows(read))
+                        let rows = futures_util::stream::iter(engine.containers().await?);
+                        let read = rows.map(|row| with_image(&engine, &images, all, row)).buffered(FLIGHTS);
+                        Ok(Found::Rows(read.try_collect().await?))
                     }
                     .await
                 }
@@ -568,6 +591,9 @@ impl Watcher {
 
     fn answered(&mut self, subject: Subject, found: Result<Found, EngineError>, connected: bool) {
         let again = self.flights.remove(&subject).unwrap_or(false);
+        if matches!(subject, Subject::Inspect(_)) {
+            self.inspecting -= 1;
+        }
         match found {
             // What an inspect tells of a run that an event has overtaken may be the run before.
             Ok(Found::Inspect(_)) if again => {}
@@ -659,7 +685,7 @@ impl Watcher {
     fn define(&mut self, (row, image): ReadRow) {
         let (id, running) = (row.id.clone(), row.running);
         let definition = row.define(
-            image.as_ref(),
+            image.as_deref(),
             self.instances.image_labels_count(),
             &self.instances.label_prefix(),
         );
@@ -669,7 +695,7 @@ impl Watcher {
         let known = self.known(&id);
         known.image = image;
         known.running = running;
-        known.definition = Some(definition);
+        known.definition = Some(Arc::new(definition));
         let (unborn, unnamed) = (
             known.life.is_none() && known.birth.is_none(),
             known.environment.is_none(),
@@ -688,7 +714,7 @@ impl Watcher {
         self.known.entry(id.clone()).or_insert_with(|| Known {
             definition: None,
             running: false,
-            attachments: Attachments::default(),
+            attachments: Arc::default(),
             hostname: None,
             image: None,
             environment: None,
@@ -721,7 +747,7 @@ impl Watcher {
             if !endpoints.contains_key(&container)
                 && let Some(known) = self.known.get_mut(&container)
             {
-                known.attachments.0.remove(id);
+                Arc::make_mut(&mut known.attachments).0.remove(id);
                 self.publish(&container);
             }
         }
@@ -730,7 +756,7 @@ impl Watcher {
             if known.attachments.0.get(id) == Some(&endpoint) {
                 continue;
             }
-            known.attachments.0.insert(id.clone(), endpoint);
+            Arc::make_mut(&mut known.attachments).0.insert(id.clone(), endpoint);
             if known.definition.is_none() {
                 self.touch(Subject::Container(container));
             } else {
@@ -745,7 +771,7 @@ impl Watcher {
         let known = self.known.remove(id);
         self.index.remove(id);
         if let Some(known) = known {
-            debug!(container = %id, name = known.definition.map(|it| it.name), "forgotten");
+            debug!(container = %id, name = known.definition.as_ref().map(|it| &it.name), "forgotten");
             let instance = known.life.map(|life| life.instance.load_full());
             self.release(id, instance.as_deref());
         }
@@ -760,40 +786,52 @@ impl Watcher {
             return;
         }
         let now = self.clock.now();
-        let awaited = self.awaited.entry(id).or_insert(Awaited {
+        let awaited = self.awaited.entry(id.clone()).or_insert(Awaited {
             since: now,
             next: now,
             asked: false,
         });
         (awaited.since, awaited.next) = (now, now);
-        self.tick();
+        if !awaited.asked {
+            awaited.asked = true;
+            self.due.push_back(id);
+            self.look_for_births();
+        }
     }
 
-    fn tick(&mut self) {
-        let now = self.clock.now();
-        let mut due = Vec::new();
-        self.awaited.retain(|id, awaited| {
-            let known = self.known.get(id);
-            let running = known.is_some_and(|known| known.running);
-            if !running && now - awaited.since > BIRTH_GIVEN_UP {
-                return false;
-            }
-            if !awaited.asked && awaited.next <= now {
-                awaited.asked = true;
-                let mode = known
-                    .and_then(|known| known.definition.as_ref())
-                    .map(|it| it.network_mode.clone());
-                due.push((id.clone(), known.and_then(|known| known.run.clone()), mode));
-            }
-            true
-        });
-        for (id, run, mode) in due {
+    /// Looks for the first processes that are due, so many at once.
+    fn look_for_births(&mut self) {
+        while self.births.len() < BIRTHS
+            && let Some(id) = self.due.pop_front()
+        {
+            let known = self.known.get(&id);
+            let run = known.and_then(|known| known.run.clone());
+            let mode = known
+                .and_then(|known| known.definition.as_ref())
+                .map(|it| it.network_mode.clone());
             let kernel = self.kernel.clone();
             self.births.push(blocking(move || {
                 let birth = kernel.birth(&id, run.as_ref(), mode.as_ref());
                 (id, birth)
             }));
         }
+    }
+
+    fn tick(&mut self) {
+        let now = self.clock.now();
+        let due = &mut self.due;
+        self.awaited.retain(|id, awaited| {
+            let running = self.known.get(id).is_some_and(|known| known.running);
+            if !running && now - awaited.since > BIRTH_GIVEN_UP {
+                return false;
+            }
+            if !awaited.asked && awaited.next <= now {
+                awaited.asked = true;
+                due.push_back(id.clone());
+            }
+            true
+        });
+        self.look_for_births();
         let (due, later) = self.retries.drain(..).partition(|(at, _)| *at <= now);
         self.retries = later;
         due.into_iter()
@@ -801,6 +839,7 @@ impl Watcher {
     }
 
     fn born(&mut self, id: ContainerId, birth: Result<Birth, String>) {
+        self.look_for_births();
         let now = self.clock.now();
         match birth {
             Ok(birth) => {
@@ -886,12 +925,15 @@ impl Watcher {
         let Some(definition) = &mut known.definition else {
             return;
         };
-        if let Some(hostname) = &known.hostname {
-            definition.hostname.clone_from(hostname);
-        }
         let environment = known.environment.as_ref();
         let all_count = self.instances.image_labels_count();
-        definition.environment = environment.map(|all| own_environment(all, known.image.as_ref(), all_count));
+        let environment = environment.map(|all| own_environment(all, known.image.as_deref(), all_count));
+        let hostname = known.hostname.as_ref().unwrap_or(&definition.hostname);
+        if (hostname, &environment) != (&definition.hostname, &definition.environment) {
+            let hostname = hostname.clone();
+            let definition = Arc::make_mut(definition);
+            (definition.hostname, definition.environment) = (hostname, environment);
+        }
         let started = match (&known.birth, &known.life) {
             (Some(birth), _) => birth.started,
             (None, Some(life)) => life.started,
@@ -1056,7 +1098,7 @@ async fn with_image(
     if let Some(image) = images.get(&row.image_id) {
         return Ok((row, Some(image.clone())));
     }
-    let image = engine.image(&row.image_id).await?;
+    let image = engine.image(&row.image_id).await?.map(Arc::new);
     if let Some(image) = &image {
         images.insert(row.image_id.clone(), image.clone());
     }

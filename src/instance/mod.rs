@@ -16,8 +16,7 @@ use crate::config::{HttpEndpoint, HttpTokens, Settings};
 use crate::containers::labels::{self, ContainerSpec};
 use crate::containers::{Attachments, Definition};
 use crate::credentials::{RoleArn, Session, offline, partition_of};
-use crate::metadata::InstanceView;
-use crate::metadata::catalogue::{self, Facts, Link};
+use crate::metadata::catalogue::{self, Facts, Link, View};
 
 /// Region of last resort; `status` warns that it is a guess.
 pub const FALLBACK_REGION: &str = "us-east-1";
@@ -34,7 +33,7 @@ const COMPOSE_TAGS: [&str; 3] = [
 #[derive(Clone, PartialEq, Debug)]
 pub struct Instance {
     /// Its tree of metadata.
-    pub view: InstanceView,
+    pub view: View,
     /// Whether it finds a metadata service at all.
     pub endpoint: bool,
     /// Whether that is not decided yet: without a label only a role makes it find one, and it may turn out to have none.
@@ -222,7 +221,7 @@ pub fn resolve(
         overrides,
     };
     Instance {
-        view: catalogue::view(&facts),
+        view: View::of(facts),
         id,
         endpoint: endpoint(&spec, &role, settings),
         endpoint_open: open && endpoint(&spec, &role, settings) && !endpoint(&spec, &Role::None, settings),

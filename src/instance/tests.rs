@@ -235,7 +235,7 @@ fn a_bad_label_costs_the_role_and_says_why() {
         assert!(matches!(instance.role, Role::Refused(_)), "{labels:?}");
         assert_eq!(instance.problems.len(), 1);
         assert!(instance.problems[0].contains(why), "{:?}", instance.problems);
-        assert_eq!(instance.view.get(catalogue::ROLE_LIST), None);
+        assert_eq!(instance.view.get(crate::metadata::catalogue::ROLE_LIST), None);
         assert!(instance.endpoint && instance.tokens_required);
     }
 }

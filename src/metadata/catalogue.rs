@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::sync::OnceLock;
 use std::time::SystemTime;
 
 use bytes::Bytes;
@@ -521,8 +522,36 @@ pub fn of_no_link(path: &str, links: &[Link]) -> bool {
     mac.is_some_and(|mac| !links.iter().any(|link| link.mac == mac))
 }
 
-/// The tree of a container.
-pub fn view(facts: &Facts) -> InstanceView {
+/// The tree of a container, made when it is first asked for, and kept: most changes of most containers are never looked at,
+/// and a tree is large beside what it follows from.
+#[derive(Clone, Debug)]
+pub struct View {
+    facts: Facts,
+    tree: OnceLock<InstanceView>,
+}
+
+impl View {
+    /// The tree that follows from `facts`.
+    pub fn of(facts: Facts) -> Self {
+        Self {
+            facts,
+            tree: OnceLock::new(),
+        }
+    }
+
+    /// What stands at `path`.
+    pub fn get(&self, path: &str) -> Option<&Node> {
+        self.tree.get_or_init(|| view(&self.facts)).get(path)
+    }
+}
+
+impl PartialEq for View {
+    fn eq(&self, other: &Self) -> bool {
+        self.facts == other.facts
+    }
+}
+
+fn view(facts: &Facts) -> InstanceView {
     let mut values: BTreeMap<String, String> = BTreeMap::new();
     for Category { path, how, .. } in CATEGORIES {
         match how {

@@ -222,7 +222,7 @@ mod tests {
     use super::*;
 
     fn tree() -> impl Fn(&str) -> Bytes {
-        let view = catalogue::view(&facts());
+        let view = catalogue::View::of(facts());
         move |name| match view.get(&format!("dynamic/instance-identity/{name}")) {
             Some(Node::Text(text)) => text.clone(),
             other => panic!("{name}: {other:?}"),

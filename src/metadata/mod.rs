@@ -1,4 +1,4 @@
-//! What EC2 would know about a container: its tree of metadata, built once per change, never per request.
+//! What EC2 would know about a container: its tree of metadata, built once per change at the most, never per request.
 
 pub mod catalogue;
 pub mod identity;

@@ -13,6 +13,7 @@ use imds_router::containers::{CgroupId, NetworkId};
 use crate::script::{Container, Daemon, ScriptedEngine, ScriptedKernel, endpoint, id, settings};
 
 const APP: &[(&str, &str)] = &[("imds.role", "app")];
+const LIST: &str = "/latest/meta-data/iam/security-credentials/";
 
 #[tokio::test(start_paused = true)]
 async fn the_engine_may_come_later_than_the_daemon() {
@@ -355,6 +356,29 @@ fn expected(daemon: &Daemon) -> State {
         });
         (containers.collect(), addresses)
     })
+}
+
+/// An inspect blocks while its container starts. However many do, nothing else waits for them.
+#[tokio::test(start_paused = true)]
+async fn inspects_that_block_hold_up_nobody() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    for number in 100..150 {
+        let container = Container {
+            inspect_blocks: true,
+            ..Container::default()
+        };
+        daemon
+            .engine
+            .world(|world| world.containers.insert(id(number), container));
+        daemon.engine.send(Event::Defined(id(number)));
+    }
+    daemon.settle().await;
+    let address = daemon.create(1, APP);
+    tokio::time::sleep(Duration::from_millis(140)).await;
+    daemon.boot(1, address);
+    let reply = daemon.connect(1, address).get(LIST).await.unwrap();
+    assert_eq!((reply.status, reply.text().as_str()), (200, "app"));
 }
 
 proptest! {

@@ -1,0 +1,393 @@
+//! What ten thousand containers cost: `cargo test --release --test scale`. Figures of one run, beside each other; in bounds
+//! that hold on a small machine. The engine answers at once, so that what is measured is ours.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use futures_util::FutureExt as _;
+use futures_util::future::{self, BoxFuture};
+use futures_util::stream::{BoxStream, StreamExt as _};
+use imds_router::clock::Clock;
+use imds_router::config::Settings;
+use imds_router::containers::index::{EngineState, Index};
+use imds_router::containers::watcher::{
+    Birth, ContainerEngine, EngineError, Event, Hold, Image, Inspection, Instances, Kernel, Network, Ports, Row, Run,
+    Watcher,
+};
+use imds_router::containers::{
+    Attachments, CgroupId, ContainerId, Definition, Endpoint, Environment, LinkSeen, NamespaceId, NetworkId,
+    NetworkMode, SocketEvidence, Witness,
+};
+use imds_router::credentials::Session;
+use imds_router::credentials::broker::{Broker, Lease, Limits};
+use imds_router::credentials::offline::Offline;
+use imds_router::instance::{Instance, Surroundings, resolve};
+use imds_router::wire::imds::credentials_document;
+use tokio::sync::{mpsc, watch};
+
+const MANY: u32 = 10_000;
+const FEW: u32 = 10;
+/// Containers a network.
+const TOGETHER: u32 = 10;
+const ROLES: u32 = 100;
+
+fn main() {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        // What the program takes by itself, and what the first use of everything takes.
+        let few = Host::start(FEW).await;
+        let cost_with_few = few.cost_of_an_event(2_000).await;
+        let before = resident();
+        let many = Host::start(MANY).await;
+        let memory = resident() - before;
+        let cost_with_many = many.cost_of_an_event(2_000).await;
+        println!(
+            "{MANY} containers: synchronised in {:?}, {:.1} MB, {:.2} kB each",
+            many.took,
+            memory as f64 / 1e6,
+            memory as f64 / f64::from(MANY) / 1e3
+        );
+        println!(
+            "a container's whole life (6 events): {cost_with_many:?} of processor time among {MANY}, {cost_with_few:?} \
+             among {FEW}: {:.2} times",
+            cost_with_many.as_secs_f64() / cost_with_few.as_secs_f64()
+        );
+        assert!(many.took < Duration::from_secs(1), "synchronised in {:?}", many.took);
+        assert!(memory < 40_000_000, "{memory} bytes");
+        assert!(cost_with_many < cost_with_few * 3 / 2, "an event costs more among many");
+    });
+    println!("2 passed, 0 failed");
+}
+
+/// Resident memory, in bytes (proc_pid_status(5)).
+fn resident() -> usize {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() * 1024
+}
+
+/// Processor time of this process.
+fn processor() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).unwrap())
+}
+
+fn id(number: u32) -> ContainerId {
+    ContainerId::parse(&format!("{number:064x}")).unwrap()
+}
+
+fn network_of(number: u32) -> NetworkId {
+    NetworkId::from(format!("net-{}", number / TOGETHER).as_str())
+}
+
+fn endpoint(number: u32) -> Endpoint {
+    Endpoint {
+        network: format!("net-{}", number / TOGETHER),
+        mac: "02:42:0a:00:00:01".into(),
+        ipv4: Some((Ipv4Addr::from(0x0a00_0000 + number + 1), 24)),
+        ipv6: None,
+        internal: false,
+    }
+}
+
+/// Who runs: the containers up to a number, and one that comes and goes.
+struct World {
+    containers: u32,
+    guest: bool,
+    events: Option<mpsc::UnboundedSender<Event>>,
+}
+
+impl World {
+    fn has(&self, number: u32) -> bool {
+        number < self.containers || (self.guest && number == self.containers)
+    }
+}
+
+#[derive(Clone)]
+struct Scripted(Arc<Mutex<World>>);
+
+impl Scripted {
+    fn say<T: Send + 'static>(
+        &self,
+        answer: impl FnOnce(&mut World) -> T,
+    ) -> BoxFuture<'static, Result<T, EngineError>> {
+        future::ready(Ok(answer(&mut self.0.lock().unwrap()))).boxed()
+    }
+
+    fn row(&self, number: u32) -> Row {
+        Row {
+            id: id(number),
+            name: format!("container-{number}"),
+            labels: BTreeMap::from([("imds.role".to_owned(), format!("role-{}", number % ROLES))]),
+            image: "app".into(),
+            image_id: "sha256:1234".into(),
+            network_mode: NetworkMode::Own,
+            running: true,
+        }
+    }
+}
+
+fn number_of(id: &ContainerId) -> u32 {
+    u32::from_str_radix(&id.as_str()[56..], 16).unwrap()
+}
+
+impl ContainerEngine for Scripted {
+    fn subscribe(&self) -> BoxFuture<'static, Result<BoxStream<'static, Event>, EngineError>> {
+        self.say(|world| {
+            let (sender, receiver) = mpsc::unbounded_channel();
+            world.events = Some(sender);
+            futures_util::stream::unfold(receiver, |mut receiver| async move {
+                receiver.recv().await.map(|event| (event, receiver))
+            })
+            .boxed()
+        })
+    }
+
+    fn containers(&self) -> BoxFuture<'static, Result<Vec<Row>, EngineError>> {
+        let this = self.clone();
+        self.say(move |world| (0..world.containers).map(|number| this.row(number)).collect())
+    }
+
+    fn container(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Row>, EngineError>> {
+        let (this, number) = (self.clone(), number_of(id));
+        self.say(move |world| world.has(number).then(|| this.row(number)))
+    }
+
+    fn inspect(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Inspection>, EngineError>> {
+        let hostname = id.short().to_owned();
+        self.say(|_| {
+            Some(Inspection {
+                hostname: Some(hostname),
+                run: None,
+                environment: Environment::default(),
+            })
+        })
+    }
+
+    fn image(&self, _: &str) -> BoxFuture<'static, Result<Option<Image>, EngineError>> {
+        self.say(|_| Some(Image::default()))
+    }
+
+    fn networks(&self) -> BoxFuture<'static, Result<Vec<NetworkId>, EngineError>> {
+        self.say(|world| {
+            (0..world.containers)
+                .step_by(TOGETHER as usize)
+                .map(network_of)
+                .collect()
+        })
+    }
+
+    fn network(&self, network: &NetworkId) -> BoxFuture<'static, Result<Option<Network>, EngineError>> {
+        let first: u32 = network.0.strip_prefix("net-").unwrap().parse::<u32>().unwrap() * TOGETHER;
+        self.say(move |world| {
+            let members = (first..first + TOGETHER).filter(|number| world.has(*number));
+            Some(Network {
+                subnets: vec![("10.0.0.0".parse().unwrap(), 8)],
+                gateways: Vec::new(),
+                endpoints: members.map(|number| (id(number), endpoint(number))).collect(),
+            })
+        })
+    }
+}
+
+struct Witnessed(NamespaceId, watch::Receiver<()>);
+
+impl Kernel for Scripted {
+    fn birth(&self, id: &ContainerId, _: Option<&Run>, _: Option<&NetworkMode>) -> Result<Birth, String> {
+        let number = number_of(id);
+        let world = self.0.lock().unwrap();
+        if !world.has(number) {
+            return Err("not there yet".to_owned());
+        }
+        // Lives that do not end by themselves: their end is no part of what is measured.
+        let (sender, receiver) = watch::channel(());
+        std::mem::forget(sender);
+        let cgroup = CgroupId(u64::from(number) + 10);
+        Ok(Birth {
+            cgroup,
+            pid: number,
+            started: SystemTime::UNIX_EPOCH,
+            witness: Box::new(Witnessed(NamespaceId(cgroup.0), receiver)),
+        })
+    }
+}
+
+impl Witness for Witnessed {
+    fn alive(&self) -> bool {
+        true
+    }
+
+    fn ended(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        let mut ended = self.1.clone();
+        Box::pin(async move { while ended.changed().await.is_ok() {} })
+    }
+
+    fn socket(&self, _: SocketAddr, _: SocketAddr) -> std::io::Result<Option<SocketEvidence>> {
+        Ok(None)
+    }
+
+    fn holds(&self, _: CgroupId) -> bool {
+        false
+    }
+
+    fn namespace(&self) -> NamespaceId {
+        self.0
+    }
+
+    fn links(&self) -> std::io::Result<Vec<LinkSeen>> {
+        Ok(Vec::new())
+    }
+
+    fn listens_inside(&self) -> bool {
+        false
+    }
+
+    fn attach(&self) -> Result<Vec<String>, String> {
+        Ok(Vec::new())
+    }
+
+    fn detach(&self) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+struct Resolver {
+    settings: Settings,
+    around: Surroundings,
+    broker: Arc<Broker>,
+}
+
+struct Held(Lease);
+
+impl Hold for Held {
+    fn session(&self) -> &Session {
+        self.0.session()
+    }
+
+    fn started(&mut self) {}
+}
+
+impl Instances for Resolver {
+    fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance {
+        resolve(container, attachments, started, &self.settings, &self.around)
+    }
+
+    fn hold(&self, session: &Session) -> Box<dyn Hold> {
+        Box::new(Held(self.broker.lease(session)))
+    }
+
+    fn attaches(&self) -> bool {
+        false
+    }
+
+    fn image_labels_count(&self) -> bool {
+        false
+    }
+
+    fn label_prefix(&self) -> String {
+        "imds.".to_owned()
+    }
+}
+
+/// A host with so many containers, synchronised.
+struct Host {
+    engine: Scripted,
+    index: Arc<Index>,
+    containers: u32,
+    took: Duration,
+    _changed: watch::Sender<u64>,
+}
+
+impl Host {
+    async fn start(containers: u32) -> Self {
+        let clock = Clock::system();
+        let engine = Scripted(Arc::new(Mutex::new(World {
+            containers,
+            guest: false,
+            events: None,
+        })));
+        let settings = Settings {
+            account_id: Some("111122223333".into()),
+            session_name: "{project}".into(),
+            ..Settings::default()
+        };
+        let broker = Broker::new(
+            Box::new(Offline::new(clock.clone())),
+            credentials_document,
+            clock.clone(),
+            Limits::default(),
+        );
+        let (index, misses) = Index::new();
+        let (changed, changes) = watch::channel(0);
+        let ports = Ports {
+            engine: Arc::new(engine.clone()),
+            kernel: Arc::new(engine.clone()),
+            instances: Arc::new(Resolver {
+                settings,
+                around: Surroundings::default(),
+                broker,
+            }),
+            changed: changes,
+        };
+        let started = Instant::now();
+        tokio::spawn(Watcher::new(ports, index.clone(), misses, clock).run());
+        let mut changes = index.changes();
+        while *index.engine() != EngineState::Synchronised {
+            changes.changed().await.unwrap();
+        }
+        let took = started.elapsed();
+        let host = Self {
+            engine,
+            index,
+            containers,
+            took,
+            _changed: changed,
+        };
+        // Until every life is known, so that the memory is all of it.
+        while host.index.all().iter().any(|record| record.life.is_none()) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        host
+    }
+
+    /// What one more container costs that comes, runs, and goes, in processor time.
+    async fn cost_of_an_event(&self, times: u32) -> Duration {
+        let guest = id(self.containers);
+        let network = network_of(self.containers);
+        let tell = |event: Event| {
+            let world = self.engine.0.lock().unwrap();
+            world.events.as_ref().unwrap().send(event).unwrap();
+        };
+        let before = processor();
+        for _ in 0..times {
+            self.engine.0.lock().unwrap().guest = true;
+            tell(Event::Defined(guest.clone()));
+            tell(Event::Connected(network.clone(), Some(guest.clone())));
+            tell(Event::Started(guest.clone()));
+            self.until(|index| index.get(&guest).is_some_and(|record| record.life.is_some()))
+                .await;
+            self.engine.0.lock().unwrap().guest = false;
+            tell(Event::Died(guest.clone()));
+            tell(Event::Disconnected(network.clone()));
+            tell(Event::Removed(guest.clone()));
+            self.until(|index| index.get(&guest).is_none()).await;
+        }
+        (processor() - before) / times
+    }
+
+    async fn until(&self, so: impl Fn(&Index) -> bool) {
+        let mut changes = self.index.changes();
+        while !so(&self.index) {
+            changes.changed().await.unwrap();
+        }
+    }
+}
