@@ -134,6 +134,9 @@ pub struct Common {
     /// Role of containers that name none
     #[arg(long, value_name = "ROLE")]
     pub default_role: Option<String>,
+    /// Values of metadata for every container: a configuration of amazon-ec2-metadata-mock
+    #[arg(long, value_name = "FILE")]
+    pub metadata_file: Option<String>,
 }
 
 /// Flags of `serve`.
@@ -166,6 +169,7 @@ impl Common {
             ("--profile", "credentials.profile", text(&self.profile)),
             ("--region", "region", text(&self.region)),
             ("--default-role", "credentials.default_role", text(&self.default_role)),
+            ("--metadata-file", "metadata.file", text(&self.metadata_file)),
         ];
         Sources {
             file: self.config.clone(),
@@ -222,12 +226,14 @@ mod tests {
             "host",
             "--admin",
             "/a",
+            "--metadata-file",
+            "/m.json",
             "--log-format",
             "json",
         ]);
         let Verb::Serve(serve) = cli.verb else { panic!("serve") };
         let sources = serve.sources();
-        assert_eq!(sources.flags.len(), 6);
+        assert_eq!(sources.flags.len(), 7);
         for (flag, key, _) in &sources.flags {
             assert!(KEYS.iter().any(|known| known.path == *key), "{flag} {key}");
         }

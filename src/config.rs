@@ -18,6 +18,7 @@ use toml::de::{DeTable, DeValue};
 use crate::credentials::policy::{Glob, Pair, Rule};
 use crate::credentials::{RoleArn, inputs, is_account_id};
 use crate::metadata::catalogue::{self, PathError};
+use crate::metadata::file::{self, Given, MOST_USER_DATA};
 
 /// Where the configuration is read from when `--config` does not say.
 pub const DEFAULT_FILE: &str = "/etc/imds-router/config.toml";
@@ -179,6 +180,10 @@ pub struct Settings {
     pub compose_tags: bool,
     /// `imds.user_data`, `imds.user_data_base64`, `imds.user_data_file`
     pub user_data: Option<Bytes>,
+    /// `metadata.file`
+    pub metadata_file: Option<PathBuf>,
+    /// What is in it.
+    pub from_file: Given,
     /// `[metadata]`: values by path, from the version on, for every container.
     pub metadata: BTreeMap<String, String>,
     /// `[public_keys]`: name → key.
@@ -223,6 +228,8 @@ impl Default for Settings {
             instance_metadata_tags: false,
             compose_tags: false,
             user_data: None,
+            metadata_file: None,
+            from_file: Given::default(),
             metadata: BTreeMap::new(),
             public_keys: BTreeMap::new(),
         }
@@ -250,6 +257,8 @@ impl Settings {
             instance_metadata_tags: new.instance_metadata_tags,
             compose_tags: new.compose_tags,
             user_data: new.user_data.clone(),
+            metadata_file: new.metadata_file.clone(),
+            from_file: new.from_file.clone(),
             metadata: new.metadata.clone(),
             public_keys: new.public_keys.clone(),
             ..self.clone()
@@ -684,6 +693,13 @@ pub const KEYS: &[Key] = &[
         read: |s, v| v.boolean().map(|it| s.ec2_error_documents = it),
     },
     Key {
+        path: "metadata.file",
+        default: "none",
+        expected: "the path of a file",
+        about: "Values for every container, from a file in the form of amazon-ec2-metadata-mock's configuration.",
+        read: |s, v| v.text().map(|it| s.metadata_file = Some(it.into())),
+    },
+    Key {
         path: "compat.iam_docker",
         default: "false",
         expected: "true or false",
@@ -829,12 +845,9 @@ fn absolute(value: &Typed) -> Option<PathBuf> {
     value.text().map(PathBuf::from).filter(|path| path.is_absolute())
 }
 
-/// The most that user data may be, raw (EC2 user guide, "Run commands at launch using user data").
-const MOST_USER_DATA: u64 = 16 * 1024;
-
 /// Whether these bytes can be user data.
 pub fn is_user_data(data: &[u8]) -> bool {
-    (1..=MOST_USER_DATA).contains(&(data.len() as u64))
+    (1..=MOST_USER_DATA).contains(&data.len())
 }
 
 fn user_data(settings: &mut Settings, data: Vec<u8>) -> Option<()> {
@@ -842,11 +855,11 @@ fn user_data(settings: &mut Settings, data: Vec<u8>) -> Option<()> {
 }
 
 /// A whole file of at most so many bytes; one byte more is enough to know that it is too long.
-fn read_at_most(path: &Path, most: u64) -> Option<Vec<u8>> {
+fn read_at_most(path: &Path, most: usize) -> Option<Vec<u8>> {
     let mut data = Vec::new();
     std::fs::File::open(path)
         .ok()?
-        .take(most + 1)
+        .take(u64::try_from(most).ok()? + 1)
         .read_to_end(&mut data)
         .ok()?;
     Some(data)
@@ -959,6 +972,14 @@ pub enum ConfigError {
         /// `; did you mean …?`, or nothing.
         nearest: Nearest,
     },
+    /// The file of values.
+    #[error("the file of metadata {}: {what}", path.display())]
+    MetadataFile {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong, and what was expected.
+        what: String,
+    },
     /// A path that has no value of its own, or takes no such value.
     #[error("{origin}: {key}: {what}")]
     BadPath {
@@ -1064,6 +1085,15 @@ pub fn load(sources: &Sources) -> Result<Settings, ConfigError> {
             set(&mut settings, key, &Typed::of(value), Origin::Flag((*flag).to_owned()))?;
         }
     }
+    if let Some(path) = &settings.metadata_file {
+        let text = std::fs::read_to_string(path).map_err(|error| error.to_string());
+        settings.from_file = text
+            .and_then(|text| file::read(&text))
+            .map_err(|what| ConfigError::MetadataFile {
+                path: path.clone(),
+                what,
+            })?;
+    }
     Ok(settings)
 }
 
@@ -1111,9 +1141,10 @@ fn read_file(settings: &mut Settings, path: &Path, text: &str) -> Result<(), Con
                 for (key, value) in entries {
                     let origin = at(key.span().start);
                     let key = key.get_ref().as_ref();
-                    match table {
+                    let path = format!("{name}.{key}");
+                    match table.filter(|_| !KEYS.iter().any(|known| known.path == path)) {
                         Some((_, expected)) => read_entry(settings, name, expected, key, value.get_ref(), origin)?,
-                        None => read_key(settings, &format!("{name}.{key}"), value.get_ref(), origin)?,
+                        None => read_key(settings, &path, value.get_ref(), origin)?,
                     }
                 }
             }
@@ -1291,12 +1322,56 @@ mod tests {
             if (key.read)(&mut settings, &Typed::of(key.default)).is_some()
                 && !matches!(
                     key.path,
-                    "credentials.profile" | "credentials.default_role" | "imds.user_data" | "imds.user_data_base64"
+                    "credentials.profile"
+                        | "credentials.default_role"
+                        | "imds.user_data"
+                        | "imds.user_data_base64"
+                        | "metadata.file"
                 )
             {
                 assert_eq!(settings, Settings::default(), "{}", key.path);
             }
         }
+    }
+
+    #[test]
+    fn values_of_metadata_come_from_the_table_and_from_a_file() {
+        let settings = read("[metadata]\nfile = \"/m.json\"\n\"placement/group-name\" = \"g\"\n").unwrap();
+        assert_eq!(settings.metadata_file.as_deref(), Some(Path::new("/m.json")));
+        assert_eq!(settings.metadata["meta-data/placement/group-name"], "g");
+        for (text, why) in [
+            (
+                "\"placement\" = \"g\"",
+                "c.toml, line 2: metadata.placement: that is a directory",
+            ),
+            (
+                "\"instance-typ\" = \"g\"",
+                "there is no such category; did you mean instance-type?",
+            ),
+            (
+                "\"iam/info\" = \"g\"",
+                "that follows from the role and the other values, and cannot be given",
+            ),
+            (
+                "\"instance-type\" = \"a\\u001bb\"",
+                "expected text without control characters, and not empty",
+            ),
+        ] {
+            let error = read(&format!("[metadata]\n{text}\n")).unwrap_err();
+            assert!(error.contains(why), "{error}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("m.json");
+        let sources = Sources {
+            flags: vec![("--metadata-file", "metadata.file", file.to_str().unwrap().to_owned())],
+            ..Sources::default()
+        };
+        assert!(load(&sources).unwrap_err().to_string().contains("No such file"));
+        std::fs::write(&file, r#"{"metadata": {"values": {"ami-launch-index": 3}}}"#).unwrap();
+        assert_eq!(
+            load(&sources).unwrap().from_file.values["meta-data/ami-launch-index"],
+            "3"
+        );
     }
 
     #[test]

@@ -43,6 +43,7 @@ const MAP: &[(&str, &[&str])] = &[
             "credentials::inputs",
             "credentials::policy",
             "metadata::catalogue",
+            "metadata::file",
         ],
     ),
     // A container's life holds the instance that was resolved for it.

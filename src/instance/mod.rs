@@ -217,7 +217,9 @@ pub fn resolve(
         launch_index: container.replica().map_or(0, |number| number.saturating_sub(1)),
         tags: tags(container, &spec, settings),
         public_keys: settings.public_keys.clone().into_iter().collect(),
-        user_data: spec.user_data.clone().or_else(|| settings.user_data.clone()),
+        user_data: [&spec.user_data, &settings.user_data, &settings.from_file.user_data]
+            .into_iter()
+            .find_map(Option::clone),
         overrides,
     };
     Instance {
@@ -249,7 +251,8 @@ fn overrides(spec: &ContainerSpec, settings: &Settings) -> BTreeMap<String, Stri
         .into_iter()
         .filter_map(|(path, value)| Some((path.to_owned(), value.clone()?)));
     let labels: BTreeMap<String, String> = own.chain(spec.metadata.clone()).collect();
-    let mut all = settings.metadata.clone();
+    let mut all = settings.from_file.values.clone();
+    all.extend(settings.metadata.clone());
     // The configuration's zone is one of the configuration's region.
     if labels
         .get(catalogue::REGION)

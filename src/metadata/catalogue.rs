@@ -339,7 +339,7 @@ pub const ZONE: &str = "meta-data/placement/availability-zone";
 /// Where public keys stand, listed with their names.
 const PUBLIC_KEYS: &str = "meta-data/public-keys";
 /// Where links stand.
-const MACS: &str = "meta-data/network/interfaces/macs/";
+pub const MACS: &str = "meta-data/network/interfaces/macs/";
 /// Where tags stand.
 pub const TAGS: &str = "meta-data/tags/instance/";
 /// Where user data stands.

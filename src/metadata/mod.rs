@@ -1,6 +1,7 @@
 //! What EC2 would know about a container: its tree of metadata, built once per change at the most, never per request.
 
 pub mod catalogue;
+pub mod file;
 pub mod identity;
 
 use std::collections::{BTreeMap, HashMap};
