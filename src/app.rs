@@ -51,8 +51,10 @@ use crate::credentials::{Session, offline};
 use crate::host::apply::{Interception, clear};
 use crate::host::freeze::{Frozen, Held};
 use crate::host::{HostError, LINK, Plan};
-use crate::instance::{FALLBACK_REGION, Instance, Role, Surroundings, resolve};
+use crate::instance::{At, FALLBACK_REGION, Instance, Ordered, Role, Surroundings, resolve};
+use crate::metadata::events::{Event, Kind};
 use crate::metadata::identity::Signer;
+use crate::orders::Orders;
 use crate::server::{self, RefusedConnection, Service};
 use crate::telemetry::{printable, with_causes};
 use crate::wire::imds::credentials_document;
@@ -166,6 +168,7 @@ pub async fn run(
     let clock = Clock::system();
     let tokens = token_authority(&settings.state_dir, &clock)?;
     let signer = Arc::new(signer(&settings.state_dir)?);
+    let orders = orders(&settings.state_dir)?;
     let level = level(&settings).await?;
     let admin = admin_listener(&settings.admin_socket)?;
     let (listener, listening) = listen(IMDS_ADDRESS.into()).map_err(AppError::Listen)?;
@@ -200,6 +203,8 @@ pub async fn run(
         settings: ArcSwap::from_pointee(settings),
         level,
         around: ArcSwap::from_pointee(around),
+        orders,
+        clock: clock.clone(),
         broker: broker.clone(),
         changed,
         wanted: base::Wanted::default(),
@@ -839,6 +844,42 @@ fn signer(state_dir: &Path) -> Result<Signer, AppError> {
     })
 }
 
+/// What was ordered for containers: kept on disk, so that a restart of the daemon forgets nothing.
+fn orders(state_dir: &Path) -> Result<Orders, AppError> {
+    let path = state_dir.join("orders.json");
+    let what = "is not what this daemon has written; remove it, and what was ordered is forgotten";
+    let kept = kept_secret(&path, || Ok(Vec::new()), what)?;
+    let written = path.clone();
+    let keep = Box::new(move |bytes: &[u8]| write_whole(&written, bytes));
+    Orders::new(&kept, keep).map_err(|error| AppError::State {
+        path,
+        what,
+        source: io::Error::other(error),
+    })
+}
+
+/// Writes a file that only we can read, whole or not at all: a crash in between leaves what was there before.
+fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let new = path.with_extension("new");
+    match std::fs::remove_file(&new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .custom_flags(no_follow())
+        .open(&new)?;
+    file.write_all(bytes)?;
+    std::fs::rename(&new, path)
+}
+
+/// Linux O_NOFOLLOW (open(2)).
+fn no_follow() -> i32 {
+    i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or(0)
+}
+
 /// The most that a file of ours may hold.
 const MOST_KEPT: u64 = 16 * 1024 * 1024;
 
@@ -860,11 +901,9 @@ fn kept_secret(
             .create(directory)
             .map_err(state("its directory cannot be made"))?;
     }
-    // Linux O_NOFOLLOW (open(2)).
-    let no_follow = i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or(0);
     match std::fs::OpenOptions::new()
         .read(true)
-        .custom_flags(no_follow)
+        .custom_flags(no_follow())
         .open(path)
     {
         Ok(file) => {
@@ -882,19 +921,7 @@ fn kept_secret(
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let bytes = make().map_err(state("cannot be made up"))?;
-            // Whole or not at all: a crash in between leaves no half of a key.
-            let new = path.with_extension("new");
-            let _ = std::fs::remove_file(&new);
-            let mut file = std::fs::OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .custom_flags(no_follow)
-                .open(&new)
-                .map_err(state("cannot be made"))?;
-            file.write_all(&bytes)
-                .and_then(|()| std::fs::rename(&new, path))
-                .map_err(state("cannot be written"))?;
+            write_whole(path, &bytes).map_err(state("cannot be written"))?;
             Ok(bytes)
         }
         Err(error) => Err(state("cannot be opened")(error)),
@@ -906,6 +933,8 @@ struct Resolver {
     settings: ArcSwap<Settings>,
     level: Level,
     around: ArcSwap<Surroundings>,
+    orders: Orders,
+    clock: Clock,
     broker: Arc<Broker>,
     changed: watch::Sender<u64>,
     /// Profiles whose base credentials somebody's role depends on.
@@ -979,13 +1008,12 @@ impl Resolver {
 
 impl Instances for Resolver {
     fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance {
-        let instance = resolve(
-            container,
-            attachments,
+        let at = At {
             started,
-            &self.settings.load(),
-            &self.around.load(),
-        );
+            now: self.clock.wall(),
+            ordered: self.orders.of(&container.id).unwrap_or_default(),
+        };
+        let instance = resolve(container, attachments, at, &self.settings.load(), &self.around.load());
         if let Some(profile) = &instance.profile {
             self.want(profile);
         }
@@ -1115,6 +1143,95 @@ impl Observatory for Observer {
         })
     }
 
+    fn modify(&self, container: &str, modify: &admin::Modify) -> Result<admin::Options, admin::NotDone> {
+        let record = self.meant(container).ok_or(admin::NotDone::NoContainer)?;
+        let hops = modify.http_put_response_hop_limit;
+        if hops.is_some_and(|hops| !(1..=64).contains(&hops)) {
+            return Err(admin::NotDone::Wrong(
+                "http-put-response-hop-limit: expected a whole number from 1 to 64".to_owned(),
+            ));
+        }
+        self.order(&record, |ordered| {
+            let options = &mut ordered.options;
+            options.endpoint = modify.http_endpoint.or(options.endpoint);
+            options.tokens_required = modify.http_tokens_required.or(options.tokens_required);
+            options.hop_limit = hops.or(options.hop_limit);
+            options.tags = modify.instance_metadata_tags.or(options.tags);
+            options.ipv6 = modify.http_protocol_ipv6.or(options.ipv6);
+        })?;
+        let container = &record.definition;
+        let attachments = &record.attachments;
+        let started = record
+            .life
+            .as_ref()
+            .map_or_else(|| self.clock.wall(), |life| life.started);
+        let instance = self.resolver.resolve(container, attachments, started);
+        let word = |on| if on { "enabled" } else { "disabled" }.to_owned();
+        Ok(admin::Options {
+            http_endpoint: word(instance.endpoint),
+            http_tokens: if instance.tokens_required {
+                "required"
+            } else {
+                "optional"
+            }
+            .to_owned(),
+            http_put_response_hop_limit: instance.hop_limit,
+            instance_metadata_tags: word(instance.tags),
+            http_protocol_ipv6: word(instance.ipv6),
+        })
+    }
+
+    fn trigger(&self, container: &str, trigger: &admin::Trigger) -> Result<Vec<admin::EventStatus>, admin::NotDone> {
+        let wrong = |text: String| admin::NotDone::Wrong(text);
+        let record = self.meant(container).ok_or(admin::NotDone::NoContainer)?;
+        let kind = Kind::parse(&trigger.event).ok_or_else(|| {
+            let names: Vec<_> = Kind::ALL.into_iter().map(Kind::name).collect();
+            wrong(format!("event {:?}: expected {}", trigger.event, names.join(", ")))
+        })?;
+        let action = kind.action(trigger.action.as_deref()).ok_or_else(|| {
+            let typed = trigger.action.as_deref().unwrap_or_default();
+            match kind.actions() {
+                [] => wrong(format!("action {typed:?}: {} has none to choose", kind.name())),
+                actions => wrong(format!("action {typed:?}: expected {}", actions.join(", "))),
+            }
+        })?;
+        let decided = self.clock.wall_seconds();
+        let wait = trigger.in_seconds.unwrap_or(kind.lead().as_secs());
+        if wait > MOST_AHEAD {
+            return Err(wrong(format!("in {wait} s: expected at most a year")));
+        }
+        let known = record.instance.events.iter().find(|event| event.kind == kind).cloned();
+        if trigger.cancel && known.as_ref().is_none_or(|event| event.cancelled) {
+            return Err(wrong(format!("there is no {} to cancel", kind.name())));
+        }
+        let event = match known {
+            // One that a label has brought is called off by an order, too.
+            Some(event) if trigger.cancel => Event {
+                cancelled: true,
+                ..event
+            },
+            _ => Event {
+                kind,
+                action: action.to_owned(),
+                decided,
+                at: decided + wait,
+                cancelled: false,
+            },
+        };
+        let ordered = self.order(&record, |ordered| {
+            ordered.events.retain(|it| it.kind != kind);
+            ordered.events.push(event);
+        })?;
+        let mut all: Vec<_> = record.instance.events.clone();
+        all.retain(|event| !ordered.events.iter().any(|it| it.kind == event.kind));
+        all.extend(ordered.events);
+        Ok(self.event_statuses(&all))
+    }
+
+    fn events(&self, container: &str) -> Option<Vec<admin::EventStatus>> {
+        Some(self.event_statuses(&self.meant(container)?.instance.events))
+    }
+
     fn identity_certificate(&self) -> String {
         self.service.signer.certificate().to_owned()
     }
@@ -1127,7 +1244,41 @@ impl Observatory for Observer {
     }
 }
 
+/// The furthest that an event may be ahead: a year, in seconds.
+const MOST_AHEAD: u64 = 365 * 24 * 3600;
+
 impl Observer {
+    /// Orders something for a container, and has it looked at again.
+    fn order(&self, record: &Record, change: impl FnOnce(&mut Ordered)) -> Result<Ordered, admin::NotDone> {
+        let index = &self.service.index;
+        // Whether others still exist is only known when the engine has told everything.
+        let whole = *index.engine() == EngineState::Synchronised;
+        let exists = |id: &ContainerId| !whole || index.get(id).is_some();
+        let ordered = self.resolver.orders.order(&record.definition.id, exists, change);
+        let ordered = ordered.map_err(|error| admin::NotDone::Failed(with_causes(&error)))?;
+        self.resolver.changed.send_modify(|version| *version += 1);
+        Ok(ordered)
+    }
+
+    fn event_statuses(&self, events: &[Event]) -> Vec<admin::EventStatus> {
+        let now = self.clock.wall_seconds();
+        let time = |seconds| rfc3339_seconds(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
+        let statuses = events.iter().map(|event| admin::EventStatus {
+            event: event.kind.name().to_owned(),
+            action: Some(event.action.clone()).filter(|action| !action.is_empty()),
+            at: time(event.at),
+            noticed: time(event.noticed()),
+            state: match (event.cancelled, event.noticed() <= now, event.at <= now) {
+                (true, ..) => "cancelled",
+                (_, false, _) => "not told yet",
+                (_, true, false) => "told",
+                (_, _, true) => "over",
+            }
+            .to_owned(),
+        });
+        statuses.collect()
+    }
+
     fn bases(&self) -> Vec<BaseStatus> {
         let states = self.resolver.sts.as_ref().map(Sts::states).unwrap_or_default();
         let around = self.resolver.around.load();

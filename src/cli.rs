@@ -82,6 +82,55 @@ pub enum Verb {
         #[arg(long, value_name = "PATH", env = "IMDS_ROUTER_SERVE_ADMIN_SOCKET", default_value = DEFAULT_ADMIN_SOCKET)]
         admin: PathBuf,
     },
+    /// Let something happen to a container, as EC2 would tell it; without EVENT, list what is to happen
+    Trigger {
+        /// Name, beginning of an id, or compose service
+        container: String,
+        /// What
+        #[arg(value_enum)]
+        event: Option<Happening>,
+        /// What it does: terminate, stop, hibernate; system-reboot, instance-stop, …; Terminated, Standby, …
+        #[arg(long, value_name = "A", requires = "event")]
+        action: Option<String>,
+        /// How long until it happens, such as 90s, 10m, 2h [default: 2m, now, 1h, now]
+        #[arg(long = "in", value_name = "TIME", requires = "event")]
+        after: Option<String>,
+        /// Call it off
+        #[arg(long, requires = "event", conflicts_with_all = ["action", "after"])]
+        cancel: bool,
+        /// Print JSON, whose names are stable
+        #[arg(long)]
+        json: bool,
+        /// The daemon's admin socket
+        #[arg(long, value_name = "PATH", env = "IMDS_ROUTER_SERVE_ADMIN_SOCKET", default_value = DEFAULT_ADMIN_SOCKET)]
+        admin: PathBuf,
+    },
+    /// Change a container's instance metadata options while it runs, over what labels and configuration say
+    Modify {
+        /// Name, beginning of an id, or compose service
+        container: String,
+        /// Whether it finds a metadata service
+        #[arg(long, value_enum)]
+        http_endpoint: Option<OnOff>,
+        /// Whether it must use IMDSv2
+        #[arg(long, value_enum)]
+        http_tokens: Option<Tokens>,
+        /// How many routers the answer with a token may pass
+        #[arg(long, value_name = "1..64", value_parser = clap::value_parser!(u8).range(1..=64))]
+        http_put_response_hop_limit: Option<u8>,
+        /// Whether it sees its tags
+        #[arg(long, value_enum)]
+        instance_metadata_tags: Option<OnOff>,
+        /// Whether it is answered over IPv6
+        #[arg(long, value_enum)]
+        http_protocol_ipv6: Option<OnOff>,
+        /// Print JSON, whose names are stable
+        #[arg(long)]
+        json: bool,
+        /// The daemon's admin socket
+        #[arg(long, value_name = "PATH", env = "IMDS_ROUTER_SERVE_ADMIN_SOCKET", default_value = DEFAULT_ADMIN_SOCKET)]
+        admin: PathBuf,
+    },
     /// What instance identities are verified with
     Identity {
         /// Print the certificate that they are signed by, in PEM
@@ -96,6 +145,37 @@ pub enum Verb {
         /// Such as meta-data/instance-id, or /latest/meta-data/instance-id
         path: String,
     },
+}
+
+/// What can happen to a container.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum Happening {
+    /// A spot instance is taken back
+    SpotInterruption,
+    /// It is at risk of that
+    Rebalance,
+    /// The host is to be maintained
+    Maintenance,
+    /// The Auto Scaling group moves it to another state
+    Lifecycle,
+}
+
+/// Whether.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum OnOff {
+    /// Yes.
+    Enabled,
+    /// No.
+    Disabled,
+}
+
+/// EC2's `HttpTokens`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum Tokens {
+    /// IMDSv1 and IMDSv2.
+    Optional,
+    /// IMDSv2 only.
+    Required,
 }
 
 /// What of instance identity.

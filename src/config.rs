@@ -174,6 +174,8 @@ pub struct Settings {
     pub roles: BTreeMap<String, RoleArn>,
     /// `[accounts]`: alias → account id.
     pub accounts: BTreeMap<String, String>,
+    /// `imds.http_put_response_hop_limit`
+    pub hop_limit: u8,
     /// `imds.instance_metadata_tags`
     pub instance_metadata_tags: bool,
     /// `imds.compose_tags`: whether what compose wrote on a container is among its tags.
@@ -225,6 +227,7 @@ impl Default for Settings {
             allow: Vec::new(),
             roles: BTreeMap::new(),
             accounts: BTreeMap::new(),
+            hop_limit: 2,
             instance_metadata_tags: false,
             compose_tags: false,
             user_data: None,
@@ -254,6 +257,7 @@ impl Settings {
             allow: new.allow.clone(),
             roles: new.roles.clone(),
             accounts: new.accounts.clone(),
+            hop_limit: new.hop_limit,
             instance_metadata_tags: new.instance_metadata_tags,
             compose_tags: new.compose_tags,
             user_data: new.user_data.clone(),
@@ -270,7 +274,7 @@ impl Settings {
 
 /// What [`Settings::reloaded`] takes over, as a message says it.
 pub const RELOADED: &str = "region, account_id, roles, accounts, allow, compat, metadata, public_keys, docker.unknown_labels, \
-    imds.http_endpoint, imds.http_tokens, imds.labels_may_lower, imds.instance_metadata_tags, imds.compose_tags, \
+    imds.http_endpoint, imds.http_tokens, imds.labels_may_lower, imds.http_put_response_hop_limit, imds.instance_metadata_tags, imds.compose_tags, \
     imds.user_data, imds.user_data_base64, imds.user_data_file, credentials.default_role, credentials.session_name, credentials.duration";
 
 /// One configuration key.
@@ -554,6 +558,13 @@ pub const KEYS: &[Key] = &[
             v.one_of(&[("enabled", true), ("disabled", false)])
                 .map(|it| s.ipv6 = it)
         },
+    },
+    Key {
+        path: "imds.http_put_response_hop_limit",
+        default: "2",
+        expected: "a whole number from 1 to 64",
+        about: "How many routers the answer with a token may pass: IP's own limit. A container's own network has none.",
+        read: |s, v| v.text().and_then(hop_limit).map(|it| s.hop_limit = it),
     },
     Key {
         path: "imds.instance_metadata_tags",
@@ -843,6 +854,11 @@ const TABLES: &[(&str, &str)] = &[
 
 fn absolute(value: &Typed) -> Option<PathBuf> {
     value.text().map(PathBuf::from).filter(|path| path.is_absolute())
+}
+
+/// Reads EC2's `HttpPutResponseHopLimit` (API reference, InstanceMetadataOptionsRequest).
+pub fn hop_limit(text: &str) -> Option<u8> {
+    text.parse().ok().filter(|limit| (1..=64).contains(limit))
 }
 
 /// Whether these bytes can be user data.

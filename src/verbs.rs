@@ -4,11 +4,12 @@ use std::error::Error;
 use std::io::{self, Read as _, Write as _};
 use std::time::Duration;
 
+use clap::ValueEnum as _;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::admin;
-use crate::cli::{Cli, Identity, Verb};
+use crate::cli::{Cli, Identity, OnOff, Tokens, Verb};
 #[cfg(target_os = "linux")]
 use crate::cli::{Common, Intercept, Serve};
 use crate::config;
@@ -80,6 +81,60 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
             let text = match json {
                 true => serde_json::to_string_pretty(&explanation)? + "\n",
                 false => admin::render_explanation(&explanation),
+            };
+            Ok(io::stdout().write_all(text.as_bytes())?)
+        })?,
+        Verb::Trigger {
+            container,
+            event,
+            action,
+            after,
+            cancel,
+            json,
+            admin,
+        } => block_on(async move {
+            let in_seconds = match after {
+                Some(text) => Some(config::parse_duration(&text).map(|it| it.as_secs()).ok_or_else(|| {
+                    usage(Said(format!("--in {text:?}: expected a duration such as 90s, 10m or 2h")))
+                })?),
+                None => None,
+            };
+            let events = match event {
+                Some(event) => {
+                    let event = event.to_possible_value().map(|it| it.get_name().to_owned()).unwrap_or_default();
+                    let trigger = admin::Trigger { event, action, in_seconds, cancel };
+                    admin::trigger(&admin, &container, &trigger).await?
+                }
+                None => admin::ask_events(&admin, &container).await?,
+            };
+            let text = match json {
+                true => serde_json::to_string_pretty(&events)? + "\n",
+                false => admin::render_events(&events),
+            };
+            Ok(io::stdout().write_all(text.as_bytes())?)
+        })?,
+        Verb::Modify {
+            container,
+            http_endpoint,
+            http_tokens,
+            http_put_response_hop_limit,
+            instance_metadata_tags,
+            http_protocol_ipv6,
+            json,
+            admin,
+        } => block_on(async move {
+            let on = |it: Option<OnOff>| it.map(|it| it == OnOff::Enabled);
+            let modify = admin::Modify {
+                http_endpoint: on(http_endpoint),
+                http_tokens_required: http_tokens.map(|it| it == Tokens::Required),
+                http_put_response_hop_limit,
+                instance_metadata_tags: on(instance_metadata_tags),
+                http_protocol_ipv6: on(http_protocol_ipv6),
+            };
+            let options = admin::modify(&admin, &container, &modify).await?;
+            let text = match json {
+                true => serde_json::to_string_pretty(&options)? + "\n",
+                false => admin::render_options(&options),
             };
             Ok(io::stdout().write_all(text.as_bytes())?)
         })?,

@@ -4,6 +4,7 @@
 //! prefix that is unknown is an error of its container: a typo must not drop a restriction.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -11,10 +12,12 @@ use bytes::Bytes;
 
 use super::{Environment, compat};
 use crate::config::{
-    HttpEndpoint, HttpTokens, Nearest, Settings, is_region, is_user_data, metadata_path, parse_duration, template_fits,
+    HttpEndpoint, HttpTokens, Nearest, Settings, hop_limit, is_region, is_user_data, metadata_path, parse_duration,
+    template_fits,
 };
 use crate::credentials::Secret;
 use crate::credentials::inputs::{self, Inputs};
+use crate::metadata::events::Kind;
 
 /// What a container's labels ask for. `None`: the label is not there.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -51,6 +54,14 @@ pub struct ContainerSpec {
     pub instance_metadata_tags: Option<bool>,
     /// `imds.user-data`, `imds.user-data-base64`
     pub user_data: Option<Bytes>,
+    /// `imds.http-put-response-hop-limit`
+    pub hop_limit: Option<u8>,
+    /// `imds.http-protocol-ipv6`
+    pub ipv6: Option<bool>,
+    /// `imds.spot.interrupt-after` and the like: how long after its start.
+    pub events: BTreeMap<Kind, Duration>,
+    /// `imds.spot.action` and the like.
+    pub event_actions: BTreeMap<Kind, String>,
 }
 
 /// What is wrong with one label.
@@ -238,6 +249,51 @@ const LABELS: &[Label] = &[
         read: |spec, value| is_id("ami-", value).then(|| spec.ami_id = Some(value.to_owned())),
     },
     Label {
+        name: HOP_LIMIT,
+        expected: "a whole number from 1 to 64",
+        read: |spec, value| hop_limit(value).map(|it| spec.hop_limit = Some(it)),
+    },
+    Label {
+        name: "http-protocol-ipv6",
+        expected: "enabled or disabled",
+        read: |spec, value| choose(value, &[("enabled", true), ("disabled", false)], &mut spec.ipv6),
+    },
+    Label {
+        name: "spot.interrupt-after",
+        expected: AFTER,
+        read: |spec, value| after(spec, Kind::SpotInterruption, value),
+    },
+    Label {
+        name: "spot.action",
+        expected: "terminate, stop or hibernate",
+        read: |spec, value| event_action(spec, Kind::SpotInterruption, value),
+    },
+    Label {
+        name: "rebalance.after",
+        expected: AFTER,
+        read: |spec, value| after(spec, Kind::Rebalance, value),
+    },
+    Label {
+        name: "maintenance.after",
+        expected: AFTER,
+        read: |spec, value| after(spec, Kind::Maintenance, value),
+    },
+    Label {
+        name: "maintenance.code",
+        expected: "system-reboot, instance-reboot, system-maintenance, instance-retirement or instance-stop",
+        read: |spec, value| event_action(spec, Kind::Maintenance, value),
+    },
+    Label {
+        name: "lifecycle.after",
+        expected: AFTER,
+        read: |spec, value| after(spec, Kind::Lifecycle, value),
+    },
+    Label {
+        name: "lifecycle.state",
+        expected: "Terminated, Detached, InService, Standby, or Warmed:Hibernated, :Running, :Stopped, :Terminated",
+        read: |spec, value| event_action(spec, Kind::Lifecycle, value),
+    },
+    Label {
         name: "instance-metadata-tags",
         expected: "enabled or disabled",
         read: |spec, value| {
@@ -256,6 +312,24 @@ const LABELS: &[Label] = &[
         read: |spec, value| set_user_data(spec, STANDARD.decode(value).ok()?),
     },
 ];
+
+const HOP_LIMIT: &str = "http-put-response-hop-limit";
+const AFTER: &str = "a duration after the container's start, such as 90s, 10m or 2h";
+
+fn after(spec: &mut ContainerSpec, kind: Kind, value: &str) -> Option<()> {
+    spec.events
+        .insert(kind, parse_duration(value).filter(|it| *it <= YEAR)?);
+    Some(())
+}
+
+/// Further away is nothing that a container lives to see.
+const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+
+fn event_action(spec: &mut ContainerSpec, kind: Kind, value: &str) -> Option<()> {
+    let action = kind.action(Some(value))?;
+    spec.event_actions.insert(kind, action.to_owned());
+    Some(())
+}
 
 /// Labels whose values may be secrets: they are not shown.
 const UNSHOWN: [&str; 3] = [EXTERNAL_ID, USER_DATA, USER_DATA_BASE64];
@@ -401,6 +475,19 @@ pub fn read(
             what,
         });
     }
+    for kind in spec.event_actions.keys().filter(|kind| !spec.events.contains_key(kind)) {
+        errors.push(LabelError::Contradiction {
+            label: format!(
+                "{prefix}{}",
+                if *kind == Kind::SpotInterruption {
+                    "spot.action"
+                } else {
+                    kind.name()
+                }
+            ),
+            what: "says what happens; expected a label that says when, too".to_owned(),
+        });
+    }
     let as_it_is = spec.profile.is_some() && spec.role.is_none();
     if let Some(label) = spec.inputs.of_a_role_only().filter(|_| as_it_is) {
         errors.push(LabelError::Contradiction {
@@ -418,6 +505,11 @@ pub fn read(
             "http-endpoint",
             "enabled",
             settings.http_endpoint == HttpEndpoint::Disabled && spec.http_endpoint == Some(true),
+        ),
+        (
+            HOP_LIMIT,
+            labels.get(&format!("{prefix}{HOP_LIMIT}")).map_or("", String::as_str),
+            spec.hop_limit.is_some_and(|limit| limit > settings.hop_limit),
         ),
     ];
     for (name, value, _) in lowers

@@ -351,6 +351,8 @@ pub struct Watcher {
 
     /// Whose an instance id is: that of one life.
     ids: HashMap<String, (ContainerId, Weak<Life>)>,
+    /// When time alone changes an instance.
+    timed: HashMap<ContainerId, SystemTime>,
     /// Who would have it as well.
     twins: HashMap<String, HashSet<ContainerId>>,
 }
@@ -397,6 +399,7 @@ impl Watcher {
             attachings: FuturesUnordered::new(),
             waiters: Vec::new(),
             ids: HashMap::new(),
+            timed: HashMap::new(),
             twins: HashMap::new(),
         }
     }
@@ -410,7 +413,9 @@ impl Watcher {
         let mut back_off = Duration::from_millis(10);
         let mut tick = tokio::time::interval(BIRTH_TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let clock = self.clock.clone();
         loop {
+            let next = self.next();
             tokio::select! {
                 subscribed = &mut connecting, if !connected => match subscribed {
                     Ok(stream) => {
@@ -445,8 +450,24 @@ impl Watcher {
                     let all: Vec<_> = self.known.keys().cloned().collect();
                     all.iter().for_each(|id| self.publish(id));
                 }
+                () = until(&clock, next), if next.is_some() => self.again(),
                 _ = tick.tick(), if !self.awaited.is_empty() || !self.retries.is_empty() => self.tick(),
             }
+        }
+    }
+
+    /// When the first instance is to be resolved again because time has passed.
+    fn next(&self) -> Option<SystemTime> {
+        self.timed.values().min().copied()
+    }
+
+    fn again(&mut self) {
+        let now = self.clock.wall();
+        let due = self.timed.iter().filter(|(_, at)| **at <= now);
+        let due: Vec<_> = due.map(|(id, _)| id.clone()).collect();
+        for id in due {
+            self.timed.remove(&id);
+            self.publish(&id);
         }
     }
 
@@ -768,6 +789,7 @@ impl Watcher {
     fn forget(&mut self, id: &ContainerId) {
         self.kernel.engine_says_ended(id);
         self.awaited.remove(id);
+        self.timed.remove(id);
         let known = self.known.remove(id);
         self.index.remove(id);
         if let Some(known) = known {
@@ -958,6 +980,10 @@ impl Watcher {
             let problem = format!("instance id {} is that of container {other}, which runs", instance.id);
             instance = instance.refused(problem);
         }
+        match instance.again {
+            Some(at) => self.timed.insert(id.clone(), at),
+            None => self.timed.remove(id),
+        };
         let instance = Arc::new(instance);
         match instance.role.session() {
             Some(session) if known.hold.as_ref().is_some_and(|hold| hold.session() == &**session) => {}
@@ -1116,6 +1142,14 @@ fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Box
         }
     }
     .boxed()
+}
+
+/// Waits for a moment of the wall clock, or for a second: somebody may set the clock meanwhile.
+async fn until(clock: &Clock, moment: Option<SystemTime>) {
+    const LOOK: Duration = Duration::from_secs(1);
+    let wait = moment.map_or(LOOK, |moment| moment.duration_since(clock.wall()).unwrap_or_default());
+    // Timers are as coarse as a millisecond: never a moment before.
+    tokio::time::sleep(wait.min(LOOK)).await;
 }
 
 /// Whether an address is in a subnet.

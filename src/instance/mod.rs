@@ -7,9 +7,10 @@ mod session;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use hyper::header::HeaderValue;
+use serde::{Deserialize, Serialize};
 
 use self::session::{Case, Verdict};
 use crate::config::{HttpEndpoint, HttpTokens, Settings};
@@ -17,6 +18,7 @@ use crate::containers::labels::{self, ContainerSpec};
 use crate::containers::{Attachments, Definition};
 use crate::credentials::{RoleArn, Session, offline, partition_of};
 use crate::metadata::catalogue::{self, Facts, Link, View};
+use crate::metadata::events::{self, Event, Kind};
 
 /// Region of last resort; `status` warns that it is a guess.
 pub const FALLBACK_REGION: &str = "us-east-1";
@@ -42,6 +44,16 @@ pub struct Instance {
     pub id: String,
     /// Whether it must use IMDSv2.
     pub tokens_required: bool,
+    /// How many routers the answer with a token may pass.
+    pub hop_limit: u8,
+    /// Whether it is also answered over IPv6.
+    pub ipv6: bool,
+    /// Whether it sees its tags.
+    pub tags: bool,
+    /// What is to happen to it.
+    pub events: Vec<Event>,
+    /// When time alone makes it another one: it is to be resolved again then.
+    pub again: Option<SystemTime>,
     /// Its role, or why it has none.
     pub role: Role,
     /// The profile whose base credentials decide on its role, once the policy lets the container have it: it has to be
@@ -145,14 +157,93 @@ impl Instance {
     }
 }
 
-/// Makes the instance of one container. `started`: when its present run began; before that, when it was seen.
+/// Instance metadata options, as EC2's ModifyInstanceMetadataOptions has them. `None`: as labels and configuration say.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Options {
+    /// `HttpEndpoint`
+    pub endpoint: Option<bool>,
+    /// `HttpTokens`: whether they are required.
+    pub tokens_required: Option<bool>,
+    /// `HttpPutResponseHopLimit`
+    pub hop_limit: Option<u8>,
+    /// `InstanceMetadataTags`
+    pub tags: Option<bool>,
+    /// `HttpProtocolIpv6`
+    pub ipv6: Option<bool>,
+}
+
+/// What the operator has ordered for one container while it runs: it wins over labels and configuration.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Ordered {
+    /// Its options.
+    pub options: Options,
+    /// What is to happen to it.
+    pub events: Vec<Event>,
+}
+
+/// When an instance is made, and what was ordered for it until then.
+#[derive(Clone, Debug)]
+pub struct At {
+    /// When the container's present run began; before that, when it was seen.
+    pub started: SystemTime,
+    /// Now.
+    pub now: SystemTime,
+    /// What was ordered.
+    pub ordered: Ordered,
+}
+
+/// The moment of the start, with nothing ordered.
+impl From<SystemTime> for At {
+    fn from(started: SystemTime) -> Self {
+        Self {
+            started,
+            now: started,
+            ordered: Ordered::default(),
+        }
+    }
+}
+
+fn seconds(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs()
+}
+
+/// What is to happen to a container: by its labels, and as ordered. One of a kind, and what was ordered wins.
+fn events(spec: &ContainerSpec, started: SystemTime, ordered: &Ordered) -> Vec<Event> {
+    let decided = seconds(started);
+    let born = Kind::ALL.into_iter().filter_map(|kind| {
+        let after = *spec.events.get(&kind)?;
+        let action = kind
+            .action(spec.event_actions.get(&kind).map(String::as_str))?
+            .to_owned();
+        Some(Event {
+            kind,
+            action,
+            decided,
+            at: decided + after.as_secs(),
+            cancelled: false,
+        })
+    });
+    let mut events: Vec<_> = born
+        .filter(|born| !ordered.events.iter().any(|it| it.kind == born.kind))
+        .collect();
+    events.extend(ordered.events.clone());
+    events
+}
+
+/// Makes the instance of one container.
 pub fn resolve(
     container: &Definition,
     attachments: &Attachments,
-    started: SystemTime,
+    at: impl Into<At>,
     settings: &Settings,
     around: &Surroundings,
 ) -> Instance {
+    let At { started, now, ordered } = at.into();
+    let options = &ordered.options;
     let (spec, errors) = labels::read(&container.labels, container.environment.as_ref(), settings);
     let mut problems: Vec<String> = errors.iter().map(ToString::to_string).collect();
     let overrides = overrides(&spec, settings);
@@ -199,6 +290,8 @@ pub fn resolve(
         problems.push(why.clone());
     }
     let account = account(listed.as_ref(), settings, around);
+    let events = events(&spec, started, &ordered);
+    let (told, again) = events::told(&events, container.id.as_str(), seconds(now));
     let id = given("meta-data/instance-id").unwrap_or_else(|| derived_id("i-", container.id.as_str()));
     let facts = Facts {
         container: container.id.as_str().to_owned(),
@@ -215,19 +308,28 @@ pub fn resolve(
         started,
         project: container.project().map(str::to_owned),
         launch_index: container.replica().map_or(0, |number| number.saturating_sub(1)),
-        tags: tags(container, &spec, settings),
+        tags: tags(container, &spec, settings, options),
         public_keys: settings.public_keys.clone().into_iter().collect(),
         user_data: [&spec.user_data, &settings.user_data, &settings.from_file.user_data]
             .into_iter()
             .find_map(Option::clone),
+        events: told,
         overrides,
     };
+    let by_labels = |role: &Role| options.endpoint.unwrap_or_else(|| endpoint(&spec, role, settings));
     Instance {
+        tags: facts.tags.is_some(),
         view: View::of(facts),
         id,
-        endpoint: endpoint(&spec, &role, settings),
-        endpoint_open: open && endpoint(&spec, &role, settings) && !endpoint(&spec, &Role::None, settings),
-        tokens_required: tokens_required(&spec, settings, &problems),
+        endpoint: by_labels(&role),
+        endpoint_open: open && by_labels(&role) && !by_labels(&Role::None),
+        tokens_required: options
+            .tokens_required
+            .unwrap_or_else(|| tokens_required(&spec, settings, &problems)),
+        hop_limit: options.hop_limit.or(spec.hop_limit).unwrap_or(settings.hop_limit),
+        ipv6: options.ipv6.or(spec.ipv6).unwrap_or(true),
+        events,
+        again: again.map(|at| SystemTime::UNIX_EPOCH + Duration::from_secs(at)),
         role,
         profile,
         rule,
@@ -291,8 +393,14 @@ fn links(attachments: &Attachments, given: &dyn Fn(&str) -> Option<String>) -> V
 }
 
 /// What a container sees of its tags; `None`: nothing.
-fn tags(container: &Definition, spec: &ContainerSpec, settings: &Settings) -> Option<BTreeMap<String, String>> {
-    if !spec.instance_metadata_tags.unwrap_or(settings.instance_metadata_tags) {
+fn tags(
+    container: &Definition,
+    spec: &ContainerSpec,
+    settings: &Settings,
+    options: &Options,
+) -> Option<BTreeMap<String, String>> {
+    let asked = options.tags.or(spec.instance_metadata_tags);
+    if !asked.unwrap_or(settings.instance_metadata_tags) {
         return None;
     }
     let mut tags = BTreeMap::new();

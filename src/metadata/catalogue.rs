@@ -55,6 +55,8 @@ pub struct Facts {
     pub public_keys: Vec<(String, String)>,
     /// What was given to it at launch.
     pub user_data: Option<Bytes>,
+    /// What is told of events, by path.
+    pub events: BTreeMap<String, String>,
     /// Values that take the place of what is derived, or are there where nothing is: by path, checked by [`known`].
     pub overrides: BTreeMap<String, String>,
 }
@@ -370,7 +372,7 @@ fn iam_info(role: &RoleArn, started: SystemTime) -> String {
 }
 
 /// An id in EC2's form: the prefix and 17 hexadecimal digits, of a seed: the same seed has the same id.
-fn made_id(prefix: &str, seed: &str) -> String {
+pub fn made_id(prefix: &str, seed: &str) -> String {
     let digest = Sha256::new().chain_update(prefix).chain_update(seed).finalize();
     let digits: String = digest.iter().take(9).map(|byte| format!("{byte:02x}")).collect();
     format!("{prefix}{}", &digits[..17])
@@ -575,6 +577,7 @@ fn view(facts: &Facts) -> InstanceView {
             values.insert(of_first(path, &facts.links), value.clone());
         }
     }
+    values.extend(facts.events.clone());
     let identity = Bytes::from(identity::document(&|path| values.get(path).cloned(), facts));
     let keys = listed_keys(&values, facts);
     let mut leaves: BTreeMap<String, Node> = values
@@ -636,6 +639,7 @@ pub(crate) mod tests {
             tags: Some([("Name".to_owned(), "web".to_owned())].into()),
             public_keys: vec![("me".into(), "ssh-ed25519 AAAA me".into())],
             user_data: Some(Bytes::from_static(&[0x1f, 0x8b, 0, 255])),
+            events: BTreeMap::new(),
             overrides: BTreeMap::new(),
         }
     }

@@ -1,6 +1,7 @@
 //! What EC2 would know about a container: its tree of metadata, built once per change at the most, never per request.
 
 pub mod catalogue;
+pub mod events;
 pub mod file;
 pub mod identity;
 
@@ -84,6 +85,15 @@ pub fn document(fields: &[(&str, &str)]) -> String {
         .map(|(key, value)| format!("  {} : {}", quoted(key), quoted(value)))
         .collect();
     format!("{{\n{}\n}}", lines.join(",\n"))
+}
+
+/// The same in one line, as EC2 writes small ones.
+pub fn document_line(fields: &[(&str, &str)]) -> String {
+    let fields: Vec<String> = fields
+        .iter()
+        .map(|(key, value)| format!("{}: {}", quoted(key), quoted(value)))
+        .collect();
+    format!("{{{}}}", fields.join(", "))
 }
 
 /// A JSON string.

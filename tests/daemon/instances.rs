@@ -1,8 +1,18 @@
 //! The whole instance, per container: its tree, what is given in it, its identity, its options.
 
+use std::pin::Pin;
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+use std::time::Duration;
 
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, DuplexStream, ReadBuf};
+
+use imds_router::caller::{Connection, Via};
 use imds_router::config::Settings;
+use imds_router::containers::SocketEvidence;
+use imds_router::metadata::events::{Event, Kind};
+use imds_router::server::{self, Wire};
 use imds_router::wire::imds::VERSIONS;
 
 use crate::conformance::Reply;
@@ -244,4 +254,209 @@ fn openssl_bytes(arguments: &[&str]) -> Vec<u8> {
     let run = Command::new("openssl").args(arguments).output().expect("openssl runs");
     assert!(run.status.success());
     run.stdout
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_spot_notices_are_each_told_at_their_second_to_their_container_only() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    let one = daemon
+        .run(1, &[("imds.role", "app"), ("imds.spot.interrupt-after", "10m")])
+        .await;
+    let two = daemon.run(2, &[("imds.role", "app")]).await;
+    let action = async |number, address| {
+        let path = "/latest/meta-data/spot/instance-action";
+        let reply = daemon.connect(number, address).get(path).await.unwrap();
+        (reply.status == 200).then(|| reply.text())
+    };
+    // The operator's, which is told at once: 90 s are less than two minutes.
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    assert_eq!((action(1, one).await, action(2, two).await), (None, None));
+    let decided = daemon.clock.wall_seconds();
+    daemon.order(2, |it| {
+        it.events.push(Event {
+            kind: Kind::SpotInterruption,
+            action: "stop".into(),
+            decided,
+            at: decided + 90,
+            cancelled: false,
+        });
+    });
+    daemon.settle().await;
+    assert_eq!(action(1, one).await, None);
+    assert!(
+        action(2, two)
+            .await
+            .unwrap()
+            .starts_with("{\"action\": \"stop\", \"time\": \"2026-")
+    );
+    // The one that it was born with, to the second.
+    let told = started(&daemon, 1) + 480;
+    let to = |second: u64| Duration::from_secs(second - daemon.clock.wall_seconds());
+    tokio::time::sleep(to(told) - Duration::from_secs(1)).await;
+    assert_eq!(action(1, one).await, None);
+    tokio::time::sleep(to(told) + Duration::from_millis(10)).await;
+    let document = action(1, one).await.unwrap();
+    let read: serde_json::Value = serde_json::from_str(&document).unwrap();
+    let time: jiff::Timestamp = read["time"].as_str().unwrap().parse().unwrap();
+    assert_eq!(u64::try_from(time.as_second()).unwrap(), told + 120);
+    let life_cycle = daemon
+        .connect(1, one)
+        .get("/latest/meta-data/instance-life-cycle")
+        .await
+        .unwrap();
+    assert_eq!(life_cycle.text(), "spot");
+    // Called off.
+    daemon.order(2, |it| it.events[0].cancelled = true);
+    daemon.settle().await;
+    assert_eq!(action(2, two).await, None);
+    assert!(action(1, one).await.is_some());
+}
+
+/// When the life of a container began.
+fn started(daemon: &Daemon, number: u32) -> u64 {
+    let life = daemon.index.get(&id(number)).unwrap().life.clone().unwrap();
+    life.started.duration_since(std::time::UNIX_EPOCH).unwrap().as_secs()
+}
+
+#[tokio::test(start_paused = true)]
+async fn options_are_changed_while_a_container_runs() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    let address = daemon
+        .run(1, &[("imds.role", "app"), ("imds.instance-tag.Name", "web")])
+        .await;
+    let status = async |path: &str| daemon.connect(1, address).get(path).await.unwrap().status;
+    let tags = "/latest/meta-data/tags/instance/Name";
+    assert_eq!(status(tags).await, 404);
+    daemon.order(1, |it| it.options.tags = Some(true));
+    daemon.settle().await;
+    assert_eq!(status(tags).await, 200);
+    daemon.order(1, |it| it.options.tokens_required = Some(true));
+    daemon.settle().await;
+    assert_eq!(status(tags).await, 401);
+    let token = daemon.connect(1, address).token(60).await;
+    let headers = [("X-aws-ec2-metadata-token", token.as_str())];
+    assert_eq!(
+        daemon
+            .connect(1, address)
+            .send("GET", tags, &headers)
+            .await
+            .unwrap()
+            .status,
+        200
+    );
+    daemon.order(1, |it| it.options.endpoint = Some(false));
+    daemon.settle().await;
+    assert_eq!(
+        daemon
+            .connect(1, address)
+            .send("GET", tags, &headers)
+            .await
+            .unwrap()
+            .status,
+        403
+    );
+    daemon.order(1, |it| it.options = Default::default());
+    daemon.settle().await;
+    assert_eq!(status("/latest/meta-data/instance-id").await, 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_label_may_make_the_hop_limit_smaller_not_larger() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    daemon.run(1, &[("imds.http-put-response-hop-limit", "1")]).await;
+    daemon.run(2, &[("imds.http-put-response-hop-limit", "3")]).await;
+    daemon.run(3, &[("imds.http-put-response-hop-limit", "65")]).await;
+    let instance = |number| daemon.index.get(&id(number)).unwrap().instance.clone();
+    assert_eq!((instance(1).hop_limit, instance(1).problems.len()), (1, 0));
+    assert!(
+        instance(2).problems[0].contains("laxer than the configuration's"),
+        "{:?}",
+        instance(2).problems
+    );
+    assert!(
+        instance(3).problems[0].ends_with("expected a whole number from 1 to 64"),
+        "{:?}",
+        instance(3).problems
+    );
+}
+
+/// A connection that notes its limits and what is written.
+struct Noted {
+    stream: DuplexStream,
+    seen: Arc<Mutex<Vec<String>>>,
+}
+
+impl Wire for Noted {
+    fn limit_hops(&self, hops: u8) -> std::io::Result<()> {
+        self.seen.lock().unwrap().push(format!("limit {hops}"));
+        Ok(())
+    }
+}
+
+impl AsyncRead for Noted {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, into)
+    }
+}
+
+impl AsyncWrite for Noted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<std::io::Result<usize>> {
+        let first = String::from_utf8_lossy(bytes)
+            .lines()
+            .next()
+            .unwrap_or_default()
+            .to_owned();
+        self.seen.lock().unwrap().push(first);
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_with_a_token_is_limited_before_it_is_sent_and_no_other() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    let address = daemon.run(1, &[("imds.http-put-response-hop-limit", "1")]).await;
+    let client = daemon.client(address);
+    let cgroup = daemon.kernel.alive(&id(1)).unwrap();
+    let evidence = SocketEvidence {
+        state: 1,
+        cgroup,
+        counters: Default::default(),
+    };
+    daemon.kernel.socket(cgroup, client, evidence);
+    let connection = Connection {
+        client,
+        server: "169.254.169.254:80".parse().unwrap(),
+        via: Via::Bridge(5),
+        own: "169.254.169.254:51254".parse().unwrap(),
+    };
+    let (mut ours, theirs) = tokio::io::duplex(64 * 1024);
+    let seen: Arc<Mutex<Vec<String>>> = Arc::default();
+    let noted = Noted {
+        stream: theirs,
+        seen: seen.clone(),
+    };
+    tokio::spawn(server::serve(noted, connection, daemon.service.clone()));
+    let host = "HTTP/1.1\r\nHost: 169.254.169.254\r\n";
+    let get = format!("GET /latest/meta-data/instance-id {host}\r\n");
+    let put = format!("PUT /latest/api/token {host}X-aws-ec2-metadata-token-ttl-seconds: 60\r\n\r\n");
+    let mut answer = [0; 4096];
+    for request in [&get, &put, &get, &put] {
+        ours.write_all(request.as_bytes()).await.unwrap();
+        assert!(ours.read(&mut answer).await.unwrap() > 0);
+    }
+    let ok = "HTTP/1.1 200 OK";
+    // Nor is it lifted again: what is lost would be sent once more, without a limit.
+    assert_eq!(*seen.lock().unwrap(), [ok, "limit 1", ok, ok, ok]);
 }

@@ -27,8 +27,9 @@ use imds_router::containers::{
 };
 use imds_router::credentials::broker::{Broker, CredentialProvider, Lease, Limits, Provided, ProviderError};
 use imds_router::credentials::{Credentials, RoleArn, Secret, Session};
-use imds_router::instance::{Instance, Surroundings, resolve};
+use imds_router::instance::{At, Instance, Ordered, Surroundings, resolve};
 use imds_router::metadata::identity::Signer;
+use imds_router::orders::Orders;
 use imds_router::server::{self, Service};
 use imds_router::wire::imds::credentials_document;
 use imds_router::wire::token::{TokenAuthority, TokenKey};
@@ -417,6 +418,8 @@ impl CredentialProvider for ScriptedSts {
 struct Resolver {
     settings: Arc<Mutex<Settings>>,
     broker: Arc<Broker>,
+    orders: Arc<Orders>,
+    clock: Clock,
 }
 
 struct Held(Lease);
@@ -435,7 +438,12 @@ impl Instances for Resolver {
             host: "h".into(),
             ..Surroundings::default()
         };
-        resolve(container, attachments, started, &self.settings.lock().unwrap(), &around)
+        let at = At {
+            started,
+            now: self.clock.wall(),
+            ordered: self.orders.of(&container.id).unwrap_or_default(),
+        };
+        resolve(container, attachments, at, &self.settings.lock().unwrap(), &around)
     }
 
     fn hold(&self, session: &Session) -> Box<dyn Hold> {
@@ -464,6 +472,7 @@ pub struct Daemon {
     pub clock: Clock,
     /// Wakes the watcher as changed settings do.
     pub changed: watch::Sender<u64>,
+    pub orders: Arc<Orders>,
     settings: Arc<Mutex<Settings>>,
     next_port: AtomicU16,
     next_address: AtomicU64,
@@ -513,6 +522,7 @@ impl Daemon {
             hosts: settings.hosts.clone(),
             ec2_error_documents: settings.ec2_error_documents,
         };
+        let orders = Arc::new(Orders::new(&[], Box::new(|_| Ok(()))).unwrap());
         let (changed, changes) = watch::channel(0);
         let settings = Arc::new(Mutex::new(settings));
         let ports = Ports {
@@ -521,6 +531,8 @@ impl Daemon {
             instances: Arc::new(Resolver {
                 settings: settings.clone(),
                 broker: broker.clone(),
+                orders: orders.clone(),
+                clock: clock.clone(),
             }),
             changed: changes,
         };
@@ -542,6 +554,7 @@ impl Daemon {
             index,
             clock,
             changed,
+            orders,
             settings,
             next_port: AtomicU16::new(40_000),
             next_address: AtomicU64::new(0),
@@ -552,6 +565,12 @@ impl Daemon {
     /// Other settings from now on, as after a reload.
     pub fn configure(&self, change: impl FnOnce(&mut Settings)) {
         change(&mut self.settings.lock().unwrap());
+        self.changed.send_modify(|version| *version += 1);
+    }
+
+    /// Orders something for a container, as the operator does.
+    pub fn order(&self, number: u32, change: impl FnOnce(&mut Ordered)) {
+        self.orders.order(&id(number), |_| true, change).unwrap();
         self.changed.send_modify(|version| *version += 1);
     }
 
