@@ -140,6 +140,14 @@ pub enum Verb {
         #[arg(long, value_name = "PATH", env = "IMDS_ROUTER_SERVE_ADMIN_SOCKET", default_value = DEFAULT_ADMIN_SOCKET)]
         admin: PathBuf,
     },
+    /// On an EC2 instance: write what its metadata is to a file that --metadata-file serves. No credentials, no signatures
+    Record {
+        /// Which file; it must not be there yet. Only its owner can read it
+        file: PathBuf,
+        /// User data as well: it may hold secrets
+        #[arg(long)]
+        user_data: bool,
+    },
     /// Ask the metadata service for a path, as an IMDSv2 client; works inside containers
     Get {
         /// Such as meta-data/instance-id, or /latest/meta-data/instance-id

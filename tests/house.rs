@@ -107,7 +107,16 @@ const MAP: &[(&str, &[&str])] = &[
     ("telemetry", &[]),
     (
         "verbs",
-        &["admin", "app", "app::doctor", "cli", "config", "host::*", "telemetry"],
+        &[
+            "admin",
+            "app",
+            "app::doctor",
+            "cli",
+            "config",
+            "host::*",
+            "metadata::file",
+            "telemetry",
+        ],
     ),
     ("wire", &[]),
     // A credentials document is written as all documents are.

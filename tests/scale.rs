@@ -82,7 +82,8 @@ fn processor() -> Duration {
 }
 
 fn id(number: u32) -> ContainerId {
-    ContainerId::parse(&format!("{number:064x}")).unwrap()
+    // The number is in front: what is derived from an id looks there.
+    ContainerId::parse(&format!("{number:08x}{}", "0".repeat(56))).unwrap()
 }
 
 fn network_of(number: u32) -> NetworkId {
@@ -137,7 +138,7 @@ impl Scripted {
 }
 
 fn number_of(id: &ContainerId) -> u32 {
-    u32::from_str_radix(&id.as_str()[56..], 16).unwrap()
+    u32::from_str_radix(&id.as_str()[..8], 16).unwrap()
 }
 
 impl ContainerEngine for Scripted {

@@ -168,6 +168,45 @@ pub fn read(text: &str) -> Result<Given, String> {
 /// The most that user data may be, raw (EC2 user guide, "Run commands at launch using user data").
 pub const MOST_USER_DATA: usize = 16 * 1024;
 
+/// Whether what stands at a path (`meta-data/iam/`) may be in a file at all: nothing that is a secret, or signed, is even asked
+/// for.
+pub fn is_recorded(path: &str) -> bool {
+    const LEFT_OUT: [&str; 3] = [
+        catalogue::IAM,
+        "meta-data/identity-credentials",
+        "meta-data/managed-ssh-keys",
+    ];
+    !LEFT_OUT.iter().any(|it| path.starts_with(it))
+}
+
+/// Writes a file that [`read`] reads, and AEMM, too: of what stood at these paths, all that can be given. Of several links, the
+/// first one's.
+pub fn write(found: &BTreeMap<String, String>, user_data: Option<&[u8]>) -> String {
+    let mut file = File::default();
+    let first = found.get("meta-data/mac");
+    for (path, value) in found {
+        let value = value.trim_end_matches('\n');
+        let of = path.strip_prefix(MACS).and_then(|rest| rest.split('/').next());
+        let of_another = of.is_some_and(|mac| first.is_none_or(|first| first != mac));
+        if of_another || !is_recorded(path) || catalogue::known(path, value).is_err() {
+            continue;
+        }
+        let (section, key) = match path.strip_prefix("meta-data/") {
+            Some(key) => (&mut file.metadata, key.to_owned()),
+            None => (&mut file.dynamic, path.trim_start_matches("dynamic/").replace('/', "-")),
+        };
+        section.paths.insert(key.clone(), format!("/latest/{path}"));
+        section.values.insert(key, value.into());
+    }
+    if let Some(data) = user_data {
+        let key = || "userdata".to_owned();
+        file.userdata.paths.insert(key(), "/latest/user-data".to_owned());
+        file.userdata.values.insert(key(), STANDARD.encode(data).into());
+    }
+    // Nothing in it that could not be written as JSON.
+    serde_json::to_string_pretty(&file).unwrap_or_default() + "\n"
+}
+
 fn insert(given: &mut Given, key: &str, path: String, value: &Value) -> Result<(), String> {
     let value = match value {
         Value::Null => return Ok(()),
@@ -234,6 +273,45 @@ mod tests {
         );
         assert_eq!(given.user_data.as_deref(), Some(&b"1234"[..]));
         assert_eq!(read("{}"), Ok(Given::default()));
+    }
+
+    #[test]
+    fn what_is_written_is_read_again_but_for_secrets_and_signatures() {
+        let found = [
+            ("meta-data/instance-type", "m7i.large"),
+            ("meta-data/mac", "0e:49:61:0f:c3:11"),
+            ("meta-data/network/interfaces/macs/0e:49:61:0f:c3:11/vpc-id", "vpc-1"),
+            ("meta-data/network/interfaces/macs/0e:49:61:0f:c3:12/vpc-id", "vpc-2"),
+            ("meta-data/public-keys/0/openssh-key", "ssh-rsa AAAA me\n"),
+            ("meta-data/iam/security-credentials/app", "{}"),
+            (
+                "meta-data/identity-credentials/ec2/security-credentials/ec2-instance",
+                "{}",
+            ),
+            ("meta-data/something-new", "x"),
+            ("dynamic/fws/instance-monitoring", "enabled"),
+            ("dynamic/instance-identity/signature", "abc"),
+        ];
+        let found = found.map(|(path, value)| (path.to_owned(), value.to_owned())).into();
+        let text = write(&found, Some(&[0, 255]));
+        assert!(!text.contains("credentials") && !text.contains("abc"), "{text}");
+        let given = read(&text).unwrap();
+        let values: Vec<_> = given
+            .values
+            .iter()
+            .map(|(path, value)| format!("{path}={value}"))
+            .collect();
+        assert_eq!(
+            values,
+            [
+                "dynamic/fws/instance-monitoring=enabled",
+                "meta-data/instance-type=m7i.large",
+                "meta-data/mac=0e:49:61:0f:c3:11",
+                "meta-data/network/interfaces/macs/{mac}/vpc-id=vpc-1",
+                "meta-data/public-keys/0/openssh-key=ssh-rsa AAAA me",
+            ]
+        );
+        assert_eq!(given.user_data.as_deref(), Some(&[0, 255][..]));
     }
 
     #[test]
