@@ -51,9 +51,12 @@ use crate::credentials::sts::Sts;
 use crate::credentials::{Session, offline};
 use crate::host::apply::Interception;
 use crate::host::{HostError, LINK, Plan};
-use crate::instance::{FALLBACK_REGION, Instance, Role, Surroundings, resolve};
+use crate::instance::{At, FALLBACK_REGION, Instance, Ordered, Role, Surroundings, resolve, resolve_sparingly};
+use crate::metadata::events::{Event, Kind};
+use crate::metadata::identity::Signer;
+use crate::orders::Orders;
 use crate::server::{self, RefusedConnection, Service};
-use crate::telemetry::printable;
+use crate::telemetry::{printable, with_causes};
 use crate::wire::imds::credentials_document;
 use crate::wire::token::{TokenAuthority, TokenKey};
 
@@ -158,6 +161,8 @@ pub async fn run(
 ) -> Result<(), AppError> {
     let clock = Clock::system();
     let tokens = token_authority(&settings.state_dir, &clock)?;
+    let signer = Arc::new(signer(&settings.state_dir)?);
+    let orders = orders(&settings.state_dir)?;
     let level = level(&settings).await?;
     let admin = admin_listener(&settings.admin_socket)?;
     let (listener, listening) = listen(IMDS_ADDRESS.into()).map_err(AppError::Listen)?;
@@ -192,6 +197,8 @@ pub async fn run(
         settings: ArcSwap::from_pointee(settings),
         level,
         around: ArcSwap::from_pointee(around),
+        orders,
+        clock: clock.clone(),
         broker: broker.clone(),
         changed,
         wanted: base::Wanted::default(),
@@ -204,7 +211,7 @@ pub async fn run(
     let service = Service::new(
         index.clone(),
         broker.clone(),
-        tokens,
+        (tokens, signer),
         clock.clone(),
         server::Options {
             hold: settings.hold,
@@ -528,52 +535,119 @@ fn token_authority(state_dir: &Path, clock: &Clock) -> Result<TokenAuthority, Ap
     ))
 }
 
-/// The key of tokens: kept on disk, so that a restart of the daemon logs nobody out. Made on first use, 0600 in a 0700
-/// directory; no symbolic link is followed, and a file that others could have read is not used.
+/// The key of tokens: kept on disk, so that a restart of the daemon logs nobody out.
 fn token_key(state_dir: &Path) -> Result<TokenKey, AppError> {
     let path = state_dir.join("token.key");
+    let make = || {
+        let mut bytes = vec![0; 32];
+        getrandom::fill(&mut bytes).map_err(|error| io::Error::other(error.to_string()))?;
+        Ok(bytes)
+    };
+    let what = "is not a key that only we know; remove it, and clients ask for new tokens";
+    let bytes = kept_secret(&path, make, what)?;
+    let bytes = bytes.try_into().map_err(|_| AppError::State {
+        path,
+        what,
+        source: io::Error::other("expected 32 bytes"),
+    })?;
+    Ok(TokenKey(bytes))
+}
+
+/// The key of identity documents: kept on disk, so that its certificate stays what it is.
+fn signer(state_dir: &Path) -> Result<Signer, AppError> {
+    let path = state_dir.join("identity.pem");
+    let make = || Signer::generate().map(String::into_bytes).map_err(io::Error::other);
+    let what = "is not a key that only we know; remove it, and identities are signed with a new one";
+    let bytes = kept_secret(&path, make, what)?;
+    Signer::new(&String::from_utf8_lossy(&bytes)).map_err(|error| AppError::State {
+        path,
+        what,
+        source: io::Error::other(error),
+    })
+}
+
+/// What was ordered for containers: kept on disk, so that a restart of the daemon forgets nothing.
+fn orders(state_dir: &Path) -> Result<Orders, AppError> {
+    let path = state_dir.join("orders.json");
+    let what = "is not what this daemon has written; remove it, and what was ordered is forgotten";
+    let kept = kept_secret(&path, || Ok(Vec::new()), what)?;
+    let written = path.clone();
+    let keep = Box::new(move |bytes: &[u8]| write_whole(&written, bytes));
+    Orders::new(&kept, keep).map_err(|error| AppError::State {
+        path,
+        what,
+        source: io::Error::other(error),
+    })
+}
+
+/// Writes a file that only we can read, whole or not at all: a crash in between leaves what was there before.
+fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let new = path.with_extension("new");
+    match std::fs::remove_file(&new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .custom_flags(no_follow())
+        .open(&new)?;
+    file.write_all(bytes)?;
+    std::fs::rename(&new, path)
+}
+
+/// Linux O_NOFOLLOW (open(2)).
+fn no_follow() -> i32 {
+    i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or(0)
+}
+
+/// The most that a file of ours may hold.
+const MOST_KEPT: u64 = 16 * 1024 * 1024;
+
+/// A secret that is kept on disk. Made on first use, 0600 in a 0700 directory; no symbolic link is followed, and a file that
+/// others could have read is not used. `bad`: what is said of such a file.
+fn kept_secret(
+    path: &Path,
+    make: impl FnOnce() -> io::Result<Vec<u8>>,
+    bad: &'static str,
+) -> Result<Vec<u8>, AppError> {
     let state = |what| {
-        let path = path.clone();
+        let path = path.to_owned();
         move |source| AppError::State { path, what, source }
     };
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(state_dir)
-        .map_err(state("its directory cannot be made"))?;
-    // Linux O_NOFOLLOW (open(2)).
-    let no_follow = i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or(0);
-    let mut bytes = [0; 32];
+    if let Some(directory) = path.parent() {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
+            .map_err(state("its directory cannot be made"))?;
+    }
     match std::fs::OpenOptions::new()
         .read(true)
-        .custom_flags(no_follow)
-        .open(&path)
+        .custom_flags(no_follow())
+        .open(path)
     {
-        Ok(mut file) => {
+        Ok(file) => {
             let meta = file.metadata().map_err(state("cannot be looked at"))?;
             let own = meta.uid() == rustix::process::geteuid().as_raw();
-            if !meta.is_file() || meta.mode() & 0o077 != 0 || !own || meta.len() != 32 {
-                let source = io::Error::other("expected a file of 32 bytes, mode 0600, owned by this user");
-                return Err(state(
-                    "is not a key that only we know; remove it, and clients ask for new tokens",
-                )(source));
+            if !meta.is_file() || meta.mode() & 0o077 != 0 || !own {
+                let source = io::Error::other("expected a file of mode 0600, owned by this user");
+                return Err(state(bad)(source));
             }
-            file.read_exact(&mut bytes).map_err(state("cannot be read"))?;
+            let mut bytes = Vec::new();
+            file.take(MOST_KEPT)
+                .read_to_end(&mut bytes)
+                .map_err(state("cannot be read"))?;
+            Ok(bytes)
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            getrandom::fill(&mut bytes).map_err(|error| state("no randomness")(io::Error::other(error.to_string())))?;
-            let mut file = std::fs::OpenOptions::new()
-                .write(true)
-                .create_new(true)
-                .mode(0o600)
-                .custom_flags(no_follow)
-                .open(&path)
-                .map_err(state("cannot be made"))?;
-            file.write_all(&bytes).map_err(state("cannot be written"))?;
+            let bytes = make().map_err(state("cannot be made up"))?;
+            write_whole(path, &bytes).map_err(state("cannot be written"))?;
+            Ok(bytes)
         }
-        Err(error) => return Err(state("cannot be opened")(error)),
+        Err(error) => Err(state("cannot be opened")(error)),
     }
-    Ok(TokenKey(bytes))
 }
 
 /// Settings, and what was learnt since.
@@ -581,6 +655,8 @@ struct Resolver {
     settings: ArcSwap<Settings>,
     level: Level,
     around: ArcSwap<Surroundings>,
+    orders: Orders,
+    clock: Clock,
     broker: Arc<Broker>,
     changed: watch::Sender<u64>,
     /// Profiles whose base credentials somebody's role depends on.
@@ -653,14 +729,14 @@ impl Resolver {
 }
 
 impl Instances for Resolver {
-    fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance {
-        let instance = resolve(
-            container,
-            attachments,
+    fn resolve(&self, container: &Arc<Definition>, attachments: &Arc<Attachments>, started: SystemTime) -> Instance {
+        let at = At {
             started,
-            &self.settings.load(),
-            &self.around.load(),
-        );
+            now: self.clock.wall(),
+            ordered: self.orders.of(&container.id).unwrap_or_default(),
+        };
+        let (settings, around) = (self.settings.load_full(), self.around.load_full());
+        let instance = resolve_sparingly(container, attachments, at, &settings, &around);
         if let Some(profile) = &instance.profile {
             self.want(profile);
         }
@@ -790,6 +866,99 @@ impl Observatory for Observer {
         })
     }
 
+    fn modify(&self, container: &str, modify: &admin::Modify) -> Result<admin::Options, admin::NotDone> {
+        let record = self.meant(container).ok_or(admin::NotDone::NoContainer)?;
+        let hops = modify.http_put_response_hop_limit;
+        if hops.is_some_and(|hops| !(1..=64).contains(&hops)) {
+            return Err(admin::NotDone::Wrong(
+                "http-put-response-hop-limit: expected a whole number from 1 to 64".to_owned(),
+            ));
+        }
+        self.order(&record, |ordered| {
+            let options = &mut ordered.options;
+            options.endpoint = modify.http_endpoint.or(options.endpoint);
+            options.tokens_required = modify.http_tokens_required.or(options.tokens_required);
+            options.hop_limit = hops.or(options.hop_limit);
+            options.tags = modify.instance_metadata_tags.or(options.tags);
+            options.ipv6 = modify.http_protocol_ipv6.or(options.ipv6);
+        })?;
+        let container = &record.definition;
+        let attachments = &record.attachments;
+        let started = record
+            .life
+            .as_ref()
+            .map_or_else(|| self.clock.wall(), |life| life.started);
+        let instance = self.resolver.resolve(container, attachments, started);
+        let word = |on| if on { "enabled" } else { "disabled" }.to_owned();
+        Ok(admin::Options {
+            http_endpoint: word(instance.endpoint),
+            http_tokens: if instance.tokens_required {
+                "required"
+            } else {
+                "optional"
+            }
+            .to_owned(),
+            http_put_response_hop_limit: instance.hop_limit,
+            instance_metadata_tags: word(instance.tags),
+            http_protocol_ipv6: word(instance.ipv6),
+        })
+    }
+
+    fn trigger(&self, container: &str, trigger: &admin::Trigger) -> Result<Vec<admin::EventStatus>, admin::NotDone> {
+        let wrong = |text: String| admin::NotDone::Wrong(text);
+        let record = self.meant(container).ok_or(admin::NotDone::NoContainer)?;
+        let kind = Kind::parse(&trigger.event).ok_or_else(|| {
+            let names: Vec<_> = Kind::ALL.into_iter().map(Kind::name).collect();
+            wrong(format!("event {:?}: expected {}", trigger.event, names.join(", ")))
+        })?;
+        let action = kind.action(trigger.action.as_deref()).ok_or_else(|| {
+            let typed = trigger.action.as_deref().unwrap_or_default();
+            match kind.actions() {
+                [] => wrong(format!("action {typed:?}: {} has none to choose", kind.name())),
+                actions => wrong(format!("action {typed:?}: expected {}", actions.join(", "))),
+            }
+        })?;
+        let decided = self.clock.wall_seconds();
+        let wait = trigger.in_seconds.unwrap_or(kind.lead().as_secs());
+        if wait > MOST_AHEAD {
+            return Err(wrong(format!("in {wait} s: expected at most a year")));
+        }
+        let known = record.instance.events.iter().find(|event| event.kind == kind).cloned();
+        if trigger.cancel && known.as_ref().is_none_or(|event| event.cancelled) {
+            return Err(wrong(format!("there is no {} to cancel", kind.name())));
+        }
+        let event = match known {
+            // One that a label has brought is called off by an order, too.
+            Some(event) if trigger.cancel => Event {
+                cancelled: true,
+                ..event
+            },
+            _ => Event {
+                kind,
+                action: action.to_owned(),
+                decided,
+                at: decided + wait,
+                cancelled: false,
+            },
+        };
+        let ordered = self.order(&record, |ordered| {
+            ordered.events.retain(|it| it.kind != kind);
+            ordered.events.push(event);
+        })?;
+        let mut all: Vec<_> = record.instance.events.clone();
+        all.retain(|event| !ordered.events.iter().any(|it| it.kind == event.kind));
+        all.extend(ordered.events);
+        Ok(self.event_statuses(&all))
+    }
+
+    fn events(&self, container: &str) -> Option<Vec<admin::EventStatus>> {
+        Some(self.event_statuses(&self.meant(container)?.instance.events))
+    }
+
+    fn identity_certificate(&self) -> String {
+        self.service.signer.certificate().to_owned()
+    }
+
     fn login(&self, profile: Option<&str>, handover: &admin::Handover) -> Result<String, String> {
         match &self.resolver.sts {
             Some(sts) => base::login(sts, profile, handover),
@@ -798,7 +967,41 @@ impl Observatory for Observer {
     }
 }
 
+/// The furthest that an event may be ahead: a year, in seconds.
+const MOST_AHEAD: u64 = 365 * 24 * 3600;
+
 impl Observer {
+    /// Orders something for a container, and has it looked at again.
+    fn order(&self, record: &Record, change: impl FnOnce(&mut Ordered)) -> Result<Ordered, admin::NotDone> {
+        let index = &self.service.index;
+        // Whether others still exist is only known when the engine has told everything.
+        let whole = *index.engine() == EngineState::Synchronised;
+        let exists = |id: &ContainerId| !whole || index.get(id).is_some();
+        let ordered = self.resolver.orders.order(&record.definition.id, exists, change);
+        let ordered = ordered.map_err(|error| admin::NotDone::Failed(with_causes(&error)))?;
+        self.resolver.changed.send_modify(|version| *version += 1);
+        Ok(ordered)
+    }
+
+    fn event_statuses(&self, events: &[Event]) -> Vec<admin::EventStatus> {
+        let now = self.clock.wall_seconds();
+        let time = |seconds| rfc3339_seconds(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
+        let statuses = events.iter().map(|event| admin::EventStatus {
+            event: event.kind.name().to_owned(),
+            action: Some(event.action.clone()).filter(|action| !action.is_empty()),
+            at: time(event.at),
+            noticed: time(event.noticed()),
+            state: match (event.cancelled, event.noticed() <= now, event.at <= now) {
+                (true, ..) => "cancelled",
+                (_, false, _) => "not told yet",
+                (_, true, false) => "told",
+                (_, _, true) => "over",
+            }
+            .to_owned(),
+        });
+        statuses.collect()
+    }
+
     fn bases(&self) -> Vec<BaseStatus> {
         let states = self.resolver.sts.as_ref().map(Sts::states).unwrap_or_default();
         let around = self.resolver.around.load();

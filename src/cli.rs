@@ -82,11 +82,115 @@ pub enum Verb {
         #[arg(long, value_name = "PATH", env = "IMDS_ROUTER_SERVE_ADMIN_SOCKET", default_value = DEFAULT_ADMIN_SOCKET)]
         admin: PathBuf,
     },
+    /// Let something happen to a container, as EC2 would tell it; without EVENT, list what is to happen
+    Trigger {
+        /// Name, beginning of an id, or compose service
+        container: String,
+        /// What
+        #[arg(value_enum)]
+        event: Option<Happening>,
+        /// What it does: terminate, stop, hibernate; system-reboot, instance-stop, …; Terminated, Standby, …
+        #[arg(long, value_name = "A", requires = "event")]
+        action: Option<String>,
+        /// How long until it happens, such as 90s, 10m, 2h [default: 2m, now, 1h, now]
+        #[arg(long = "in", value_name = "TIME", requires = "event")]
+        after: Option<String>,
+        /// Call it off
+        #[arg(long, requires = "event", conflicts_with_all = ["action", "after"])]
+        cancel: bool,
+        /// Print JSON, whose names are stable
+        #[arg(long)]
+        json: bool,
+        /// The daemon's admin socket
+        #[arg(long, value_name = "PATH", env = "IMDS_ROUTER_SERVE_ADMIN_SOCKET", default_value = DEFAULT_ADMIN_SOCKET)]
+        admin: PathBuf,
+    },
+    /// Change a container's instance metadata options while it runs, over what labels and configuration say
+    Modify {
+        /// Name, beginning of an id, or compose service
+        container: String,
+        /// Whether it finds a metadata service
+        #[arg(long, value_enum)]
+        http_endpoint: Option<OnOff>,
+        /// Whether it must use IMDSv2
+        #[arg(long, value_enum)]
+        http_tokens: Option<Tokens>,
+        /// How many routers the answer with a token may pass
+        #[arg(long, value_name = "1..64", value_parser = clap::value_parser!(u8).range(1..=64))]
+        http_put_response_hop_limit: Option<u8>,
+        /// Whether it sees its tags
+        #[arg(long, value_enum)]
+        instance_metadata_tags: Option<OnOff>,
+        /// Whether it is answered over IPv6
+        #[arg(long, value_enum)]
+        http_protocol_ipv6: Option<OnOff>,
+        /// Print JSON, whose names are stable
+        #[arg(long)]
+        json: bool,
+        /// The daemon's admin socket
+        #[arg(long, value_name = "PATH", env = "IMDS_ROUTER_SERVE_ADMIN_SOCKET", default_value = DEFAULT_ADMIN_SOCKET)]
+        admin: PathBuf,
+    },
+    /// What instance identities are verified with
+    Identity {
+        /// Print the certificate that they are signed by, in PEM
+        #[arg(value_enum)]
+        what: Identity,
+        /// The daemon's admin socket
+        #[arg(long, value_name = "PATH", env = "IMDS_ROUTER_SERVE_ADMIN_SOCKET", default_value = DEFAULT_ADMIN_SOCKET)]
+        admin: PathBuf,
+    },
+    /// On an EC2 instance: write what its metadata is to a file that --metadata-file serves. No credentials, no signatures
+    Record {
+        /// Which file; it must not be there yet. Only its owner can read it
+        file: PathBuf,
+        /// User data as well: it may hold secrets
+        #[arg(long)]
+        user_data: bool,
+    },
     /// Ask the metadata service for a path, as an IMDSv2 client; works inside containers
     Get {
         /// Such as meta-data/instance-id, or /latest/meta-data/instance-id
         path: String,
     },
+}
+
+/// What can happen to a container.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum Happening {
+    /// A spot instance is taken back
+    SpotInterruption,
+    /// It is at risk of that
+    Rebalance,
+    /// The host is to be maintained
+    Maintenance,
+    /// The Auto Scaling group moves it to another state
+    Lifecycle,
+}
+
+/// Whether.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum OnOff {
+    /// Yes.
+    Enabled,
+    /// No.
+    Disabled,
+}
+
+/// EC2's `HttpTokens`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum Tokens {
+    /// IMDSv1 and IMDSv2.
+    Optional,
+    /// IMDSv2 only.
+    Required,
+}
+
+/// What of instance identity.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, clap::ValueEnum)]
+pub enum Identity {
+    /// The certificate.
+    Certificate,
 }
 
 /// Which way.
@@ -118,6 +222,9 @@ pub struct Common {
     /// Role of containers that name none
     #[arg(long, value_name = "ROLE")]
     pub default_role: Option<String>,
+    /// Values of metadata for every container: a configuration of amazon-ec2-metadata-mock
+    #[arg(long, value_name = "FILE")]
+    pub metadata_file: Option<String>,
 }
 
 /// Flags of `serve`.
@@ -150,6 +257,7 @@ impl Common {
             ("--profile", "credentials.profile", text(&self.profile)),
             ("--region", "region", text(&self.region)),
             ("--default-role", "credentials.default_role", text(&self.default_role)),
+            ("--metadata-file", "metadata.file", text(&self.metadata_file)),
         ];
         Sources {
             file: self.config.clone(),
@@ -206,12 +314,14 @@ mod tests {
             "host",
             "--admin",
             "/a",
+            "--metadata-file",
+            "/m.json",
             "--log-format",
             "json",
         ]);
         let Verb::Serve(serve) = cli.verb else { panic!("serve") };
         let sources = serve.sources();
-        assert_eq!(sources.flags.len(), 6);
+        assert_eq!(sources.flags.len(), 7);
         for (flag, key, _) in &sources.flags {
             assert!(KEYS.iter().any(|known| known.path == *key), "{flag} {key}");
         }

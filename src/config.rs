@@ -6,13 +6,19 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
 use toml::de::{DeTable, DeValue};
 
 use crate::credentials::policy::{Glob, Pair, Rule};
 use crate::credentials::{RoleArn, inputs, is_account_id};
+use crate::metadata::catalogue::{self, PathError};
+use crate::metadata::file::{self, Given, MOST_USER_DATA};
 
 /// Where the configuration is read from when `--config` does not say.
 pub const DEFAULT_FILE: &str = "/etc/imds-router/config.toml";
@@ -168,6 +174,22 @@ pub struct Settings {
     pub roles: BTreeMap<String, RoleArn>,
     /// `[accounts]`: alias → account id.
     pub accounts: BTreeMap<String, String>,
+    /// `imds.http_put_response_hop_limit`
+    pub hop_limit: u8,
+    /// `imds.instance_metadata_tags`
+    pub instance_metadata_tags: bool,
+    /// `imds.compose_tags`: whether what compose wrote on a container is among its tags.
+    pub compose_tags: bool,
+    /// `imds.user_data`, `imds.user_data_base64`, `imds.user_data_file`
+    pub user_data: Option<Bytes>,
+    /// `metadata.file`
+    pub metadata_file: Option<PathBuf>,
+    /// What is in it.
+    pub from_file: Given,
+    /// `[metadata]`: values by path, from the version on, for every container.
+    pub metadata: BTreeMap<String, String>,
+    /// `[public_keys]`: name → key.
+    pub public_keys: BTreeMap<String, String>,
 }
 
 impl Default for Settings {
@@ -205,6 +227,14 @@ impl Default for Settings {
             allow: Vec::new(),
             roles: BTreeMap::new(),
             accounts: BTreeMap::new(),
+            hop_limit: 2,
+            instance_metadata_tags: false,
+            compose_tags: false,
+            user_data: None,
+            metadata_file: None,
+            from_file: Given::default(),
+            metadata: BTreeMap::new(),
+            public_keys: BTreeMap::new(),
         }
     }
 }
@@ -227,6 +257,14 @@ impl Settings {
             allow: new.allow.clone(),
             roles: new.roles.clone(),
             accounts: new.accounts.clone(),
+            hop_limit: new.hop_limit,
+            instance_metadata_tags: new.instance_metadata_tags,
+            compose_tags: new.compose_tags,
+            user_data: new.user_data.clone(),
+            metadata_file: new.metadata_file.clone(),
+            from_file: new.from_file.clone(),
+            metadata: new.metadata.clone(),
+            public_keys: new.public_keys.clone(),
             ..self.clone()
         };
         let whole = settings == *new;
@@ -235,8 +273,9 @@ impl Settings {
 }
 
 /// What [`Settings::reloaded`] takes over, as a message says it.
-pub const RELOADED: &str = "region, account_id, roles, accounts, allow, compat, docker.unknown_labels, imds.http_endpoint, \
-    imds.http_tokens, imds.labels_may_lower, credentials.default_role, credentials.session_name, credentials.duration";
+pub const RELOADED: &str = "region, account_id, roles, accounts, allow, compat, metadata, public_keys, docker.unknown_labels, \
+    imds.http_endpoint, imds.http_tokens, imds.labels_may_lower, imds.http_put_response_hop_limit, imds.instance_metadata_tags, imds.compose_tags, \
+    imds.user_data, imds.user_data_base64, imds.user_data_file, credentials.default_role, credentials.session_name, credentials.duration";
 
 /// One configuration key.
 pub struct Key {
@@ -521,6 +560,51 @@ pub const KEYS: &[Key] = &[
         },
     },
     Key {
+        path: "imds.http_put_response_hop_limit",
+        default: "2",
+        expected: "a whole number from 1 to 64",
+        about: "How many routers the answer with a token may pass: IP's own limit. A container's own network has none.",
+        read: |s, v| v.text().and_then(hop_limit).map(|it| s.hop_limit = it),
+    },
+    Key {
+        path: "imds.instance_metadata_tags",
+        default: "disabled",
+        expected: "\"enabled\" or \"disabled\"",
+        about: "Whether a container sees its tags (tags/instance).",
+        read: |s, v| {
+            v.one_of(&[("enabled", true), ("disabled", false)])
+                .map(|it| s.instance_metadata_tags = it)
+        },
+    },
+    Key {
+        path: "imds.compose_tags",
+        default: "false",
+        expected: "true or false",
+        about: "Whether compose's project, service and container number are among a container's tags.",
+        read: |s, v| v.boolean().map(|it| s.compose_tags = it),
+    },
+    Key {
+        path: "imds.user_data",
+        default: "none",
+        expected: "text of 1 to 16384 bytes",
+        about: "User data of containers whose labels give none.",
+        read: |s, v| user_data(s, v.text()?.as_bytes().to_vec()),
+    },
+    Key {
+        path: "imds.user_data_base64",
+        default: "none",
+        expected: "base64 of 1 to 16384 bytes",
+        about: "The same, of any bytes.",
+        read: |s, v| user_data(s, STANDARD.decode(v.text()?).ok()?),
+    },
+    Key {
+        path: "imds.user_data_file",
+        default: "none",
+        expected: "an absolute path of a readable file of 1 to 16384 bytes",
+        about: "The same, from a file.",
+        read: |s, v| user_data(s, read_at_most(&absolute(v)?, MOST_USER_DATA)?),
+    },
+    Key {
         path: "imds.hosts",
         default: "",
         expected: "host names",
@@ -618,6 +702,13 @@ pub const KEYS: &[Key] = &[
         about: "Whether a role that STS denies is listed, with EC2's own error document in place of credentials; some SDKs \
                 abort on it. Else there is no role, which all of them survive.",
         read: |s, v| v.boolean().map(|it| s.ec2_error_documents = it),
+    },
+    Key {
+        path: "metadata.file",
+        default: "none",
+        expected: "the path of a file",
+        about: "Values for every container, from a file in the form of amazon-ec2-metadata-mock's configuration.",
+        read: |s, v| v.text().map(|it| s.metadata_file = Some(it.into())),
     },
     Key {
         path: "compat.iam_docker",
@@ -754,10 +845,65 @@ const RULE_KEYS: &[RuleKey] = &[
 const TABLES: &[(&str, &str)] = &[
     ("roles", "a role ARN"),
     ("accounts", "an account id: 12 digits in quotes"),
+    ("metadata", "text, at the path of a value below meta-data/"),
+    (
+        "public_keys",
+        "a public key in one line, such as \"ssh-ed25519 AAAA… me\"",
+    ),
 ];
 
 fn absolute(value: &Typed) -> Option<PathBuf> {
     value.text().map(PathBuf::from).filter(|path| path.is_absolute())
+}
+
+/// Reads EC2's `HttpPutResponseHopLimit` (API reference, InstanceMetadataOptionsRequest).
+pub fn hop_limit(text: &str) -> Option<u8> {
+    text.parse().ok().filter(|limit| (1..=64).contains(limit))
+}
+
+/// Whether these bytes can be user data.
+pub fn is_user_data(data: &[u8]) -> bool {
+    (1..=MOST_USER_DATA).contains(&data.len())
+}
+
+fn user_data(settings: &mut Settings, data: Vec<u8>) -> Option<()> {
+    is_user_data(&data).then(|| settings.user_data = Some(data.into()))
+}
+
+/// A whole file of at most so many bytes; one byte more is enough to know that it is too long.
+fn read_at_most(path: &Path, most: usize) -> Option<Vec<u8>> {
+    let mut data = Vec::new();
+    std::fs::File::open(path)
+        .ok()?
+        .take(u64::try_from(most).ok()? + 1)
+        .read_to_end(&mut data)
+        .ok()?;
+    Some(data)
+}
+
+/// Whether `text` is a public key as OpenSSH writes it.
+fn is_public_key(text: &str) -> bool {
+    let mut words = text.split(' ');
+    let kind = words
+        .next()
+        .is_some_and(|it| ["ssh-", "ecdsa-", "sk-"].iter().any(|kind| it.starts_with(kind)));
+    kind && words.next().is_some_and(|key| STANDARD.decode(key).is_ok()) && !text.contains(char::is_control)
+}
+
+/// The path in the tree of what stands at `path` below `meta-data/`, if it may be given that value.
+///
+/// # Errors
+/// Why not, with what was expected.
+pub fn metadata_path(path: &str, value: &str) -> Result<String, String> {
+    let whole = format!("meta-data/{path}");
+    match catalogue::known(&whole, value) {
+        Ok(()) => Ok(whole),
+        Err(error @ PathError::Unknown) => {
+            let paths = catalogue::paths().filter_map(|known| known.strip_prefix("meta-data/"));
+            Err(format!("{error}{}", Nearest::among(path, paths)))
+        }
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// What may stand between braces in a template.
@@ -841,6 +987,24 @@ pub enum ConfigError {
         key: String,
         /// `; did you mean …?`, or nothing.
         nearest: Nearest,
+    },
+    /// The file of values.
+    #[error("the file of metadata {}: {what}", path.display())]
+    MetadataFile {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong, and what was expected.
+        what: String,
+    },
+    /// A path that has no value of its own, or takes no such value.
+    #[error("{origin}: {key}: {what}")]
+    BadPath {
+        /// Where.
+        origin: Origin,
+        /// Which key.
+        key: String,
+        /// What is wrong, and what was expected.
+        what: String,
     },
     /// A value that the key does not take.
     #[error("{origin}: {key} = {value:?}: expected {expected}")]
@@ -937,6 +1101,15 @@ pub fn load(sources: &Sources) -> Result<Settings, ConfigError> {
             set(&mut settings, key, &Typed::of(value), Origin::Flag((*flag).to_owned()))?;
         }
     }
+    if let Some(path) = &settings.metadata_file {
+        let text = std::fs::read_to_string(path).map_err(|error| error.to_string());
+        settings.from_file = text
+            .and_then(|text| file::read(&text))
+            .map_err(|what| ConfigError::MetadataFile {
+                path: path.clone(),
+                what,
+            })?;
+    }
     Ok(settings)
 }
 
@@ -984,9 +1157,10 @@ fn read_file(settings: &mut Settings, path: &Path, text: &str) -> Result<(), Con
                 for (key, value) in entries {
                     let origin = at(key.span().start);
                     let key = key.get_ref().as_ref();
-                    match table {
+                    let path = format!("{name}.{key}");
+                    match table.filter(|_| !KEYS.iter().any(|known| known.path == path)) {
                         Some((_, expected)) => read_entry(settings, name, expected, key, value.get_ref(), origin)?,
-                        None => read_key(settings, &format!("{name}.{key}"), value.get_ref(), origin)?,
+                        None => read_key(settings, &path, value.get_ref(), origin)?,
                     }
                 }
             }
@@ -1118,6 +1292,17 @@ fn read_entry(
                 .map(|account| settings.accounts.insert(name.to_owned(), account))
                 .is_some()
         }
+        ("metadata", Some(text)) => match metadata_path(name, text) {
+            Ok(path) => settings.metadata.insert(path, text.to_owned()).is_none(),
+            Err(what) => {
+                let key = format!("{table}.{name}");
+                return Err(ConfigError::BadPath { origin, key, what });
+            }
+        },
+        ("public_keys", Some(text)) => {
+            let fits = is_public_key(text) && !name.contains(|c: char| c.is_control() || c == '/');
+            fits && settings.public_keys.insert(name.to_owned(), text.to_owned()).is_none()
+        }
         _ => false,
     };
     if read {
@@ -1151,11 +1336,58 @@ mod tests {
         for key in KEYS {
             let mut settings = Settings::default();
             if (key.read)(&mut settings, &Typed::of(key.default)).is_some()
-                && !matches!(key.path, "credentials.profile" | "credentials.default_role")
+                && !matches!(
+                    key.path,
+                    "credentials.profile"
+                        | "credentials.default_role"
+                        | "imds.user_data"
+                        | "imds.user_data_base64"
+                        | "metadata.file"
+                )
             {
                 assert_eq!(settings, Settings::default(), "{}", key.path);
             }
         }
+    }
+
+    #[test]
+    fn values_of_metadata_come_from_the_table_and_from_a_file() {
+        let settings = read("[metadata]\nfile = \"/m.json\"\n\"placement/group-name\" = \"g\"\n").unwrap();
+        assert_eq!(settings.metadata_file.as_deref(), Some(Path::new("/m.json")));
+        assert_eq!(settings.metadata["meta-data/placement/group-name"], "g");
+        for (text, why) in [
+            (
+                "\"placement\" = \"g\"",
+                "c.toml, line 2: metadata.placement: that is a directory",
+            ),
+            (
+                "\"instance-typ\" = \"g\"",
+                "there is no such category; did you mean instance-type?",
+            ),
+            (
+                "\"iam/info\" = \"g\"",
+                "that follows from the role and the other values, and cannot be given",
+            ),
+            (
+                "\"instance-type\" = \"a\\u001bb\"",
+                "expected text without control characters, and not empty",
+            ),
+        ] {
+            let error = read(&format!("[metadata]\n{text}\n")).unwrap_err();
+            assert!(error.contains(why), "{error}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("m.json");
+        let sources = Sources {
+            flags: vec![("--metadata-file", "metadata.file", file.to_str().unwrap().to_owned())],
+            ..Sources::default()
+        };
+        assert!(load(&sources).unwrap_err().to_string().contains("No such file"));
+        std::fs::write(&file, r#"{"metadata": {"values": {"ami-launch-index": 3}}}"#).unwrap();
+        assert_eq!(
+            load(&sources).unwrap().from_file.values["meta-data/ami-launch-index"],
+            "3"
+        );
     }
 
     #[test]

@@ -46,6 +46,7 @@ pub mod credentials;
 pub mod host;
 pub mod instance;
 pub mod metadata;
+pub mod orders;
 pub mod server;
 pub mod telemetry;
 pub mod verbs;

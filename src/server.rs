@@ -5,9 +5,12 @@
 
 use std::collections::VecDeque;
 use std::future::Future;
+use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -17,7 +20,7 @@ use hyper::http::request::Parts;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
@@ -32,7 +35,8 @@ use crate::containers::{ContainerId, Level, Life, NamespaceId};
 use crate::credentials::broker::{Broker, NoCredentials, ProviderError, Published};
 use crate::instance::{Instance, Role};
 use crate::metadata::Node;
-use crate::metadata::catalogue::ROLE_LIST;
+use crate::metadata::catalogue::{IAM, ROLE_LIST};
+use crate::metadata::identity::Signer;
 use crate::telemetry::printable;
 use crate::wire::imds::{self, Call, parse, version_list};
 use crate::wire::token::TokenAuthority;
@@ -62,6 +66,8 @@ pub struct Service {
     pub broker: Arc<Broker>,
     /// Their tokens.
     pub tokens: TokenAuthority,
+    /// Who signs their identities.
+    pub signer: Arc<Signer>,
     /// Time.
     pub clock: Clock,
     /// The longest that a request waits in all.
@@ -93,7 +99,7 @@ impl Service {
     pub fn new(
         index: Arc<Index>,
         broker: Arc<Broker>,
-        tokens: TokenAuthority,
+        (tokens, signer): (TokenAuthority, Arc<Signer>),
         clock: Clock,
         options: Options,
         own_ends: Box<dyn OwnEnds>,
@@ -107,6 +113,7 @@ impl Service {
             index,
             broker,
             tokens,
+            signer,
             refusals: Refusals::new(&clock),
             clock,
             hold,
@@ -259,10 +266,13 @@ async fn accept(
 }
 
 /// Serves one connection: proof, then requests until one of the two leaves, or the container's life ends.
-pub async fn serve<S>(stream: S, connection: Connection, service: Arc<Service>)
-where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
+pub async fn serve<S: Wire>(stream: S, connection: Connection, service: Arc<Service>) {
+    let hops = Arc::new(AtomicU8::new(UNLIMITED));
+    let stream = Limited {
+        stream,
+        wanted: hops.clone(),
+        set: UNLIMITED,
+    };
     let deadline = service.clock.now() + service.hold;
     trace!(client = %connection.client, via = ?connection.via, "accepted");
     // Those who are not proven cannot crowd out those who are. The wait is part of the deadline.
@@ -279,6 +289,7 @@ where
                 service: service.clone(),
                 caller,
                 connection,
+                hops,
                 first: Mutex::new(Some(deadline)),
                 end: service.clock.now() + CONNECTION_LIFE,
                 requests: AtomicU32::new(0),
@@ -305,6 +316,91 @@ where
             let _ = tokio::time::timeout(service.hold, refuse).await;
             drop(place);
         }
+    }
+}
+
+/// A connection whose answers can be kept from going far.
+pub trait Wire: AsyncRead + AsyncWrite + Send + Unpin + 'static {
+    /// What is sent from now on passes at most so many routers.
+    ///
+    /// # Errors
+    /// When the kernel does not do that.
+    fn limit_hops(&self, hops: u8) -> io::Result<()>;
+}
+
+/// In memory there is no router.
+impl Wire for tokio::io::DuplexStream {
+    fn limit_hops(&self, _hops: u8) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Wire for TcpStream {
+    fn limit_hops(&self, hops: u8) -> io::Result<()> {
+        let socket = socket2::SockRef::from(self);
+        match self.local_addr()?.is_ipv6() {
+            true => socket.set_unicast_hops_v6(hops.into()),
+            false => socket.set_ttl_v4(hops.into()),
+        }
+    }
+}
+
+/// As far as IP lets it go.
+const UNLIMITED: u8 = u8::MAX;
+
+/// A connection that passes at most so many routers from the moment on when something is written that must not.
+///
+/// It is never lifted again: what is sent once more because it was lost goes by the limit of that moment, so a token that was
+/// held back would go out with the next answer.
+struct Limited<S> {
+    stream: S,
+    wanted: Arc<AtomicU8>,
+    set: u8,
+}
+
+impl<S: Wire> Limited<S> {
+    fn keep(&mut self) -> io::Result<()> {
+        let wanted = self.wanted.load(Ordering::Relaxed);
+        if wanted < self.set {
+            self.stream.limit_hops(wanted)?;
+            self.set = wanted;
+        }
+        Ok(())
+    }
+}
+
+impl<S: Wire> AsyncRead for Limited<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, into)
+    }
+}
+
+impl<S: Wire> AsyncWrite for Limited<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.keep()?;
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.keep()?;
+        Pin::new(&mut self.stream).poll_write_vectored(cx, parts)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 
@@ -360,6 +456,8 @@ struct Session {
     service: Arc<Service>,
     caller: Caller,
     connection: Connection,
+    /// How many routers what is sent from now on may pass.
+    hops: Arc<AtomicU8>,
     /// The deadline of the first request, which counts from the connection.
     first: Mutex<Option<Instant>>,
     /// When the connection ends at the latest.
@@ -410,7 +508,7 @@ impl Session {
         if instance.endpoint_open {
             instance = self.decided(instance, deadline).await;
         }
-        if !instance.endpoint {
+        if !instance.endpoint || (self.connection.server.is_ipv6() && !instance.ipv6) {
             let hint = "this container has no imds label, or its endpoint is disabled";
             return Reply::refused(Refused::Disabled)
                 .with_hint(&format!("{hint}; ask: imds-router explain {}", life.container));
@@ -419,6 +517,7 @@ impl Session {
             Err(why) => Reply::refused(why),
             Ok(Call::TokenOptions) => Reply::token_options(),
             Ok(Call::IssueToken(ttl)) => {
+                self.hops.fetch_min(instance.hop_limit, Ordering::Relaxed);
                 Reply::token(self.service.tokens.issue(&life.container, life.cgroup, ttl), ttl)
             }
             Ok(Call::Get { place, token }) => {
@@ -467,6 +566,11 @@ impl Session {
         let container = &self.caller.life().container;
         match instance.view.get(path) {
             Some(Node::Dir(text) | Node::Text(text)) => Reply::value(text.clone(), modified),
+            Some(Node::UserData(data)) => Reply::bytes(data.clone(), modified),
+            Some(Node::Signed(form, document)) => match self.service.signer.sign(*form, document) {
+                Some(signature) => Reply::value(signature, modified),
+                None => Reply::refused(Refused::NotFound),
+            },
             Some(Node::RoleList(role)) => match self.credentials(&instance, deadline).await {
                 Ok(_) => Reply::value(role.clone(), modified),
                 // Denied: EC2 lists it all the same.
@@ -529,9 +633,6 @@ fn hinted(reply: Reply, why: &NoCredentials, container: &ContainerId) -> Reply {
 fn hint(why: &str, container: &ContainerId) -> String {
     printable(&format!("{why}; ask: imds-router explain {container}"), 160)
 }
-
-/// Where everything that a role decides stands.
-const IAM: &str = "meta-data/iam";
 
 /// No role, or no credentials of it. 404 is what every SDK takes as "none here"; anything else stops some of them.
 fn no_role(why: &str, container: &ContainerId) -> Reply {

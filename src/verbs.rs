@@ -1,17 +1,20 @@
 //! What each verb of the command line does.
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::io::{self, Read as _, Write as _};
 use std::time::Duration;
 
+use clap::ValueEnum as _;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::admin;
-use crate::cli::{Cli, Verb};
+use crate::cli::{Cli, Identity, OnOff, Tokens, Verb};
 #[cfg(target_os = "linux")]
 use crate::cli::{Common, Intercept, Serve};
 use crate::config;
+use crate::metadata::file;
 use crate::telemetry;
 
 /// Why a verb failed, and whose fault it is.
@@ -83,6 +86,64 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
             };
             Ok(io::stdout().write_all(text.as_bytes())?)
         })?,
+        Verb::Trigger {
+            container,
+            event,
+            action,
+            after,
+            cancel,
+            json,
+            admin,
+        } => block_on(async move {
+            let in_seconds = match after {
+                Some(text) => Some(config::parse_duration(&text).map(|it| it.as_secs()).ok_or_else(|| {
+                    usage(Said(format!("--in {text:?}: expected a duration such as 90s, 10m or 2h")))
+                })?),
+                None => None,
+            };
+            let events = match event {
+                Some(event) => {
+                    let event = event.to_possible_value().map(|it| it.get_name().to_owned()).unwrap_or_default();
+                    let trigger = admin::Trigger { event, action, in_seconds, cancel };
+                    admin::trigger(&admin, &container, &trigger).await?
+                }
+                None => admin::ask_events(&admin, &container).await?,
+            };
+            let text = match json {
+                true => serde_json::to_string_pretty(&events)? + "\n",
+                false => admin::render_events(&events),
+            };
+            Ok(io::stdout().write_all(text.as_bytes())?)
+        })?,
+        Verb::Modify {
+            container,
+            http_endpoint,
+            http_tokens,
+            http_put_response_hop_limit,
+            instance_metadata_tags,
+            http_protocol_ipv6,
+            json,
+            admin,
+        } => block_on(async move {
+            let on = |it: Option<OnOff>| it.map(|it| it == OnOff::Enabled);
+            let modify = admin::Modify {
+                http_endpoint: on(http_endpoint),
+                http_tokens_required: http_tokens.map(|it| it == Tokens::Required),
+                http_put_response_hop_limit,
+                instance_metadata_tags: on(instance_metadata_tags),
+                http_protocol_ipv6: on(http_protocol_ipv6),
+            };
+            let options = admin::modify(&admin, &container, &modify).await?;
+            let text = match json {
+                true => serde_json::to_string_pretty(&options)? + "\n",
+                false => admin::render_options(&options),
+            };
+            Ok(io::stdout().write_all(text.as_bytes())?)
+        })?,
+        Verb::Identity { what: Identity::Certificate, admin } => block_on(async move {
+            let certificate = admin::ask_identity_certificate(&admin).await?;
+            Ok(io::stdout().write_all(certificate.as_bytes())?)
+        })?,
         Verb::Login { profile, admin, .. } => block_on(async move {
             let mut text = String::new();
             io::stdin().take(MOST_HANDED_OVER).read_to_string(&mut text)?;
@@ -90,6 +151,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
             let said = admin::hand_over(&admin, profile.as_deref(), &handover).await?;
             Ok(writeln!(io::stdout(), "{said}")?)
         })?,
+        Verb::Record { file, user_data } => block_on(record(&file, user_data))?,
         Verb::Get { path } => block_on(get(&path))?,
     }
 }
@@ -231,6 +293,70 @@ async fn get(typed: &str) -> Result<(), Failure> {
         return Err(Said(format!("{path}: status {}{hint}", answer.status)).into());
     }
     Ok(io::stdout().write_all(&answer.body)?)
+}
+
+/// The most directories and values that `record` asks for: no instance has so many.
+const MOST_PATHS: usize = 10_000;
+
+/// Writes what stands below `meta-data/` here, but for secrets, to a file that `--metadata-file` serves.
+async fn record(path: &std::path::Path, with_user_data: bool) -> Result<(), Failure> {
+    let silent = |error: io::Error| {
+        Said(format!(
+            "169.254.169.254 does not answer: {error}\nhint: this is for an EC2 instance, or a container that imds-router serves"
+        ))
+    };
+    let token = ask("PUT /latest/api/token", "X-aws-ec2-metadata-token-ttl-seconds: 600");
+    let token = tokio::time::timeout(GET_TIMEOUT, token)
+        .await
+        .map_err(|_| silent(io::ErrorKind::TimedOut.into()))?;
+    let token = token.map_err(silent)?;
+    if token.status != 200 {
+        return Err(Said(format!("169.254.169.254 gives no token: status {}", token.status)).into());
+    }
+    let header = format!("X-aws-ec2-metadata-token: {}", String::from_utf8_lossy(&token.body));
+    let get = async |path: &str| -> Result<Option<Vec<u8>>, Failure> {
+        let answer = ask(&format!("GET /latest/{path}"), &header).await.map_err(silent)?;
+        Ok((answer.status == 200).then_some(answer.body))
+    };
+    let mut found = BTreeMap::new();
+    let mut dirs = vec!["meta-data/".to_owned(), "dynamic/fws/".to_owned()];
+    let mut asked = 0;
+    while let Some(dir) = dirs.pop() {
+        let listing = get(&dir).await?.unwrap_or_default();
+        for name in String::from_utf8_lossy(&listing).lines() {
+            // Public keys are listed with their names: `0=me`.
+            let path = match name.split_once('=') {
+                Some((number, _)) => format!("{dir}{number}/"),
+                None => format!("{dir}{name}"),
+            };
+            asked += 1;
+            if asked > MOST_PATHS || !path.bytes().all(|b| b.is_ascii_graphic()) || !file::is_recorded(&path) {
+                continue;
+            }
+            if path.ends_with('/') {
+                dirs.push(path);
+            } else if let Some(value) = get(&path).await? {
+                found.insert(path, String::from_utf8_lossy(&value).into_owned());
+            }
+        }
+    }
+    let user_data = if with_user_data { get("user-data").await? } else { None };
+    let text = file::write(&found, user_data.as_deref());
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create_new(true);
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    let written = options.open(path).and_then(|mut file| file.write_all(text.as_bytes()));
+    written.map_err(|error| {
+        Said(format!(
+            "cannot write {}: {error}\nhint: expected a file that is not there yet",
+            path.display()
+        ))
+    })?;
+    Ok(writeln!(
+        io::stdout(),
+        "{}: imds-router serve --metadata-file serves it",
+        path.display()
+    )?)
 }
 
 struct Answer {

@@ -22,6 +22,9 @@ const MAP: &[(&str, &[&str])] = &[
             "credentials::*",
             "host::*",
             "instance",
+            "metadata::events",
+            "metadata::identity",
+            "orders",
             "server",
             "telemetry",
             "wire::*",
@@ -35,12 +38,24 @@ const MAP: &[(&str, &[&str])] = &[
     ("cli", &["config", "telemetry"]),
     ("clock", &[]),
     // The rules of `[[allow]]` are read here, and STS's limits are kept.
-    ("config", &["credentials", "credentials::inputs", "credentials::policy"]),
+    (
+        "config",
+        &[
+            "credentials",
+            "credentials::inputs",
+            "credentials::policy",
+            "metadata::catalogue",
+            "metadata::file",
+        ],
+    ),
     // A container's life holds the instance that was resolved for it.
     ("containers", &["instance"]),
     ("containers::compat", &["config", "credentials", "credentials::inputs"]),
     ("containers::docker", &["clock", "telemetry"]),
-    ("containers::labels", &["config", "credentials", "credentials::inputs"]),
+    (
+        "containers::labels",
+        &["config", "credentials", "credentials::inputs", "metadata::events"],
+    ),
     ("containers::watcher", &["clock", "credentials", "instance"]),
     ("credentials", &[]),
     ("credentials::base", &["clock", "telemetry"]),
@@ -64,11 +79,14 @@ const MAP: &[(&str, &[&str])] = &[
             "credentials::offline",
             "credentials::policy",
             "metadata::catalogue",
+            "metadata::events",
         ],
     ),
     ("metadata", &[]),
     ("metadata::catalogue", &["clock", "credentials"]),
+    ("metadata::events", &["clock"]),
     ("metadata::identity", &["clock"]),
+    ("orders", &["containers", "instance"]),
     (
         "server",
         &[
@@ -81,6 +99,7 @@ const MAP: &[(&str, &[&str])] = &[
             "instance",
             "metadata",
             "metadata::catalogue",
+            "metadata::identity",
             "telemetry",
             "wire::*",
         ],
@@ -88,7 +107,16 @@ const MAP: &[(&str, &[&str])] = &[
     ("telemetry", &[]),
     (
         "verbs",
-        &["admin", "app", "app::doctor", "cli", "config", "host::*", "telemetry"],
+        &[
+            "admin",
+            "app",
+            "app::doctor",
+            "cli",
+            "config",
+            "host::*",
+            "metadata::file",
+            "telemetry",
+        ],
     ),
     ("wire", &[]),
     // A credentials document is written as all documents are.

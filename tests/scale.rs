@@ -26,7 +26,7 @@ use imds_router::containers::{
 use imds_router::credentials::Session;
 use imds_router::credentials::broker::{Broker, Lease, Limits};
 use imds_router::credentials::offline::Offline;
-use imds_router::instance::{Instance, Surroundings, resolve};
+use imds_router::instance::{Instance, Surroundings, resolve_sparingly};
 use imds_router::wire::imds::credentials_document;
 use tokio::sync::{mpsc, watch};
 
@@ -82,7 +82,8 @@ fn processor() -> Duration {
 }
 
 fn id(number: u32) -> ContainerId {
-    ContainerId::parse(&format!("{number:064x}")).unwrap()
+    // The number is in front: what is derived from an id looks there.
+    ContainerId::parse(&format!("{number:08x}{}", "0".repeat(56))).unwrap()
 }
 
 fn network_of(number: u32) -> NetworkId {
@@ -137,7 +138,7 @@ impl Scripted {
 }
 
 fn number_of(id: &ContainerId) -> u32 {
-    u32::from_str_radix(&id.as_str()[56..], 16).unwrap()
+    u32::from_str_radix(&id.as_str()[..8], 16).unwrap()
 }
 
 impl ContainerEngine for Scripted {
@@ -258,8 +259,8 @@ impl Witness for Witnessed {
 }
 
 struct Resolver {
-    settings: Settings,
-    around: Surroundings,
+    settings: Arc<Settings>,
+    around: Arc<Surroundings>,
     broker: Arc<Broker>,
 }
 
@@ -274,8 +275,8 @@ impl Hold for Held {
 }
 
 impl Instances for Resolver {
-    fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance {
-        resolve(container, attachments, started, &self.settings, &self.around)
+    fn resolve(&self, container: &Arc<Definition>, attachments: &Arc<Attachments>, started: SystemTime) -> Instance {
+        resolve_sparingly(container, attachments, started, &self.settings, &self.around)
     }
 
     fn hold(&self, session: &Arc<Session>) -> Box<dyn Hold> {
@@ -330,8 +331,8 @@ impl Host {
             engine: Arc::new(engine.clone()),
             kernel: Arc::new(engine.clone()),
             instances: Arc::new(Resolver {
-                settings,
-                around: Surroundings::default(),
+                settings: Arc::new(settings),
+                around: Arc::default(),
                 broker,
             }),
             changed: changes,

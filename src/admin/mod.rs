@@ -7,6 +7,10 @@
 //! | `GET /status` | [`Status`] |
 //! | `GET /explain/CONTAINER` | [`Explanation`]; 404 if there is no such container |
 //! | `GET /trust-policy/CONTAINER` | a list of [`Trust`]; 404 if there is no such container |
+//! | `POST /modify/CONTAINER` | changes options by a [`Modify`]; [`Options`] that hold then |
+//! | `POST /trigger/CONTAINER` | has a [`Trigger`] happen; the list of [`EventStatus`] |
+//! | `GET /events/CONTAINER` | the list of [`EventStatus`] |
+//! | `GET /identity-certificate` | a JSON string: the certificate in PEM |
 //! | `POST /login`, `POST /login/PROFILE` | takes over a [`Handover`]; 400 with a sentence if it does not |
 
 use std::collections::BTreeMap;
@@ -241,6 +245,77 @@ pub struct RefusalStatus {
     pub evidence: String,
 }
 
+/// Instance metadata options to change, as EC2's ModifyInstanceMetadataOptions has them; what is absent stays.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Modify {
+    /// Whether the container finds a metadata service.
+    pub http_endpoint: Option<bool>,
+    /// Whether it must use IMDSv2.
+    pub http_tokens_required: Option<bool>,
+    /// How many routers the answer with a token may pass: 1 to 64.
+    pub http_put_response_hop_limit: Option<u8>,
+    /// Whether it sees its tags.
+    pub instance_metadata_tags: Option<bool>,
+    /// Whether it is answered over IPv6.
+    pub http_protocol_ipv6: Option<bool>,
+}
+
+/// Instance metadata options, in EC2's words. Stable, as [`Status`] is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Options {
+    /// `enabled` or `disabled`.
+    pub http_endpoint: String,
+    /// `optional` or `required`.
+    pub http_tokens: String,
+    /// 1 to 64.
+    pub http_put_response_hop_limit: u8,
+    /// `enabled` or `disabled`.
+    pub instance_metadata_tags: String,
+    /// `enabled` or `disabled`.
+    pub http_protocol_ipv6: String,
+}
+
+/// Something that is to happen to a container.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Trigger {
+    /// `spot-interruption`, `rebalance`, `maintenance` or `lifecycle`.
+    pub event: String,
+    /// What it does; absent: the usual.
+    pub action: Option<String>,
+    /// In how many seconds; absent: the usual.
+    pub in_seconds: Option<u64>,
+    /// It is called off.
+    pub cancel: bool,
+}
+
+/// Something that happens to a container. Stable, as [`Status`] is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct EventStatus {
+    /// `spot-interruption`, `rebalance`, `maintenance` or `lifecycle`.
+    pub event: String,
+    /// What it does.
+    pub action: Option<String>,
+    /// When, in UTC.
+    pub at: String,
+    /// Since when the container is told, in UTC.
+    pub noticed: String,
+    /// `not told yet`, `told`, `over` or `cancelled`.
+    pub state: String,
+}
+
+/// Why something is not done.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum NotDone {
+    /// There is no such container, or several.
+    NoContainer,
+    /// What was asked for makes no sense: 400.
+    Wrong(String),
+    /// It failed: 500.
+    Failed(String),
+}
+
 /// Makes the answers.
 pub trait Observatory: Send + Sync + 'static {
     /// Everything at this moment.
@@ -250,6 +325,20 @@ pub trait Observatory: Send + Sync + 'static {
     /// What the trust policies of its roles must say. `None`: there is no such container, or several. An empty list: it has
     /// no role.
     fn trust(&self, container: &str) -> Option<Vec<Trust>>;
+    /// Changes a container's options; answers those that hold then.
+    ///
+    /// # Errors
+    /// Why not.
+    fn modify(&self, container: &str, modify: &Modify) -> Result<Options, NotDone>;
+    /// Has something happen to a container, or calls it off; answers all that is to happen to it.
+    ///
+    /// # Errors
+    /// Why not.
+    fn trigger(&self, container: &str, trigger: &Trigger) -> Result<Vec<EventStatus>, NotDone>;
+    /// What is to happen to a container. `None`: there is no such container, or several.
+    fn events(&self, container: &str) -> Option<Vec<EventStatus>>;
+    /// The certificate that instance identities are signed by, in PEM.
+    fn identity_certificate(&self) -> String;
     /// Takes over session credentials for `profile`, or for the daemon itself; answers what was taken.
     ///
     /// # Errors
@@ -300,9 +389,20 @@ async fn answer(request: Request<Incoming>, observatory: &dyn Observatory) -> Re
         (&Method::GET, "trust-policy", Some(container)) => observatory
             .trust(container)
             .map_or_else(absent, |it| json(serde_json::to_vec_pretty(&it))),
+        (&Method::GET, "identity-certificate", None) => json(serde_json::to_vec(&observatory.identity_certificate())),
+        (&Method::GET, "events", Some(container)) => observatory
+            .events(container)
+            .map_or_else(absent, |it| json(serde_json::to_vec_pretty(&it))),
+        (&Method::POST, "modify", Some(container)) => {
+            let asked = serde_json::from_slice(&whole(body).await).map_err(|error| NotDone::Wrong(error.to_string()));
+            done(asked.and_then(|modify| observatory.modify(container, &modify)))
+        }
+        (&Method::POST, "trigger", Some(container)) => {
+            let asked = serde_json::from_slice(&whole(body).await).map_err(|error| NotDone::Wrong(error.to_string()));
+            done(asked.and_then(|trigger| observatory.trigger(container, &trigger)))
+        }
         (&Method::POST, "login", profile) => {
-            let body = Limited::new(body, MOST_BYTES).collect().await;
-            let text = body.map(|body| body.to_bytes()).unwrap_or_default();
+            let text = whole(body).await;
             let taken = Handover::read(&String::from_utf8_lossy(&text))
                 .map_err(str::to_owned)
                 .and_then(|handover| observatory.login(profile, &handover));
@@ -320,6 +420,24 @@ async fn answer(request: Request<Incoming>, observatory: &dyn Observatory) -> Re
         hyper::header::HeaderValue::from_static("application/json"),
     );
     response
+}
+
+/// A body, or nothing where it is too large or breaks off.
+async fn whole(body: Incoming) -> Bytes {
+    let body = Limited::new(body, MOST_BYTES).collect().await;
+    body.map(|body| body.to_bytes()).unwrap_or_default()
+}
+
+fn done<T: Serialize>(done: Result<T, NotDone>) -> (StatusCode, Vec<u8>) {
+    match done {
+        Ok(done) => match serde_json::to_vec_pretty(&done) {
+            Ok(body) => (StatusCode::OK, body),
+            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string().into_bytes()),
+        },
+        Err(NotDone::NoContainer) => (StatusCode::NOT_FOUND, b"{}".to_vec()),
+        Err(NotDone::Wrong(why)) => (StatusCode::BAD_REQUEST, why.into_bytes()),
+        Err(NotDone::Failed(why)) => (StatusCode::INTERNAL_SERVER_ERROR, why.into_bytes()),
+    }
 }
 
 /// Why the daemon did not answer.
@@ -345,6 +463,9 @@ pub enum AskError {
         /// As typed.
         container: String,
     },
+    /// It did not do what was asked for.
+    #[error("not done: {0}")]
+    NotDone(String),
     /// It did not take what was handed over.
     #[error("not taken over: {0}")]
     NotTaken(String),
@@ -363,11 +484,23 @@ pub enum AskError {
 /// # Errors
 /// When none answers.
 pub async fn ask_status(socket: &Path) -> Result<Status, AskError> {
+    ask_for(socket, "/status").await
+}
+
+/// Asks a daemon for the certificate that instance identities are signed by, in PEM.
+///
+/// # Errors
+/// When none answers.
+pub async fn ask_identity_certificate(socket: &Path) -> Result<String, AskError> {
+    ask_for(socket, "/identity-certificate").await
+}
+
+async fn ask_for<T: serde::de::DeserializeOwned>(socket: &Path, path: &str) -> Result<T, AskError> {
     let strange = |what: String| AskError::Strange {
         path: socket.display().to_string(),
         what,
     };
-    let (status, body) = ask(socket, "/status").await?;
+    let (status, body) = ask(socket, path).await?;
     if status != StatusCode::OK {
         return Err(strange(format!("status {status}")));
     }
@@ -409,6 +542,52 @@ pub async fn hand_over(socket: &Path, profile: Option<&str>, handover: &Handover
         StatusCode::OK => Ok(said),
         StatusCode::BAD_REQUEST => Err(AskError::NotTaken(said)),
         status => Err(strange(format!("status {status}"))),
+    }
+}
+
+/// Has a daemon change a container's options; answers those that hold then.
+///
+/// # Errors
+/// When none answers, knows no such container, or does not do it.
+pub async fn modify(socket: &Path, container: &str, modify: &Modify) -> Result<Options, AskError> {
+    order(socket, "modify", container, modify).await
+}
+
+/// Has a daemon let something happen to a container; answers all that is to happen to it.
+///
+/// # Errors
+/// When none answers, knows no such container, or does not do it.
+pub async fn trigger(socket: &Path, container: &str, trigger: &Trigger) -> Result<Vec<EventStatus>, AskError> {
+    order(socket, "trigger", container, trigger).await
+}
+
+/// Asks a daemon what is to happen to a container.
+///
+/// # Errors
+/// When none answers, or knows no such container.
+pub async fn ask_events(socket: &Path, container: &str) -> Result<Vec<EventStatus>, AskError> {
+    ask_about(socket, "events", container).await
+}
+
+async fn order<T: serde::de::DeserializeOwned>(
+    socket: &Path,
+    what: &str,
+    container: &str,
+    order: &impl Serialize,
+) -> Result<T, AskError> {
+    let strange = |what: String| AskError::Strange {
+        path: socket.display().to_string(),
+        what,
+    };
+    let body = serde_json::to_vec(order).map_err(|error| strange(error.to_string()))?;
+    let path = format!("/{what}/{}", encoded(container));
+    let (status, said) = send(socket, Method::POST, &path, body.into()).await?;
+    match status {
+        StatusCode::OK => serde_json::from_slice(&said).map_err(|error| strange(error.to_string())),
+        StatusCode::NOT_FOUND => Err(AskError::NoContainer {
+            container: container.to_owned(),
+        }),
+        _ => Err(AskError::NotDone(printable(&String::from_utf8_lossy(&said), 400))),
     }
 }
 
@@ -605,6 +784,39 @@ fn shown_base(base: &BaseStatus) -> String {
         text.push_str(&format!(", {}", printable(error, 400)));
     }
     text
+}
+
+/// What is to happen to a container, for people.
+pub fn render_events(events: &[EventStatus]) -> String {
+    let mut text = String::new();
+    for event in events {
+        let action = event
+            .action
+            .as_ref()
+            .map(|action| format!(" {action}"))
+            .unwrap_or_default();
+        text.push_str(&format!("{}{action} at {}: {}", event.event, event.at, event.state));
+        if event.state == "not told yet" {
+            text.push_str(&format!(", told from {}", event.noticed));
+        }
+        text.push('\n');
+    }
+    if text.is_empty() {
+        text.push_str("nothing is to happen to it\n");
+    }
+    text
+}
+
+/// Options for people.
+pub fn render_options(options: &Options) -> String {
+    format!(
+        "http-endpoint {}\nhttp-tokens {}\nhttp-put-response-hop-limit {}\ninstance-metadata-tags {}\nhttp-protocol-ipv6 {}\n",
+        options.http_endpoint,
+        options.http_tokens,
+        options.http_put_response_hop_limit,
+        options.instance_metadata_tags,
+        options.http_protocol_ipv6
+    )
 }
 
 /// Trust policies for people: each is JSON that IAM takes.

@@ -3,10 +3,21 @@
 //! Only labels that whoever started the container wrote come here ([`super::Definition::labels`]). A label with our
 //! prefix that is unknown is an error of its container: a typo must not drop a restriction.
 
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+
 use super::{Environment, Labels, compat};
-use crate::config::{HttpEndpoint, HttpTokens, Nearest, Settings, is_region, parse_duration, template_fits};
+use crate::config::{
+    HttpEndpoint, HttpTokens, Nearest, Settings, hop_limit, is_region, is_user_data, metadata_path, parse_duration,
+    template_fits,
+};
 use crate::credentials::Secret;
 use crate::credentials::inputs::{self, Inputs};
+use crate::metadata::events::Kind;
 
 /// What a container's labels ask for. `None`: the label is not there.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -35,6 +46,22 @@ pub struct ContainerSpec {
     pub instance_id: Option<String>,
     /// `imds.ami-id`
     pub ami_id: Option<String>,
+    /// `imds.metadata.…`: by path, from the version on.
+    pub metadata: BTreeMap<String, String>,
+    /// `imds.instance-tag.…`
+    pub tags: BTreeMap<String, String>,
+    /// `imds.instance-metadata-tags`
+    pub instance_metadata_tags: Option<bool>,
+    /// `imds.user-data`, `imds.user-data-base64`
+    pub user_data: Option<Bytes>,
+    /// `imds.http-put-response-hop-limit`
+    pub hop_limit: Option<u8>,
+    /// `imds.http-protocol-ipv6`
+    pub ipv6: Option<bool>,
+    /// `imds.spot.interrupt-after` and the like: how long after its start.
+    pub events: BTreeMap<Kind, Duration>,
+    /// `imds.spot.action` and the like.
+    pub event_actions: BTreeMap<Kind, String>,
 }
 
 /// What is wrong with one label.
@@ -221,7 +248,122 @@ const LABELS: &[Label] = &[
         expected: "ami- and 8 or 17 hexadecimal digits",
         read: |spec, value| is_id("ami-", value).then(|| spec.ami_id = Some(value.to_owned())),
     },
+    Label {
+        name: HOP_LIMIT,
+        expected: "a whole number from 1 to 64",
+        read: |spec, value| hop_limit(value).map(|it| spec.hop_limit = Some(it)),
+    },
+    Label {
+        name: "http-protocol-ipv6",
+        expected: "enabled or disabled",
+        read: |spec, value| choose(value, &[("enabled", true), ("disabled", false)], &mut spec.ipv6),
+    },
+    Label {
+        name: "spot.interrupt-after",
+        expected: AFTER,
+        read: |spec, value| after(spec, Kind::SpotInterruption, value),
+    },
+    Label {
+        name: "spot.action",
+        expected: "terminate, stop or hibernate",
+        read: |spec, value| event_action(spec, Kind::SpotInterruption, value),
+    },
+    Label {
+        name: "rebalance.after",
+        expected: AFTER,
+        read: |spec, value| after(spec, Kind::Rebalance, value),
+    },
+    Label {
+        name: "maintenance.after",
+        expected: AFTER,
+        read: |spec, value| after(spec, Kind::Maintenance, value),
+    },
+    Label {
+        name: "maintenance.code",
+        expected: "system-reboot, instance-reboot, system-maintenance, instance-retirement or instance-stop",
+        read: |spec, value| event_action(spec, Kind::Maintenance, value),
+    },
+    Label {
+        name: "lifecycle.after",
+        expected: AFTER,
+        read: |spec, value| after(spec, Kind::Lifecycle, value),
+    },
+    Label {
+        name: "lifecycle.state",
+        expected: "Terminated, Detached, InService, Standby, or Warmed:Hibernated, :Running, :Stopped, :Terminated",
+        read: |spec, value| event_action(spec, Kind::Lifecycle, value),
+    },
+    Label {
+        name: "instance-metadata-tags",
+        expected: "enabled or disabled",
+        read: |spec, value| {
+            let choices = [("enabled", true), ("disabled", false)];
+            choose(value, &choices, &mut spec.instance_metadata_tags)
+        },
+    },
+    Label {
+        name: USER_DATA,
+        expected: "text of 1 to 16384 bytes, and not user-data-base64 as well",
+        read: |spec, value| set_user_data(spec, value.as_bytes().to_vec()),
+    },
+    Label {
+        name: USER_DATA_BASE64,
+        expected: "base64 of 1 to 16384 bytes, and not user-data as well",
+        read: |spec, value| set_user_data(spec, STANDARD.decode(value).ok()?),
+    },
 ];
+
+const HOP_LIMIT: &str = "http-put-response-hop-limit";
+const AFTER: &str = "a duration after the container's start, such as 90s, 10m or 2h";
+
+fn after(spec: &mut ContainerSpec, kind: Kind, value: &str) -> Option<()> {
+    spec.events
+        .insert(kind, parse_duration(value).filter(|it| *it <= YEAR)?);
+    Some(())
+}
+
+/// Further away is nothing that a container lives to see.
+const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+
+fn event_action(spec: &mut ContainerSpec, kind: Kind, value: &str) -> Option<()> {
+    let action = kind.action(Some(value))?;
+    spec.event_actions.insert(kind, action.to_owned());
+    Some(())
+}
+
+/// Labels whose values may be secrets: they are not shown.
+const UNSHOWN: [&str; 3] = [EXTERNAL_ID, USER_DATA, USER_DATA_BASE64];
+const USER_DATA: &str = "user-data";
+const USER_DATA_BASE64: &str = "user-data-base64";
+/// What values below `meta-data/` stand below.
+const METADATA: &str = "metadata.";
+/// What tags stand below.
+const INSTANCE_TAG: &str = "instance-tag.";
+/// EC2's own bounds (user guide, "View tags using instance metadata", and "Tag restrictions").
+const INSTANCE_TAG_EXPECTED: &str = "a key of 1 to 128 letters, digits and +-=.,_:@ that is not ., .. or _index and does not begin with aws:, and a value \
+     of up to 256 characters in one line";
+
+fn set_user_data(spec: &mut ContainerSpec, data: Vec<u8>) -> Option<()> {
+    let fits = spec.user_data.is_none() && is_user_data(&data);
+    fits.then(|| spec.user_data = Some(data.into()))
+}
+
+fn instance_tag(spec: &mut ContainerSpec, key: &str, value: &str) -> Option<()> {
+    let key_fits = (1..=128).contains(&key.len())
+        && key
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"+-=.,_:@".contains(&b))
+        && ![".", "..", "_index"].contains(&key)
+        && !key.starts_with("aws:");
+    (key_fits && is_tag_value(value)).then(|| {
+        spec.tags.insert(key.to_owned(), value.to_owned());
+    })
+}
+
+/// Whether `value` can be that of an instance tag.
+pub fn is_tag_value(value: &str) -> bool {
+    value.chars().count() <= 256 && !value.contains(char::is_control)
+}
 
 /// The items of a list.
 fn items(value: &str) -> Vec<&str> {
@@ -282,14 +424,36 @@ pub fn read(
             }
             continue;
         }
+        if let Some(key) = name.strip_prefix(INSTANCE_TAG) {
+            if instance_tag(&mut spec, key, value).is_none() {
+                errors.push(LabelError::BadValue {
+                    label: label.clone(),
+                    value: value.clone(),
+                    expected: INSTANCE_TAG_EXPECTED.to_owned(),
+                });
+            }
+            continue;
+        }
+        if let Some(path) = name.strip_prefix(METADATA) {
+            match metadata_path(path, value) {
+                Ok(path) => {
+                    spec.metadata.insert(path, value.clone());
+                }
+                Err(what) => errors.push(LabelError::Contradiction {
+                    label: label.clone(),
+                    what,
+                }),
+            }
+            continue;
+        }
         match LABELS.iter().find(|known| known.name == name) {
             Some(known) if (known.read)(&mut spec, value).is_some() => {}
             Some(known) => errors.push(LabelError::BadValue {
                 label: label.clone(),
                 // What an external id is to be is no secret; what it is, is.
-                value: match name {
-                    EXTERNAL_ID => "…".to_owned(),
-                    _ => value.clone(),
+                value: match UNSHOWN.contains(&name) {
+                    true => "…".to_owned(),
+                    false => value.clone(),
                 },
                 expected: known.expected.to_owned(),
             }),
@@ -311,6 +475,19 @@ pub fn read(
             what,
         });
     }
+    for kind in spec.event_actions.keys().filter(|kind| !spec.events.contains_key(kind)) {
+        errors.push(LabelError::Contradiction {
+            label: format!(
+                "{prefix}{}",
+                if *kind == Kind::SpotInterruption {
+                    "spot.action"
+                } else {
+                    kind.name()
+                }
+            ),
+            what: "says what happens; expected a label that says when, too".to_owned(),
+        });
+    }
     let as_it_is = spec.profile.is_some() && spec.role.is_none();
     if let Some(label) = spec.inputs.of_a_role_only().filter(|_| as_it_is) {
         errors.push(LabelError::Contradiction {
@@ -328,6 +505,11 @@ pub fn read(
             "http-endpoint",
             "enabled",
             settings.http_endpoint == HttpEndpoint::Disabled && spec.http_endpoint == Some(true),
+        ),
+        (
+            HOP_LIMIT,
+            labels.get(&format!("{prefix}{HOP_LIMIT}")).map_or("", String::as_str),
+            spec.hop_limit.is_some_and(|limit| limit > settings.hop_limit),
         ),
     ];
     for (name, value, _) in lowers

@@ -155,6 +155,11 @@ impl Definition {
         self.labels.get("com.docker.compose.project").map(String::as_str)
     }
 
+    /// Which of a compose service's containers it is, from 1.
+    pub fn replica(&self) -> Option<u32> {
+        self.labels.get("com.docker.compose.container-number")?.parse().ok()
+    }
+
     /// The compose service that the container belongs to.
     pub fn service(&self) -> Option<&str> {
         self.labels.get("com.docker.compose.service").map(String::as_str)
@@ -201,11 +206,14 @@ impl Attachments {
     /// The endpoint that EC2 would call device 0: that of the default route. Engines before 28 give it to the network
     /// whose name sorts first; internal networks have none.
     pub fn primary(&self) -> Option<&Endpoint> {
-        self.0
-            .values()
-            .filter(|endpoint| endpoint.ipv4.is_some())
-            .min_by_key(|endpoint| (endpoint.internal, &endpoint.network))
-            .or_else(|| self.0.values().next())
+        self.in_order().first().map(|(_, endpoint)| *endpoint)
+    }
+
+    /// All of them, as EC2 would number them: the primary first.
+    pub fn in_order(&self) -> Vec<(&NetworkId, &Endpoint)> {
+        let mut all: Vec<_> = self.0.iter().collect();
+        all.sort_by_key(|(_, endpoint)| (endpoint.ipv4.is_none(), endpoint.internal, &endpoint.network));
+        all
     }
 }
 

@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::BoxFuture;
@@ -195,7 +195,7 @@ pub struct Birth {
 /// What the rest of the daemon makes of a container.
 pub trait Instances: Send + Sync + 'static {
     /// [`crate::instance::resolve`] with the settings in force.
-    fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance;
+    fn resolve(&self, container: &Arc<Definition>, attachments: &Arc<Attachments>, started: SystemTime) -> Instance;
     /// Has credentials kept fresh until the hold is dropped.
     fn hold(&self, session: &Arc<Session>) -> Box<dyn Hold>;
     /// Whether the service is to listen inside the containers' own network namespaces.
@@ -349,6 +349,13 @@ pub struct Watcher {
     ends: FuturesUnordered<BoxFuture<'static, (ContainerId, CgroupId)>>,
     attachings: FuturesUnordered<BoxFuture<'static, Attached>>,
     waiters: Vec<Waiter>,
+
+    /// Whose an instance id is: that of one life.
+    ids: HashMap<String, (ContainerId, Weak<Life>)>,
+    /// When time alone changes an instance.
+    timed: HashMap<ContainerId, SystemTime>,
+    /// Who would have it as well.
+    twins: HashMap<String, HashSet<ContainerId>>,
 }
 
 /// What a watcher needs.
@@ -392,6 +399,9 @@ impl Watcher {
             ends: FuturesUnordered::new(),
             attachings: FuturesUnordered::new(),
             waiters: Vec::new(),
+            ids: HashMap::new(),
+            timed: HashMap::new(),
+            twins: HashMap::new(),
         }
     }
 
@@ -404,7 +414,9 @@ impl Watcher {
         let mut back_off = Duration::from_millis(10);
         let mut tick = tokio::time::interval(BIRTH_TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let clock = self.clock.clone();
         loop {
+            let next = self.next();
             tokio::select! {
                 subscribed = &mut connecting, if !connected => match subscribed {
                     Ok(stream) => {
@@ -439,8 +451,24 @@ impl Watcher {
                     let all: Vec<_> = self.known.keys().cloned().collect();
                     all.iter().for_each(|id| self.publish(id));
                 }
+                () = until(&clock, next), if next.is_some() => self.again(),
                 _ = tick.tick(), if !self.awaited.is_empty() || !self.retries.is_empty() => self.tick(),
             }
+        }
+    }
+
+    /// When the first instance is to be resolved again because time has passed.
+    fn next(&self) -> Option<SystemTime> {
+        self.timed.values().min().copied()
+    }
+
+    fn again(&mut self) {
+        let now = self.clock.wall();
+        let due = self.timed.iter().filter(|(_, at)| **at <= now);
+        let due: Vec<_> = due.map(|(id, _)| id.clone()).collect();
+        for id in due {
+            self.timed.remove(&id);
+            self.publish(&id);
         }
     }
 
@@ -767,10 +795,14 @@ impl Watcher {
     fn forget(&mut self, id: &ContainerId) {
         self.kernel.engine_says_ended(id);
         self.awaited.remove(id);
-        if let Some(known) = self.known.remove(id) {
-            debug!(container = %id, name = known.definition.as_ref().map(|it| &it.name), "forgotten");
-        }
+        self.timed.remove(id);
+        let known = self.known.remove(id);
         self.index.remove(id);
+        if let Some(known) = known {
+            debug!(container = %id, name = known.definition.as_ref().map(|it| &it.name), "forgotten");
+            let instance = known.life.map(|life| life.instance.load_full());
+            self.release(id, instance.as_deref());
+        }
     }
 
     // ---- the kernel
@@ -896,8 +928,20 @@ impl Watcher {
         let Some(known) = self.known.get_mut(id) else { return };
         if known.life.as_ref().is_some_and(|life| life.cgroup == cgroup) {
             debug!(container = %id, "ended");
-            known.life = None;
+            let instance = known.life.take().map(|life| life.instance.load_full());
             self.publish(id);
+            self.release(id, instance.as_deref());
+        }
+    }
+
+    /// The instance id of a life that has ended is free.
+    fn release(&mut self, id: &ContainerId, instance: Option<&Instance>) {
+        let Some(instance) = instance else { return };
+        if self.ids.get(&instance.id).is_some_and(|(holder, _)| holder == id) {
+            self.ids.remove(&instance.id);
+        }
+        for twin in self.twins.remove(&instance.id).unwrap_or_default() {
+            self.publish(&twin);
         }
     }
 
@@ -924,6 +968,28 @@ impl Watcher {
             (None, None) => known.seen,
         };
         let mut instance = self.instances.resolve(definition, &known.attachments, started);
+        let lives = known.birth.is_some() || known.life.as_ref().is_some_and(|life| life.alive());
+        let other = self.ids.get(&instance.id).and_then(|(other, life)| {
+            let life = life
+                .upgrade()
+                .filter(|it| other != id && it.alive() && it.instance.load().id == instance.id)?;
+            Some((other.clone(), life.started))
+        });
+        // Whoever was first stays; a daemon that has been started again may hear of them in another order.
+        let (other, displaced) = match other {
+            Some((other, since)) if lives && (started, id) < (since, &other) => (None, Some(other)),
+            other => (other, None),
+        };
+        let is_twin = other.is_some();
+        if let Some((other, _)) = other {
+            self.twins.entry(instance.id.clone()).or_default().insert(id.clone());
+            let problem = format!("instance id {} is that of container {other}, which runs", instance.id);
+            instance = instance.refused(problem);
+        }
+        match instance.again {
+            Some(at) => self.timed.insert(id.clone(), at),
+            None => self.timed.remove(id),
+        };
         match instance.role.session() {
             Some(session) if known.hold.as_ref().is_some_and(|hold| hold.session() == session) => {}
             Some(session) => known.hold = Some(self.instances.hold(session)),
@@ -959,6 +1025,9 @@ impl Watcher {
         }
         if let Some(life) = &known.life {
             life.instance.store(instance.clone());
+            if !is_twin {
+                self.ids.insert(instance.id.clone(), (id.clone(), Arc::downgrade(life)));
+            }
             let wanted = match self.instances.attaches() && instance.endpoint {
                 false => Attach::No,
                 true => Attach::Yes {
@@ -990,6 +1059,9 @@ impl Watcher {
             left_alone: known.left_alone.clone(),
             instance,
         });
+        if let Some(other) = displaced {
+            self.publish(&other);
+        }
     }
 
     /// A caller whose address leads to nobody: ask the engine about the networks that the address may be on.
@@ -1082,6 +1154,14 @@ fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Box
         }
     }
     .boxed()
+}
+
+/// Waits for a moment of the wall clock, or for a second: somebody may set the clock meanwhile.
+async fn until(clock: &Clock, moment: Option<SystemTime>) {
+    const LOOK: Duration = Duration::from_secs(1);
+    let wait = moment.map_or(LOOK, |moment| moment.duration_since(clock.wall()).unwrap_or_default());
+    // Timers are as coarse as a millisecond: never a moment before.
+    tokio::time::sleep(wait.min(LOOK)).await;
 }
 
 /// Whether an address is in a subnet.

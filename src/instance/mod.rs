@@ -7,21 +7,29 @@ mod session;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use hyper::header::HeaderValue;
+use serde::{Deserialize, Serialize};
 
 use self::session::{Case, Verdict};
 use crate::config::{HttpEndpoint, HttpTokens, Settings};
 use crate::containers::labels::{self, ContainerSpec};
 use crate::containers::{Attachments, Definition};
 use crate::credentials::{RoleArn, Session, offline, partition_of, region_in};
-use crate::metadata::catalogue::{Facts, View};
+use crate::metadata::catalogue::{self, Facts, Link, View};
+use crate::metadata::events::{self, Event, Kind};
 
 /// Region of last resort; `status` warns that it is a guess.
 pub const FALLBACK_REGION: &str = "us-east-1";
 const INSTANCE_TYPE: &str = "t3.micro";
 const ZONE_LETTER: char = 'a';
+/// What compose writes on its containers that is true of them.
+const COMPOSE_TAGS: [&str; 3] = [
+    "com.docker.compose.project",
+    "com.docker.compose.service",
+    "com.docker.compose.container-number",
+];
 
 /// The instance that a container sees.
 #[derive(Clone, PartialEq, Debug)]
@@ -32,8 +40,20 @@ pub struct Instance {
     pub endpoint: bool,
     /// Whether that is not decided yet: without a label only a role makes it find one, and it may turn out to have none.
     pub endpoint_open: bool,
+    /// Its id, which no other container that runs may have.
+    pub id: String,
     /// Whether it must use IMDSv2.
     pub tokens_required: bool,
+    /// How many routers the answer with a token may pass.
+    pub hop_limit: u8,
+    /// Whether it is also answered over IPv6.
+    pub ipv6: bool,
+    /// Whether it sees its tags.
+    pub tags: bool,
+    /// What is to happen to it.
+    pub events: Vec<Event>,
+    /// When time alone makes it another one: it is to be resolved again then.
+    pub again: Option<SystemTime>,
     /// Its role, or why it has none.
     pub role: Role,
     /// The profile whose base credentials decide on its role, once the policy lets the container have it: it has to be
@@ -125,19 +145,132 @@ impl Surroundings {
     }
 }
 
-/// Makes the instance of one container. `started`: when its present run began; before that, when it was seen.
+impl Instance {
+    /// The same, of a container that gets no credentials because of `problem`.
+    #[must_use]
+    pub fn refused(self, problem: String) -> Self {
+        let mut problems = self.problems;
+        problems.push(problem.clone());
+        Self {
+            role: Role::Refused(problem),
+            profile: None,
+            rule: None,
+            tokens_required: true,
+            problems,
+            ..self
+        }
+    }
+}
+
+/// Instance metadata options, as EC2's ModifyInstanceMetadataOptions has them. `None`: as labels and configuration say.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Options {
+    /// `HttpEndpoint`
+    pub endpoint: Option<bool>,
+    /// `HttpTokens`: whether they are required.
+    pub tokens_required: Option<bool>,
+    /// `HttpPutResponseHopLimit`
+    pub hop_limit: Option<u8>,
+    /// `InstanceMetadataTags`
+    pub tags: Option<bool>,
+    /// `HttpProtocolIpv6`
+    pub ipv6: Option<bool>,
+}
+
+/// What the operator has ordered for one container while it runs: it wins over labels and configuration.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Ordered {
+    /// Its options.
+    pub options: Options,
+    /// What is to happen to it.
+    pub events: Vec<Event>,
+}
+
+/// When an instance is made, and what was ordered for it until then.
+#[derive(Clone, Debug)]
+pub struct At {
+    /// When the container's present run began; before that, when it was seen.
+    pub started: SystemTime,
+    /// Now.
+    pub now: SystemTime,
+    /// What was ordered.
+    pub ordered: Ordered,
+}
+
+/// The moment of the start, with nothing ordered.
+impl From<SystemTime> for At {
+    fn from(started: SystemTime) -> Self {
+        Self {
+            started,
+            now: started,
+            ordered: Ordered::default(),
+        }
+    }
+}
+
+fn seconds(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs()
+}
+
+/// What is to happen to a container: by its labels, and as ordered. One of a kind, and what was ordered wins.
+fn events(spec: &ContainerSpec, started: SystemTime, ordered: &Ordered) -> Vec<Event> {
+    let decided = seconds(started);
+    let born = Kind::ALL.into_iter().filter_map(|kind| {
+        let after = *spec.events.get(&kind)?;
+        let action = kind
+            .action(spec.event_actions.get(&kind).map(String::as_str))?
+            .to_owned();
+        Some(Event {
+            kind,
+            action,
+            decided,
+            at: decided + after.as_secs(),
+            cancelled: false,
+        })
+    });
+    let mut events: Vec<_> = born
+        .filter(|born| !ordered.events.iter().any(|it| it.kind == born.kind))
+        .collect();
+    events.extend(ordered.events.clone());
+    events
+}
+
+/// As [`resolve`], without keeping what only the tree of metadata is made of: that is gathered again when a request asks for
+/// the tree.
+pub fn resolve_sparingly(
+    container: &Arc<Definition>,
+    attachments: &Arc<Attachments>,
+    at: impl Into<At>,
+    settings: &Arc<Settings>,
+    around: &Arc<Surroundings>,
+) -> Instance {
+    let at: At = at.into();
+    let mut instance = resolve(container, attachments, at.clone(), settings, around);
+    let (container, attachments) = (container.clone(), attachments.clone());
+    let (settings, around) = (settings.clone(), around.clone());
+    instance.view = View::later(move || resolve(&container, &attachments, at.clone(), &settings, &around).view);
+    instance
+}
+
+/// Makes the instance of one container.
 pub fn resolve(
     container: &Definition,
     attachments: &Attachments,
-    started: SystemTime,
+    at: impl Into<At>,
     settings: &Settings,
     around: &Surroundings,
 ) -> Instance {
+    let At { started, now, ordered } = at.into();
+    let options = &ordered.options;
     let (spec, errors) = labels::read(&container.labels, container.environment.as_ref(), settings);
     let mut problems: Vec<String> = errors.iter().map(ToString::to_string).collect();
-    let region = spec
-        .region
-        .clone()
+    let overrides = overrides(&spec, settings);
+    let given = |path: &str| overrides.get(path).cloned();
+    let region = given(catalogue::REGION)
         .or_else(|| settings.region.clone())
         .or_else(|| around.base.region.clone());
     // Where nothing names one, it follows the role, as far as that is written out.
@@ -149,13 +282,14 @@ pub fn resolve(
         })
     });
     let partition = partition_of(&region);
-    let zone = spec
-        .availability_zone
-        .clone()
-        .unwrap_or_else(|| format!("{region}{ZONE_LETTER}"));
+    let zone = given(catalogue::ZONE).unwrap_or_else(|| format!("{region}{ZONE_LETTER}"));
     if !zone.starts_with(&region) {
         problems.push(format!("availability zone {zone} is not in region {region}"));
     }
+    let links = links(attachments, &given);
+    // Those of the configuration are for every container, whichever links it has.
+    let strange = spec.metadata.keys().filter(|path| catalogue::of_no_link(path, &links));
+    problems.extend(strange.map(|path| format!("{path}: no link of the container has this MAC address")));
     let Verdict {
         role,
         listed,
@@ -185,34 +319,46 @@ pub fn resolve(
         problems.push(why.clone());
     }
     let account = account(listed.as_ref(), settings, around);
-    let primary = attachments.primary();
+    let events = events(&spec, started, &ordered);
+    let (told, again) = events::told(&events, container.id.as_str(), seconds(now));
+    let id = given("meta-data/instance-id").unwrap_or_else(|| derived_id("i-", container.id.as_str()));
     let facts = Facts {
-        instance_id: spec
-            .instance_id
-            .clone()
-            .unwrap_or_else(|| derived_id("i-", container.id.as_str())),
-        ami_id: spec.ami_id.clone().unwrap_or_else(|| {
-            let digest = container.image_id.rsplit(':').next().unwrap_or_default();
-            derived_id("ami-", digest)
-        }),
-        instance_type: spec.instance_type.clone().unwrap_or_else(|| INSTANCE_TYPE.to_owned()),
+        container: container.id.as_str().to_owned(),
+        instance_id: id.clone(),
+        ami_id: derived_id("ami-", container.image_id.rsplit(':').next().unwrap_or_default()),
+        instance_type: INSTANCE_TYPE.to_owned(),
         hostname: container.hostname.clone(),
-        local_ipv4: primary.and_then(|endpoint| endpoint.ipv4).map(|(address, _)| address),
-        mac: primary
-            .map(|endpoint| endpoint.mac.clone())
-            .filter(|mac| !mac.is_empty()),
+        links,
         partition: listed.as_ref().map_or(partition, RoleArn::partition).to_owned(),
         account,
         role: listed,
         region,
         zone,
         started,
+        project: container.project().map(str::to_owned),
+        launch_index: container.replica().map_or(0, |number| number.saturating_sub(1)),
+        tags: tags(container, &spec, settings, options),
+        public_keys: settings.public_keys.clone().into_iter().collect(),
+        user_data: [&spec.user_data, &settings.user_data, &settings.from_file.user_data]
+            .into_iter()
+            .find_map(Option::clone),
+        events: told,
+        overrides,
     };
+    let by_labels = |role: &Role| options.endpoint.unwrap_or_else(|| endpoint(&spec, role, settings));
     Instance {
+        tags: facts.tags.is_some(),
         view: View::of(facts),
-        endpoint: endpoint(&spec, &role, settings),
-        endpoint_open: open && endpoint(&spec, &role, settings) && !endpoint(&spec, &Role::None, settings),
-        tokens_required: tokens_required(&spec, settings, &problems),
+        id,
+        endpoint: by_labels(&role),
+        endpoint_open: open && by_labels(&role) && !by_labels(&Role::None),
+        tokens_required: options
+            .tokens_required
+            .unwrap_or_else(|| tokens_required(&spec, settings, &problems)),
+        hop_limit: options.hop_limit.or(spec.hop_limit).unwrap_or(settings.hop_limit),
+        ipv6: options.ipv6.or(spec.ipv6).unwrap_or(true),
+        events,
+        again: again.map(|at| SystemTime::UNIX_EPOCH + Duration::from_secs(at)),
         role,
         profile,
         rule,
@@ -220,6 +366,81 @@ pub fn resolve(
         last_modified: HeaderValue::from_str(&httpdate::fmt_http_date(started))
             .expect("a date has letters, digits, blanks, commas and colons only"),
     }
+}
+
+/// Values that take the place of what is derived, the most particular first: the label of the path, the label of its own, the
+/// configuration.
+fn overrides(spec: &ContainerSpec, settings: &Settings) -> BTreeMap<String, String> {
+    let own = [
+        (catalogue::REGION, &spec.region),
+        (catalogue::ZONE, &spec.availability_zone),
+        ("meta-data/instance-type", &spec.instance_type),
+        ("meta-data/instance-id", &spec.instance_id),
+        ("meta-data/ami-id", &spec.ami_id),
+    ];
+    let own = own
+        .into_iter()
+        .filter_map(|(path, value)| Some((path.to_owned(), value.clone()?)));
+    let labels: BTreeMap<String, String> = own.chain(spec.metadata.clone()).collect();
+    let mut all = settings.from_file.values.clone();
+    all.extend(settings.metadata.clone());
+    // The configuration's zone is one of the configuration's region.
+    if labels
+        .get(catalogue::REGION)
+        .is_some_and(|region| all.get(catalogue::REGION) != Some(region))
+    {
+        all.retain(|path, _| !path.starts_with("meta-data/placement/availability-zone"));
+    }
+    all.extend(labels);
+    all
+}
+
+/// The container's links, as EC2 would number them. What is given for the first one's MAC and IPv4 address is its.
+fn links(attachments: &Attachments, given: &dyn Fn(&str) -> Option<String>) -> Vec<Link> {
+    let mut links: Vec<Link> = Vec::new();
+    for (id, endpoint) in attachments.in_order() {
+        let mac = endpoint.mac.to_ascii_lowercase();
+        if mac.is_empty() || links.iter().any(|link| link.mac == mac) {
+            continue;
+        }
+        links.push(Link {
+            network: id.0.to_string(),
+            name: endpoint.network.clone(),
+            mac,
+            ipv4: endpoint.ipv4,
+            ipv6: endpoint.ipv6,
+        });
+    }
+    if let Some(first) = links.first_mut() {
+        first.mac = given("meta-data/mac").unwrap_or_else(|| first.mac.clone());
+        let address = given("meta-data/local-ipv4").and_then(|it| it.parse().ok());
+        first.ipv4 = address
+            .map(|it| (it, first.ipv4.map_or(32, |(_, prefix)| prefix)))
+            .or(first.ipv4);
+    }
+    links
+}
+
+/// What a container sees of its tags; `None`: nothing.
+fn tags(
+    container: &Definition,
+    spec: &ContainerSpec,
+    settings: &Settings,
+    options: &Options,
+) -> Option<BTreeMap<String, String>> {
+    let asked = options.tags.or(spec.instance_metadata_tags);
+    if !asked.unwrap_or(settings.instance_metadata_tags) {
+        return None;
+    }
+    let mut tags = BTreeMap::new();
+    if settings.compose_tags {
+        let labels = container.labels.iter();
+        let known =
+            labels.filter(|(label, value)| COMPOSE_TAGS.contains(&label.as_str()) && labels::is_tag_value(value));
+        tags.extend(known.map(|(label, value)| (label.clone(), value.clone())));
+    }
+    tags.extend(spec.tags.clone());
+    Some(tags)
 }
 
 fn endpoint(spec: &ContainerSpec, role: &Role, settings: &Settings) -> bool {

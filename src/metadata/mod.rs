@@ -1,6 +1,8 @@
 //! What EC2 would know about a container: its tree of metadata, built once per change at the most, never per request.
 
 pub mod catalogue;
+pub mod events;
+pub mod file;
 pub mod identity;
 
 use std::collections::{BTreeMap, HashMap};
@@ -18,6 +20,10 @@ pub enum Node {
     RoleList(Bytes),
     /// The credentials document of the role.
     Credentials,
+    /// A signature of an identity document.
+    Signed(identity::Form, Bytes),
+    /// User data: bytes as they were given.
+    UserData(Bytes),
 }
 
 /// The tree of one container. Paths have no slash at their ends: `meta-data/instance-id`; the root is empty.
@@ -79,6 +85,15 @@ pub fn document(fields: &[(&str, &str)]) -> String {
         .map(|(key, value)| format!("  {} : {}", quoted(key), quoted(value)))
         .collect();
     format!("{{\n{}\n}}", lines.join(",\n"))
+}
+
+/// The same in one line, as EC2 writes small ones.
+pub fn document_line(fields: &[(&str, &str)]) -> String {
+    let fields: Vec<String> = fields
+        .iter()
+        .map(|(key, value)| format!("{}: {}", quoted(key), quoted(value)))
+        .collect();
+    format!("{{{}}}", fields.join(", "))
 }
 
 /// A JSON string.

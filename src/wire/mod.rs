@@ -119,6 +119,13 @@ impl Reply {
         reply
     }
 
+    /// Bytes as somebody gave them, which may be no text.
+    pub fn bytes(body: Bytes, last_modified: HeaderValue) -> Self {
+        let mut reply = Self::value(body, last_modified);
+        reply.content_type = "application/octet-stream";
+        reply
+    }
+
     /// A new token.
     pub fn token(token: String, ttl: u32) -> Self {
         Self::new(StatusCode::OK, "text/plain", token.into()).with_ttl(Some(ttl))

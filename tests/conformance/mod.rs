@@ -183,8 +183,8 @@ pub fn rows(mode: Mode) -> Vec<Row> {
             .gives(200, ID)
             .with(VALUE)
             .with(&[(TTL, "*"), ("server", "EC2ws")]),
-        get(12, "/latest/meta-data").gives(200, Holds("ami-id\nhostname\niam/\ninstance-id\n")),
-        get(12, "/latest/meta-data/").gives(200, Holds("ami-id\nhostname\niam/\ninstance-id\n")),
+        get(12, "/latest/meta-data").gives(200, Holds("ami-id\nami-launch-index\n")),
+        get(12, "/latest/meta-data/").gives(200, Holds("iam/\ninstance-action\ninstance-id\n")),
         get(12, "/").gives(200, Holds("1.0\n2007-01-19\n")),
         get(12, "/").gives(200, Holds("2024-04-11\nlatest")),
         get(12, "/latest").gives(200, Exactly("dynamic\nmeta-data")),

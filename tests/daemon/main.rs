@@ -7,6 +7,7 @@ mod conformance;
 mod script;
 
 mod attribution;
+mod instances;
 mod rules;
 mod serving;
 mod watching;

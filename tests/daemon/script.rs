@@ -5,7 +5,7 @@ use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU16, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::{BoxFuture, FutureExt as _};
@@ -27,7 +27,9 @@ use imds_router::containers::{
 };
 use imds_router::credentials::broker::{Broker, CredentialProvider, Lease, Limits, Provided, ProviderError};
 use imds_router::credentials::{Credentials, RoleArn, Secret, Session};
-use imds_router::instance::{Instance, Surroundings, resolve};
+use imds_router::instance::{At, Instance, Ordered, Surroundings, resolve_sparingly};
+use imds_router::metadata::identity::Signer;
+use imds_router::orders::Orders;
 use imds_router::server::{self, Service};
 use imds_router::wire::imds::credentials_document;
 use imds_router::wire::token::{TokenAuthority, TokenKey};
@@ -40,9 +42,9 @@ pub const HOST: NamespaceId = NamespaceId(1);
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 255, 255, 254);
 pub const WALL: Duration = Duration::from_secs(1_767_607_872);
 
-/// An id made of a number.
+/// An id made of a number. It is in front: what is derived from an id looks there.
 pub fn id(number: u32) -> ContainerId {
-    ContainerId::parse(&format!("{number:064x}")).unwrap()
+    ContainerId::parse(&format!("{number:08x}{}", "0".repeat(56))).unwrap()
 }
 
 // ---- the engine
@@ -127,7 +129,7 @@ fn row(id: &ContainerId, container: &Container) -> Row {
         id: id.clone(),
         name: match &container.name {
             Some(name) => name.clone(),
-            None => format!("c{}", id.as_str().trim_start_matches('0')),
+            None => format!("c{}", id.as_str()[..8].trim_start_matches('0')),
         },
         labels,
         image: "box".into(),
@@ -416,6 +418,8 @@ impl CredentialProvider for ScriptedSts {
 struct Resolver {
     settings: Arc<Mutex<Settings>>,
     broker: Arc<Broker>,
+    orders: Arc<Orders>,
+    clock: Clock,
 }
 
 struct Held(Lease);
@@ -429,12 +433,18 @@ impl Hold for Held {
 }
 
 impl Instances for Resolver {
-    fn resolve(&self, container: &Definition, attachments: &Attachments, started: SystemTime) -> Instance {
+    fn resolve(&self, container: &Arc<Definition>, attachments: &Arc<Attachments>, started: SystemTime) -> Instance {
         let around = Surroundings {
             host: "h".into(),
             ..Surroundings::default()
         };
-        resolve(container, attachments, started, &self.settings.lock().unwrap(), &around)
+        let at = At {
+            started,
+            now: self.clock.wall(),
+            ordered: self.orders.of(&container.id).unwrap_or_default(),
+        };
+        let settings = Arc::new(self.settings.lock().unwrap().clone());
+        resolve_sparingly(container, attachments, at, &settings, &Arc::new(around))
     }
 
     fn hold(&self, session: &Arc<Session>) -> Box<dyn Hold> {
@@ -463,10 +473,18 @@ pub struct Daemon {
     pub clock: Clock,
     /// Wakes the watcher as changed settings do.
     pub changed: watch::Sender<u64>,
+    pub orders: Arc<Orders>,
     settings: Arc<Mutex<Settings>>,
     next_port: AtomicU16,
     next_address: AtomicU64,
     _tasks: [tokio::task::JoinHandle<()>; 2],
+}
+
+/// One key for all daemons: making one takes a while.
+fn signer() -> Arc<Signer> {
+    static SIGNER: OnceLock<Arc<Signer>> = OnceLock::new();
+    let make = || Arc::new(Signer::new(&Signer::generate().unwrap()).unwrap());
+    SIGNER.get_or_init(make).clone()
 }
 
 pub fn settings() -> Settings {
@@ -505,6 +523,7 @@ impl Daemon {
             hosts: settings.hosts.clone(),
             ec2_error_documents: settings.ec2_error_documents,
         };
+        let orders = Arc::new(Orders::new(&[], Box::new(|_| Ok(()))).unwrap());
         let (changed, changes) = watch::channel(0);
         let settings = Arc::new(Mutex::new(settings));
         let ports = Ports {
@@ -513,6 +532,8 @@ impl Daemon {
             instances: Arc::new(Resolver {
                 settings: settings.clone(),
                 broker: broker.clone(),
+                orders: orders.clone(),
+                clock: clock.clone(),
             }),
             changed: changes,
         };
@@ -523,10 +544,18 @@ impl Daemon {
             engine,
             kernel,
             sts,
-            service: Service::new(index.clone(), broker, tokens, clock.clone(), options, own_ends),
+            service: Service::new(
+                index.clone(),
+                broker,
+                (tokens, signer()),
+                clock.clone(),
+                options,
+                own_ends,
+            ),
             index,
             clock,
             changed,
+            orders,
             settings,
             next_port: AtomicU16::new(40_000),
             next_address: AtomicU64::new(0),
@@ -537,6 +566,12 @@ impl Daemon {
     /// Other settings from now on, as after a reload.
     pub fn configure(&self, change: impl FnOnce(&mut Settings)) {
         change(&mut self.settings.lock().unwrap());
+        self.changed.send_modify(|version| *version += 1);
+    }
+
+    /// Orders something for a container, as the operator does.
+    pub fn order(&self, number: u32, change: impl FnOnce(&mut Ordered)) {
+        self.orders.order(&id(number), |_| true, change).unwrap();
         self.changed.send_modify(|version| *version += 1);
     }
 

@@ -12,6 +12,8 @@ use crate::script::{Daemon, SECRET, SESSION_TOKEN, WALL, id, settings};
 const ROLE_LIST: &str = "/latest/meta-data/iam/security-credentials/";
 const DOCUMENT: &str = "/latest/meta-data/iam/security-credentials/app";
 const APP: &[(&str, &str)] = &[("imds.role", "app"), ("imds.instance-id", "i-0123456789abcdef0")];
+/// For several containers at once: an instance id is one container's.
+const ROLE_ONLY: &[(&str, &str)] = &[("imds.role", "app")];
 const HOLD: Duration = Duration::from_millis(400);
 
 fn down() -> Result<(), ProviderError> {
@@ -248,7 +250,7 @@ async fn a_thousand_requests_for_one_cold_role_are_one_call() {
     daemon.sts.say(&[(300, Ok(()))]);
     let mut clients = Vec::new();
     for number in 1..=20 {
-        let address = daemon.create(number, APP);
+        let address = daemon.create(number, ROLE_ONLY);
         daemon.boot(number, address);
         for _ in 0..50 {
             clients.push((number, address));
@@ -330,7 +332,7 @@ async fn a_denied_role_is_no_role_and_says_so_to_its_container_only() {
     let reply = daemon.connect(1, address).get(ROLE_LIST).await.unwrap();
     assert_eq!(reply.status, 404);
     let hint = reply.header("x-imds-router-hint").unwrap();
-    assert_eq!(hint, "role denied by sts; ask: imds-router explain 000000000000");
+    assert_eq!(hint, "role denied by sts; ask: imds-router explain 000000010000");
 }
 
 #[tokio::test(start_paused = true)]
@@ -367,7 +369,7 @@ async fn a_denied_role_is_answered_as_ec2_does_it_where_that_is_wanted() {
 async fn a_container_has_64_connections_and_its_neighbour_its_own() {
     let daemon = Daemon::start(settings());
     daemon.synchronised().await;
-    let (greedy, other) = (daemon.run(1, APP).await, daemon.run(2, APP).await);
+    let (greedy, other) = (daemon.run(1, ROLE_ONLY).await, daemon.run(2, ROLE_ONLY).await);
     tokio::time::sleep(Duration::from_millis(200)).await;
     let mut clients: Vec<_> = (0..64).map(|_| daemon.connect(1, greedy)).collect();
     for client in &mut clients {
@@ -458,7 +460,7 @@ async fn clocks_jump_and_laptops_sleep() {
         assert_eq!(reply.status, 404, "{jump} {sleep}");
         assert_eq!(
             reply.header("x-imds-router-hint"),
-            Some("sts not reachable; ask: imds-router explain 000000000000")
+            Some("sts not reachable; ask: imds-router explain 000000010000")
         );
     }
 }

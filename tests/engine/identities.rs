@@ -132,11 +132,11 @@ fn conforms(engine: &Arc<Engine>, attach: &str, mode: Mode) {
     let config =
         format!("account_id = \"{ACCOUNT}\"\n[serve]\nattach = \"{attach}\"\n[imds]\nhttp_tokens = \"{tokens}\"\n");
     let daemon = Daemon::start(engine, &config, &moto.daemon_environment());
-    let asks = |name| {
-        let run = engine.run(name).label("imds.role", "app");
-        run.label("imds.instance-id", "i-0123456789abcdef0").start()
-    };
-    let (container, other) = (asks("conforms"), asks("other"));
+    let asks = |name| engine.run(name).label("imds.role", "app");
+    let container = asks("conforms")
+        .label("imds.instance-id", "i-0123456789abcdef0")
+        .start();
+    let other = asks("other").start();
     let ttl = "X-aws-ec2-metadata-token-ttl-seconds";
     let expired = container.put("/latest/api/token", &[(ttl, "1")]).body;
     let foreign = other.token();

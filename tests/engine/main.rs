@@ -19,6 +19,8 @@ mod host;
 #[cfg(target_os = "linux")]
 mod identities;
 #[cfg(target_os = "linux")]
+mod instances;
+#[cfg(target_os = "linux")]
 mod load;
 #[cfg(target_os = "linux")]
 mod networks;
@@ -46,6 +48,7 @@ fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
     trials.extend(cases::trials(rig));
     trials.extend(networks::trials(rig));
     trials.extend(load::trials(rig));
+    trials.extend(instances::trials(rig));
     trials.extend(attacks::trials(rig));
     trials.extend(churn::trials(rig));
     // Looks at what all the others have left in their logs.

@@ -49,6 +49,8 @@ pub fn prepare() -> Result<(), String> {
         for (name, text) in [
             ("whoami.py", include_str!("../../clients/whoami.py")),
             ("whoami.mjs", include_str!("../../clients/whoami.mjs")),
+            ("crawl.py", include_str!("../../clients/crawl.py")),
+            ("hops.py", include_str!("../../clients/hops.py")),
             ("attacks/divert.py", include_str!("../../clients/attacks/divert.py")),
             ("attacks/frames.py", include_str!("../../clients/attacks/frames.py")),
             (
