@@ -75,6 +75,8 @@ pub struct Service {
     before_proof: Gate,
     versions: Bytes,
     refusals: Refusals,
+    /// Where the daemon asks itself from, until that has arrived.
+    probes: dashmap::DashSet<SocketAddr>,
 }
 
 /// How requests are answered.
@@ -115,7 +117,36 @@ impl Service {
             own_ends,
             before_proof: Gate::new(),
             versions: version_list().into(),
+            probes: dashmap::DashSet::new(),
         })
+    }
+
+    /// The daemon is about to ask itself from `client`: its refusal is nothing to note.
+    pub fn expect_probe(self: &Arc<Self>, client: SocketAddr) -> Probe {
+        self.probes.insert(client);
+        Probe {
+            service: self.clone(),
+            client,
+        }
+    }
+}
+
+/// A question of the daemon to itself.
+pub struct Probe {
+    service: Arc<Service>,
+    client: SocketAddr,
+}
+
+impl Probe {
+    /// Whether it has come to [`serve`].
+    pub fn arrived(&self) -> bool {
+        !self.service.probes.contains(&self.client)
+    }
+}
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        self.service.probes.remove(&self.client);
     }
 }
 
@@ -268,6 +299,7 @@ where
     // Those who are not proven cannot crowd out those who are. The wait is part of the deadline.
     let place = tokio::time::timeout_at(deadline, service.before_proof.enter(connection.via)).await;
     let Ok(Some(place)) = place else { return };
+    let probe = service.probes.remove(&connection.client).is_some();
     match identify(&service.index, connection, deadline).await {
         Ok(caller) => {
             drop(place);
@@ -295,7 +327,9 @@ where
             }
         }
         Err(refusal) => {
-            service.refusals.note(&refusal, connection.client);
+            if !probe {
+                service.refusals.note(&refusal, connection.client);
+            }
             let why = match refusal {
                 Refusal::NotSynchronised => Refused::NotReady,
                 _ => Refused::Unproven,

@@ -90,6 +90,7 @@ const MAP: &[(&str, &[&str])] = &[
         "verbs",
         &["admin", "app", "app::doctor", "cli", "config", "host::*", "telemetry"],
     ),
+    ("verbs::client", &["clock", "telemetry"]),
     ("wire", &[]),
     // A credentials document is written as all documents are.
     ("wire::imds", &["clock", "credentials", "metadata"]),

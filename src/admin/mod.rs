@@ -7,6 +7,8 @@
 //! | `GET /status` | [`Status`] |
 //! | `GET /explain/CONTAINER` | [`Explanation`]; 404 if there is no such container |
 //! | `GET /trust-policy/CONTAINER` | a list of [`Trust`]; 404 if there is no such container |
+//! | `GET /livez` | 200: the daemon runs |
+//! | `GET /readyz` | 200 if it answers at the address, or stands by for who does; else 503; a sentence says which |
 //! | `POST /login`, `POST /login/PROFILE` | takes over a [`Handover`]; 400 with a sentence if it does not |
 
 use std::collections::BTreeMap;
@@ -16,6 +18,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -255,6 +258,8 @@ pub trait Observatory: Send + Sync + 'static {
     /// # Errors
     /// Why not.
     fn login(&self, profile: Option<&str>, handover: &Handover) -> Result<String, String>;
+    /// Whether the address is answered, in a sentence either way. Never asks AWS.
+    fn readiness(&self) -> BoxFuture<'_, Result<String, String>>;
 }
 
 /// Answers on the socket until the task is dropped.
@@ -300,6 +305,11 @@ async fn answer(request: Request<Incoming>, observatory: &dyn Observatory) -> Re
         (&Method::GET, "trust-policy", Some(container)) => observatory
             .trust(container)
             .map_or_else(absent, |it| json(serde_json::to_vec_pretty(&it))),
+        (&Method::GET, "livez", None) => (StatusCode::OK, b"alive".to_vec()),
+        (&Method::GET, "readyz", None) => match observatory.readiness().await {
+            Ok(said) => (StatusCode::OK, said.into_bytes()),
+            Err(why) => (StatusCode::SERVICE_UNAVAILABLE, why.into_bytes()),
+        },
         (&Method::POST, "login", profile) => {
             let body = Limited::new(body, MOST_BYTES).collect().await;
             let text = body.map(|body| body.to_bytes()).unwrap_or_default();
@@ -345,6 +355,9 @@ pub enum AskError {
         /// As typed.
         container: String,
     },
+    /// It does not serve.
+    #[error("not ready: {0}\nhint: imds-router doctor says what is wrong on this host")]
+    NotReady(String),
     /// It did not take what was handed over.
     #[error("not taken over: {0}")]
     NotTaken(String),
@@ -409,6 +422,19 @@ pub async fn hand_over(socket: &Path, profile: Option<&str>, handover: &Handover
         StatusCode::OK => Ok(said),
         StatusCode::BAD_REQUEST => Err(AskError::NotTaken(said)),
         status => Err(strange(format!("status {status}"))),
+    }
+}
+
+/// Asks a daemon whether it serves; what it says of that.
+///
+/// # Errors
+/// When none answers, or it does not serve.
+pub async fn ask_readiness(socket: &Path) -> Result<String, AskError> {
+    let (status, said) = ask(socket, "/readyz").await?;
+    let said = printable(&String::from_utf8_lossy(&said), 400);
+    match status {
+        StatusCode::OK => Ok(said),
+        _ => Err(AskError::NotReady(said)),
     }
 }
 
