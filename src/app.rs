@@ -4,6 +4,7 @@
 
 mod base;
 pub mod doctor;
+mod metrics;
 mod probe;
 mod standby;
 
@@ -40,7 +41,7 @@ use crate::clock::{Clock, rfc3339_seconds};
 use crate::config::{Attach, Compat, CredentialSource, Nested, Proof, RELOADED, Settings};
 use crate::containers::compat;
 use crate::containers::compose::{self, ComposeError};
-use crate::containers::docker::{DEFAULT_HOST, Engine};
+use crate::containers::docker::{DEFAULT_HOST, Engine, Lag};
 use crate::containers::index::{EngineState, Index};
 use crate::containers::watcher::{
     ContainerEngine as _, EngineError, Hold, Instances, Kernel, Ports, Watcher, own_environment,
@@ -114,6 +115,14 @@ pub enum AppError {
     Admin {
         /// Where.
         path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Where metrics are asked for.
+    #[error("cannot listen on {at} for metrics\nhint: [serve] metrics names another address")]
+    Metrics {
+        /// Where.
+        at: SocketAddr,
         /// Why.
         source: io::Error,
     },
@@ -234,8 +243,10 @@ pub async fn run(
     };
     let host = Cgroups::this_threads_namespace().map_err(|error| KernelError::Namespace(error.to_string()))?;
     let engine = engine_host(&settings);
+    let docker = Engine::new(&engine, clock.clone());
+    let lag = docker.lag();
     let ports = Ports {
-        engine: Arc::new(Engine::new(&engine, clock.clone())),
+        engine: Arc::new(docker),
         kernel,
         instances: resolver.clone(),
         changed: changes,
@@ -246,13 +257,25 @@ pub async fn run(
         clock: clock.clone(),
         listening,
         standing_by: ArcSwapOption::empty(),
+        lag,
     });
+    let metrics = match settings.metrics {
+        Some(at) => {
+            let failed = |source| AppError::Metrics { at, source };
+            Some(TcpListener::bind(at).await.map_err(failed)?)
+        }
+        None => None,
+    };
     let mut tasks = tokio::task::JoinSet::new();
     let path = settings.admin_socket.clone();
     // While another daemon answers on that socket it is that one's.
     let admin_is_anothers = another_answers(&path);
     if !admin_is_anothers {
         tasks.spawn(serve_admin(admin_listener(&path)?, path.clone(), observer.clone()));
+    }
+
+    if let Some(metrics) = metrics {
+        tasks.spawn(admin::serve_metrics(metrics, observer.clone()));
     }
 
     // From here on the host is changed; what fails takes its own part down again. The address is there first, since its
@@ -1097,6 +1120,7 @@ struct Observer {
     listening: SocketAddr,
     /// Who serves this host instead.
     standing_by: ArcSwapOption<String>,
+    lag: Arc<Lag>,
 }
 
 impl Observatory for Observer {
@@ -1194,6 +1218,10 @@ impl Observatory for Observer {
             Some(sts) => base::login(sts, profile, handover),
             None => Err("this daemon is offline: it has no base credentials".to_owned()),
         }
+    }
+
+    fn metrics(&self) -> (&'static str, String) {
+        (metrics::CONTENT_TYPE, metrics::text(self))
     }
 
     fn readiness(&self) -> BoxFuture<'_, Result<String, String>> {

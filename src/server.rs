@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
@@ -36,7 +36,7 @@ use crate::metadata::catalogue::ROLE_LIST;
 use crate::telemetry::printable;
 use crate::wire::imds::{self, Call, parse, version_list};
 use crate::wire::token::TokenAuthority;
-use crate::wire::{Refused, Reply};
+use crate::wire::{Refused, Reply, TOKEN_HEADER};
 
 /// Largest head of a request.
 const HEAD_BYTES: usize = 16 * 1024;
@@ -75,6 +75,7 @@ pub struct Service {
     before_proof: Gate,
     versions: Bytes,
     refusals: Refusals,
+    requests: Requests,
     /// Where the daemon asks itself from, until that has arrived.
     probes: dashmap::DashSet<SocketAddr>,
 }
@@ -117,6 +118,7 @@ impl Service {
             own_ends,
             before_proof: Gate::new(),
             versions: version_list().into(),
+            requests: Requests::default(),
             probes: dashmap::DashSet::new(),
         })
     }
@@ -431,6 +433,7 @@ impl Session {
         }
         let status = reply.status().as_u16();
         life.last.note(clock.wall_seconds(), status);
+        self.service.requests.count(version(&request), status);
         debug!(
             container = %life.container, method = %request.method, path = printable(request.uri.path(), 200), status,
             micros = u64::try_from((clock.now() - asked).as_micros()).unwrap_or(u64::MAX), "answered"
@@ -548,6 +551,27 @@ impl Session {
     }
 }
 
+/// Requests of proven callers, by version and status: a place for each, so that counting is one addition.
+#[derive(Default)]
+struct Requests([[AtomicU64; STATUSES.len() + 1]; VERSIONS.len()]);
+
+/// The protocol's versions.
+const VERSIONS: [&str; 2] = ["1", "2"];
+/// Every status that there is an answer with; what is none of them comes last.
+const STATUSES: [u16; 7] = [200, 400, 401, 403, 404, 405, 503];
+
+/// Its place in [`VERSIONS`]: what issues or shows a token is version 2.
+fn version(request: &Parts) -> usize {
+    usize::from(request.method == hyper::Method::PUT || request.headers.contains_key(TOKEN_HEADER))
+}
+
+impl Requests {
+    fn count(&self, version: usize, status: u16) {
+        let place = STATUSES.iter().position(|it| *it == status).unwrap_or(STATUSES.len());
+        self.0[version][place].fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 /// In a few words, for a header.
 fn said(why: &NoCredentials) -> String {
     match why {
@@ -625,6 +649,15 @@ impl Refusals {
 }
 
 impl Service {
+    /// Requests of proven callers so far: version of the protocol, status (0: any other), how many.
+    pub fn requests(&self) -> impl Iterator<Item = (&'static str, u16, u64)> + '_ {
+        VERSIONS.iter().zip(&self.requests.0).flat_map(|(version, counts)| {
+            let statuses = STATUSES.into_iter().chain([0]);
+            let counts = statuses.zip(counts);
+            counts.map(|(status, count)| (*version, status, count.load(Ordering::Relaxed)))
+        })
+    }
+
     /// Refused connections so far, by reason.
     pub fn refusals(&self) -> Vec<(&'static str, u64)> {
         let mut counts: Vec<_> = self

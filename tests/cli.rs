@@ -99,6 +99,12 @@ const WRONG: &[Case] = &[
         "imds-router: imds.toml, line 2: serve.admin_socket = \"admin.sock\": expected an absolute path\n",
     ),
     file(
+        "metrics for everybody",
+        "[serve]\nmetrics = \"0.0.0.0:9254\"\n",
+        "imds-router: imds.toml, line 2: serve.metrics = \"0.0.0.0:9254\": \
+         expected a loopback address and a port, such as \"127.0.0.1:9254\"\n",
+    ),
+    file(
         "not TOML",
         "[serve\n",
         "imds-router: imds.toml, line 1: not TOML: unclosed table, expected `]`\n",

@@ -7,6 +7,7 @@
 //! | `GET /status` | [`Status`] |
 //! | `GET /explain/CONTAINER` | [`Explanation`]; 404 if there is no such container |
 //! | `GET /trust-policy/CONTAINER` | a list of [`Trust`]; 404 if there is no such container |
+//! | `GET /metrics` | what Prometheus reads |
 //! | `GET /livez` | 200: the daemon runs |
 //! | `GET /readyz` | 200 if it answers at the address, or stands by for who does; else 503; a sentence says which |
 //! | `POST /login`, `POST /login/PROFILE` | takes over a [`Handover`]; 400 with a sentence if it does not |
@@ -26,7 +27,8 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Deserialize, Serialize};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 
 use crate::telemetry::printable;
 
@@ -258,6 +260,8 @@ pub trait Observatory: Send + Sync + 'static {
     /// # Errors
     /// Why not.
     fn login(&self, profile: Option<&str>, handover: &Handover) -> Result<String, String>;
+    /// What Prometheus reads, and its content type.
+    fn metrics(&self) -> (&'static str, String);
     /// Whether the address is answered, in a sentence either way. Never asks AWS.
     fn readiness(&self) -> BoxFuture<'_, Result<String, String>>;
 }
@@ -265,19 +269,51 @@ pub trait Observatory: Send + Sync + 'static {
 /// Answers on the socket until the task is dropped.
 pub async fn serve(listener: UnixListener, observatory: Arc<dyn Observatory>) {
     while let Ok((stream, _)) = listener.accept().await {
-        let observatory = observatory.clone();
-        tokio::spawn(async move {
-            let service = service_fn(move |request: Request<Incoming>| {
-                let observatory = observatory.clone();
-                async move { Ok::<_, std::convert::Infallible>(answer(request, observatory.as_ref()).await) }
-            });
-            // Whoever hangs up has seen enough.
-            let _ = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .serve_connection(TokioIo::new(stream), service)
-                .await;
-        });
+        tokio::spawn(converse(stream, observatory.clone(), |request, observatory| {
+            Box::pin(answer(request, observatory))
+        }));
     }
+}
+
+/// Answers what Prometheus and health checks ask, and nothing else, until the task is dropped.
+pub async fn serve_metrics(listener: TcpListener, observatory: Arc<dyn Observatory>) {
+    while let Ok((stream, _)) = listener.accept().await {
+        tokio::spawn(converse(stream, observatory.clone(), |request, observatory| {
+            Box::pin(async move {
+                let known = matches!(request.uri().path(), "/metrics" | "/livez" | "/readyz");
+                match known && request.method() == Method::GET {
+                    true => answer(request, observatory).await,
+                    false => reply(StatusCode::NOT_FOUND, "text/plain", Vec::new()),
+                }
+            })
+        }));
+    }
+}
+
+/// One connection.
+async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
+    observatory: Arc<dyn Observatory>,
+    answer: impl for<'a> Fn(Request<Incoming>, &'a dyn Observatory) -> BoxFuture<'a, Response<Full<Bytes>>>,
+) {
+    let observatory = observatory.as_ref();
+    let service = service_fn(|request: Request<Incoming>| {
+        let answer = answer(request, observatory);
+        async move { Ok::<_, std::convert::Infallible>(answer.await) }
+    });
+    // Whoever hangs up has seen enough.
+    let _ = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .serve_connection(TokioIo::new(stream), service)
+        .await;
+}
+
+fn reply(status: StatusCode, content_type: &'static str, body: Vec<u8>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body.into()));
+    *response.status_mut() = status;
+    let content_type = hyper::header::HeaderValue::from_static(content_type);
+    response.headers_mut().insert(hyper::header::CONTENT_TYPE, content_type);
+    response
 }
 
 /// The largest body of a request.
@@ -298,6 +334,10 @@ async fn answer(request: Request<Incoming>, observatory: &dyn Observatory) -> Re
         None => (path.trim_start_matches('/'), None),
     };
     let (status, body) = match (&parts.method, verb, of) {
+        (&Method::GET, "metrics", None) => {
+            let (content_type, text) = observatory.metrics();
+            return reply(StatusCode::OK, content_type, text.into_bytes());
+        }
         (&Method::GET, "status", None) => json(serde_json::to_vec_pretty(&observatory.status())),
         (&Method::GET, "explain", Some(container)) => observatory
             .explain(container)
@@ -323,13 +363,7 @@ async fn answer(request: Request<Incoming>, observatory: &dyn Observatory) -> Re
         }
         _ => absent(),
     };
-    let mut response = Response::new(Full::new(body.into()));
-    *response.status_mut() = status;
-    response.headers_mut().insert(
-        hyper::header::CONTENT_TYPE,
-        hyper::header::HeaderValue::from_static("application/json"),
-    );
-    response
+    reply(status, "application/json", body)
 }
 
 /// Why the daemon did not answer.

@@ -14,6 +14,7 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
         "deploy::one_serves_and_the_other_stands_by",
         one_serves_and_the_other_stands_by,
     );
+    trials.push(rig.once("deploy::what_happens_is_counted", what_happens_is_counted));
     trials.push(rig.once(
         "deploy::who_waits_goes_on_when_it_is_known",
         who_waits_goes_on_when_it_is_known,
@@ -94,5 +95,73 @@ fn who_waits_goes_on_when_it_is_known(engine: &Arc<Engine>) {
         refused.stderr.contains("the last that was heard: status 403"),
         "{refused}"
     );
+    daemon.stop();
+}
+
+fn what_happens_is_counted(engine: &Arc<Engine>) {
+    let config = format!("{OFFLINE}[serve]\nmetrics = \"127.0.0.1:9254\"\n");
+    let daemon = Daemon::start(engine, &config, &[]);
+    let app = engine.run("app").label("imds.role", "app").start();
+    is_itself(&app);
+    let token = app.token();
+    app.get("/latest/meta-data/instance-id", &[("X-aws-ec2-metadata-token", &token)]);
+    // The host itself: nobody.
+    let nobody = engine.request("GET", "http://169.254.169.254/", &[]);
+    assert!(nobody.as_ref().is_ok_and(|reply| reply.status == 403), "{nobody:?}");
+    let ask = |path: &str| {
+        let reply = engine.request("GET", &format!("http://127.0.0.1:9254{path}"), &[]);
+        reply.unwrap_or_else(|why| panic!("{path}: {why:?}"))
+    };
+    let metrics = ask("/metrics").body;
+    let count = |what: &str| {
+        let line = metrics.lines().find_map(|line| line.strip_prefix(what));
+        let line = line.unwrap_or_else(|| panic!("{what} is not in:\n{metrics}"));
+        line.trim()
+            .parse::<f64>()
+            .unwrap_or_else(|e| panic!("{what}: {e}: {line}"))
+    };
+    assert_eq!(count("imds_router_requests_total{version=\"2\",status=\"200\"}"), 2.0);
+    assert!(count("imds_router_requests_total{version=\"1\",status=\"200\"}") >= 1.0);
+    assert_eq!(count("imds_router_sts_calls_total{outcome=\"ok\"}"), 1.0);
+    assert_eq!(count("imds_router_sessions{state=\"live\"}"), 1.0);
+    assert_eq!(count("imds_router_containers_running"), 1.0);
+    assert_eq!(count("imds_router_engine_synchronised"), 1.0);
+    assert_eq!(count("imds_router_standing_by"), 0.0);
+    let (events, behind) = (
+        count("imds_router_engine_events_total"),
+        count("imds_router_engine_event_lag_seconds_total"),
+    );
+    assert!(
+        events >= 3.0 && behind > 0.0 && behind / events < 1.0,
+        "{behind} s in {events} events"
+    );
+    let refused: Vec<_> = metrics
+        .lines()
+        .filter(|line| line.starts_with("imds_router_refused_connections_total{"))
+        .collect();
+    assert!(
+        matches!(refused.as_slice(), [one] if one.ends_with(" 1")),
+        "{refused:?}"
+    );
+    assert!(metrics.ends_with("# EOF\n"), "{metrics}");
+    assert!(!metrics.contains("ASIA") && !metrics.contains(app.id()), "{metrics}");
+
+    assert_eq!(ask("/livez").body, "alive");
+    let ready = ask("/readyz");
+    assert!(ready.status == 200 && ready.body.starts_with("serves 1 "), "{ready:?}");
+    for path in ["/status", "/explain/app", "/login"] {
+        assert_eq!(ask(path).status, 404, "{path}");
+    }
+    // Without the engine nobody new is known: not ready, but alive.
+    engine.kill();
+    poll(Duration::from_secs(5), "the engine to be missed", || {
+        let reply = ask("/readyz");
+        (reply.status == 503 && reply.body.starts_with("the engine is away")).then_some(())
+    });
+    assert_eq!(ask("/livez").status, 200);
+    engine.restart();
+    poll(Duration::from_secs(10), "readiness", || {
+        (ask("/readyz").status == 200).then_some(())
+    });
     daemon.stop();
 }
