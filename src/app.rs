@@ -6,6 +6,9 @@ mod base;
 pub mod doctor;
 mod freeze;
 mod interception;
+mod metrics;
+mod probe;
+mod standby;
 
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
@@ -18,14 +21,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
+use futures_util::future::BoxFuture;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
 pub use self::interception::plans;
-use self::interception::{HostDoors, PORTS, guard, has_ipv6, intercept, intercept_ipv6, leave_namespaces, listen};
+use self::interception::{HostDoors, PORTS, guard, has_ipv6, intercept_ipv6, leave_namespaces, listen};
 use crate::admin::{
     self, BaseStatus, ClockStatus, ContainerStatus, CredentialStatus, EngineStatus, Explanation, Judgement,
     Observatory, RefusalStatus, RequestStatus, Status,
@@ -39,7 +43,8 @@ use crate::caller::socket::DiagSocket;
 use crate::clock::{Clock, rfc3339_seconds};
 use crate::config::{Attach, Compat, CredentialSource, Nested, Proof, RELOADED, Settings};
 use crate::containers::compat;
-use crate::containers::docker::{DEFAULT_HOST, Engine};
+use crate::containers::compose::{self, ComposeError};
+use crate::containers::docker::{DEFAULT_HOST, Engine, Lag};
 use crate::containers::index::{EngineState, Index};
 use crate::containers::watcher::{
     ContainerEngine as _, EngineError, Hold, Instances, Kernel, Ports, Watcher, own_environment,
@@ -110,6 +115,14 @@ pub enum AppError {
         /// Why.
         source: io::Error,
     },
+    /// Where metrics are asked for.
+    #[error("cannot listen on {at} for metrics\nhint: [serve] metrics names another address")]
+    Metrics {
+        /// Where.
+        at: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
     /// The state directory.
     #[error("cannot keep state in {}: {what}\nhint: [serve] state_dir names another directory", path.display())]
     State {
@@ -160,11 +173,11 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), AppError> {
     let clock = Clock::system();
+    let mut shutdown = std::pin::pin!(shutdown);
     let tokens = token_authority(&settings.state_dir, &clock)?;
     let signer = Arc::new(signer(&settings.state_dir)?);
     let orders = orders(&settings.state_dir)?;
     let level = level(&settings).await?;
-    let admin = admin_listener(&settings.admin_socket)?;
     let (listener, listening) = listen(IMDS_ADDRESS.into()).map_err(AppError::Listen)?;
     let listener = TcpListener::from_std(listener).map_err(AppError::Listen)?;
 
@@ -231,8 +244,10 @@ pub async fn run(
     };
     let host = Cgroups::this_threads_namespace().map_err(|error| KernelError::Namespace(error.to_string()))?;
     let engine = engine_host(&settings);
+    let docker = Engine::new(&engine, clock.clone());
+    let lag = docker.lag();
     let ports = Ports {
-        engine: Arc::new(Engine::new(&engine, clock.clone())),
+        engine: Arc::new(docker),
         kernel,
         instances: resolver.clone(),
         changed: changes,
@@ -242,16 +257,47 @@ pub async fn run(
         service: service.clone(),
         clock: clock.clone(),
         listening,
+        standing_by: ArcSwapOption::empty(),
+        lag,
     });
+    let metrics = match settings.metrics {
+        Some(at) => {
+            let failed = |source| AppError::Metrics { at, source };
+            Some(TcpListener::bind(at).await.map_err(failed)?)
+        }
+        None => None,
+    };
+    let mut tasks = tokio::task::JoinSet::new();
+    let path = settings.admin_socket.clone();
+    // While another daemon answers on that socket it is that one's.
+    let admin_is_anothers = another_answers(&path);
+    if !admin_is_anothers {
+        tasks.spawn(serve_admin(admin_listener(&path)?, path.clone(), observer.clone()));
+    }
 
-    // From here on the host is changed; what fails takes its own part down again. The first goes with its owner.
+    if let Some(metrics) = metrics {
+        tasks.spawn(admin::serve_metrics(metrics, observer.clone()));
+    }
+
+    // From here on the host is changed; what fails takes its own part down again. The address is there first, since its
+    // rules are the lock of this host; nobody is answered before the rest is.
+    let plan = Plan::host(listening);
+    let ours = standby::our_turn(&plan, &clock, shutdown.as_mut(), |who| {
+        observer.standing_by.store(who.map(Arc::new));
+    });
+    let Some(ours) = ours.await? else {
+        return Ok(());
+    };
+    let mut interception = vec![ours];
+    if admin_is_anothers {
+        tasks.spawn(take_over_admin(path, observer.clone()));
+    }
+    // What goes with its owner.
     let frozen = match settings.freeze_links {
         true => Some(freeze::freeze(&clock).await?),
         false => None,
     };
-    let mut interception = vec![intercept(&Plan::host(listening), &clock).await?];
     let interfaces = Arc::new(Interfaces::new(LINK));
-    let mut tasks = tokio::task::JoinSet::new();
     if settings.ipv6 && has_ipv6() {
         match intercept_ipv6(&clock).await {
             Ok((also, listener)) => {
@@ -272,7 +318,6 @@ pub async fn run(
     }
     tasks.spawn(Watcher::new(ports, index.clone(), misses, clock.clone()).run());
     tasks.spawn(server::accept_on_host(listener, interfaces, host, level, service));
-    tasks.spawn(admin::serve(admin, observer));
     if let Some(frozen) = frozen {
         tasks.spawn(freeze::keep_frozen(frozen, index.clone()));
     }
@@ -295,7 +340,6 @@ pub async fn run(
     let down: Vec<_> = interception.into_iter().rev().map(Interception::down).collect();
     tasks.shutdown().await;
     leave_namespaces(&index).await;
-    let _ = std::fs::remove_file(&settings.admin_socket);
     down.into_iter().collect::<Result<(), _>>().map_err(AppError::from)
 }
 
@@ -338,26 +382,7 @@ pub async fn check(settings: Settings, compat: bool) -> Result<Checked, EngineEr
     let engine = Engine::new(&host, Clock::system());
     // The subscription connects; the events themselves are not wanted.
     drop(engine.subscribe().await?);
-    let mut around = Surroundings {
-        host: host_name(),
-        ..Surroundings::default()
-    };
-    let mut text = String::new();
-    let sts = (settings.source == CredentialSource::Sts).then(|| {
-        let clock = Clock::system();
-        Sts::new(base::bases(&settings, &clock), clock)
-    });
-    if let Some(sts) = &sts {
-        let (base, _) = base::ask(sts, None).await;
-        let said = base.arn.as_ref().or(base.problem.as_ref());
-        text.push_str(&format!(
-            "base credentials: {}\n",
-            said.map_or("unknown", String::as_str)
-        ));
-        base::note(&mut around, None, base);
-    }
-    text.push_str(&rules(&settings));
-    let (mut containers, mut problems) = (0, 0);
+    let mut checker = Checker::new(settings).await;
     let mut attachments = attachments(&engine).await?;
     for row in engine.containers().await? {
         let image = engine.image(&row.image_id).await?;
@@ -367,36 +392,19 @@ pub async fn check(settings: Settings, compat: bool) -> Result<Checked, EngineEr
             .map(|it| it.environment)
             .unwrap_or_default();
         let attached = attachments.remove(&row.id).unwrap_or_default();
+        let settings = &checker.settings;
         let prefix = format!("{}.", settings.label_prefix);
         let mut whole = row.clone().define(None, true, &prefix);
         let mut definition = row.define(image.as_ref(), settings.image_labels, &prefix);
         definition.environment = Some(own_environment(&all, image.as_ref(), settings.image_labels));
-        let first = resolve(&definition, &attached, SystemTime::UNIX_EPOCH, &settings, &around);
-        if let (Some(sts), Some(profile)) = (&sts, &first.profile)
-            && !around.profiles.contains_key(profile)
-        {
-            let (base, _) = base::ask(sts, Some(profile)).await;
-            base::note(&mut around, Some(profile), base);
-        }
-        let gets = |definition: &Definition, settings: &Settings| {
-            described(&resolve(
-                definition,
-                &attached,
-                SystemTime::UNIX_EPOCH,
-                settings,
-                &around,
-            ))
-        };
+        checker.look_at(&definition, &attached).await;
         let name = printable(&definition.name, 40);
-        let (said, fine) = gets(&definition, &settings);
-        containers += 1;
-        problems += usize::from(!fine);
-        text.push_str(&format!("{name}: {said}\n"));
         for label in &definition.image_labels {
-            text.push_str(&format!(
+            checker.text.push_str(&format!(
                 "{name}: label {label} comes from the image and does not count\n"
             ));
         }
+        let settings = &checker.settings;
         let found = compat::found(&whole.labels, &all, &settings.label_prefix);
         if !compat || found.is_empty() {
             continue;
@@ -416,18 +424,103 @@ pub async fn check(settings: Settings, compat: bool) -> Result<Checked, EngineEr
             compat: Compat::ALL,
             ..settings.clone()
         };
-        text.push_str(&format!(
-            "{name}:   by {} alone: {}\n",
-            found.join(", "),
-            gets(&whole, &old).0
-        ));
-        text.push_str(&format!(
-            "{name}:   with all of [compat]: {}\n",
-            gets(&definition, &new).0
+        let (by_old, by_new) = (
+            checker.gets(&whole, &attached, &old).0,
+            checker.gets(&definition, &attached, &new).0,
+        );
+        let found = found.join(", ");
+        checker.text.push_str(&format!(
+            "{name}:   by {found} alone: {by_old}\n{name}:   with all of [compat]: {by_new}\n"
         ));
     }
-    text.push_str(&format!("{containers} containers on {host}\n"));
-    Ok(Checked { text, problems })
+    Ok(checker.end(&format!("containers on {host}")))
+}
+
+/// What each service of a compose file would get; the text is what `docker compose config` prints.
+///
+/// # Errors
+/// When it is not.
+pub async fn check_compose(settings: Settings, text: &str) -> Result<Checked, ComposeError> {
+    let services = compose::services(text)?;
+    let mut checker = Checker::new(settings).await;
+    for (definition, attached) in &services {
+        checker.look_at(definition, attached).await;
+    }
+    Ok(checker.end("services"))
+}
+
+/// Finds out what containers would get.
+struct Checker {
+    settings: Settings,
+    around: Surroundings,
+    sts: Option<Sts>,
+    text: String,
+    containers: usize,
+    problems: usize,
+}
+
+impl Checker {
+    async fn new(settings: Settings) -> Self {
+        let mut around = Surroundings {
+            host: host_name(),
+            ..Surroundings::default()
+        };
+        let mut text = String::new();
+        let sts = (settings.source == CredentialSource::Sts).then(|| {
+            let clock = Clock::system();
+            Sts::new(base::bases(&settings, &clock), clock)
+        });
+        if let Some(sts) = &sts {
+            let (base, _) = base::ask(sts, None).await;
+            let said = base.arn.as_ref().or(base.problem.as_ref());
+            text.push_str(&format!(
+                "base credentials: {}\n",
+                said.map_or("unknown", String::as_str)
+            ));
+            base::note(&mut around, None, base);
+        }
+        text.push_str(&rules(&settings));
+        Self {
+            settings,
+            around,
+            sts,
+            text,
+            containers: 0,
+            problems: 0,
+        }
+    }
+
+    /// One container: a line.
+    async fn look_at(&mut self, definition: &Definition, attached: &Attachments) {
+        let first = self.resolved(definition, attached, &self.settings);
+        if let (Some(sts), Some(profile)) = (&self.sts, &first.profile)
+            && !self.around.profiles.contains_key(profile)
+        {
+            let (base, _) = base::ask(sts, Some(profile)).await;
+            base::note(&mut self.around, Some(profile), base);
+        }
+        let (said, fine) = self.gets(definition, attached, &self.settings);
+        self.containers += 1;
+        self.problems += usize::from(!fine);
+        self.text
+            .push_str(&format!("{}: {said}\n", printable(&definition.name, 40)));
+    }
+
+    fn resolved(&self, definition: &Definition, attached: &Attachments, settings: &Settings) -> Instance {
+        resolve(definition, attached, SystemTime::UNIX_EPOCH, settings, &self.around)
+    }
+
+    fn gets(&self, definition: &Definition, attached: &Attachments, settings: &Settings) -> (String, bool) {
+        described(&self.resolved(definition, attached, settings))
+    }
+
+    fn end(mut self, of_what: &str) -> Checked {
+        self.text.push_str(&format!("{} {of_what}\n", self.containers));
+        Checked {
+            text: self.text,
+            problems: self.problems,
+        }
+    }
 }
 
 /// What a container gets, and whether that is what it asks for.
@@ -498,6 +591,53 @@ pub fn host_name() -> String {
 /// The mode of the admin socket: root and its group.
 const ADMIN_MODE: u32 = 0o660;
 
+/// Whether somebody answers there.
+fn another_answers(admin_socket: &Path) -> bool {
+    std::os::unix::net::UnixStream::connect(admin_socket).is_ok()
+}
+
+/// The file of the admin socket. Dropping it removes it, unless it is another daemon's by now.
+struct AdminFile {
+    path: PathBuf,
+    inode: Option<u64>,
+}
+
+impl AdminFile {
+    fn inode(path: &Path) -> Option<u64> {
+        std::fs::symlink_metadata(path).map(|it| it.ino()).ok()
+    }
+}
+
+impl Drop for AdminFile {
+    fn drop(&mut self) {
+        if Self::inode(&self.path) == self.inode {
+            // What is gone already is fine.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Answers on the admin socket until the task is dropped.
+async fn serve_admin(listener: UnixListener, path: PathBuf, observer: Arc<Observer>) {
+    let inode = AdminFile::inode(&path);
+    let _file = AdminFile { path, inode };
+    admin::serve(listener, observer).await;
+}
+
+/// As [`serve_admin`], as soon as the daemon that has served before has left the socket.
+async fn take_over_admin(path: PathBuf, observer: Arc<Observer>) {
+    let mut said = false;
+    loop {
+        match admin_listener(&path) {
+            Ok(listener) => return serve_admin(listener, path, observer).await,
+            Err(error) if !said => warn!(error = with_causes(&error), "no admin socket yet"),
+            Err(_) => {}
+        }
+        said = true;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
 fn admin_listener(path: &Path) -> Result<UnixListener, AppError> {
     let failed = |source| AppError::Admin {
         path: path.to_owned(),
@@ -511,9 +651,7 @@ fn admin_listener(path: &Path) -> Result<UnixListener, AppError> {
             .map_err(failed)?;
     }
     // What a crash left; one that still answers is another daemon's, and the table of rules will say so.
-    if std::fs::symlink_metadata(path).is_ok_and(|it| it.file_type().is_socket())
-        && std::os::unix::net::UnixStream::connect(path).is_err()
-    {
+    if std::fs::symlink_metadata(path).is_ok_and(|it| it.file_type().is_socket()) && !another_answers(path) {
         std::fs::remove_file(path).map_err(failed)?;
     }
     let listener = UnixListener::bind(path).map_err(failed)?;
@@ -778,6 +916,9 @@ struct Observer {
     service: Arc<Service>,
     clock: Clock,
     listening: SocketAddr,
+    /// Who serves this host instead.
+    standing_by: ArcSwapOption<String>,
+    lag: Arc<Lag>,
 }
 
 impl Observatory for Observer {
@@ -791,6 +932,9 @@ impl Observatory for Observer {
             CredentialSource::Sts => "sts",
             CredentialSource::Offline => "offline",
         };
+        let standing_by = self.standing_by.load_full();
+        let standing_by = standing_by
+            .map(|who| format!("standing by: {who} serves this host; this one takes over when that one ends"));
         let refused = self
             .service
             .refusals()
@@ -813,6 +957,7 @@ impl Observatory for Observer {
                 .warnings()
                 .into_iter()
                 .chain(self.clock_warnings())
+                .chain(standing_by)
                 .collect(),
             bases: self.bases(),
             clock: self.clock_status(),
@@ -964,6 +1109,20 @@ impl Observatory for Observer {
             Some(sts) => base::login(sts, profile, handover),
             None => Err("this daemon is offline: it has no base credentials".to_owned()),
         }
+    }
+
+    fn metrics(&self) -> (&'static str, String) {
+        (metrics::CONTENT_TYPE, metrics::text(self))
+    }
+
+    fn readiness(&self) -> BoxFuture<'_, Result<String, String>> {
+        Box::pin(async {
+            if let Some(who) = &*self.standing_by.load() {
+                return Ok(format!("stands by: {who} serves this host"));
+            }
+            probe::probe(&self.service, self.listening.ip()).await?;
+            Ok(format!("serves {} containers", self.service.index.all().len()))
+        })
     }
 }
 

@@ -1,10 +1,11 @@
 //! Verbs and flags.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{DEFAULT_ADMIN_SOCKET, Sources};
+use crate::config::{DEFAULT_ADMIN_SOCKET, Sources, parse_duration};
 use crate::telemetry::LogFormat;
 
 /// The EC2 instance metadata service of every container on a Docker host, each with its own role.
@@ -34,6 +35,9 @@ pub enum Verb {
         /// Also what each container got from iam-docker, metadataproxy, ec2metaproxy or imds-server
         #[arg(long)]
         compat: bool,
+        /// Instead of what runs: the services of what `docker compose config` prints; - is standard input
+        #[arg(long, value_name = "FILE", conflicts_with = "compat")]
+        compose: Option<PathBuf>,
     },
     /// Show what is wrong on this host, why it matters, and the command that fixes it; changes nothing
     Doctor {
@@ -153,6 +157,22 @@ pub enum Verb {
         /// Such as meta-data/instance-id, or /latest/meta-data/instance-id
         path: String,
     },
+    /// Wait until the metadata service answers here: before what cannot do without it starts
+    Wait {
+        /// How long at most, such as 30s
+        #[arg(long, value_name = "TIME", default_value = "30s", value_parser = typed_duration)]
+        timeout: Duration,
+    },
+    /// Ask the daemon whether it serves, for health checks: its own way from the address to an answer, never AWS
+    Health {
+        /// The daemon's admin socket
+        #[arg(long, value_name = "PATH", env = "IMDS_ROUTER_SERVE_ADMIN_SOCKET", default_value = DEFAULT_ADMIN_SOCKET)]
+        admin: PathBuf,
+    },
+}
+
+fn typed_duration(text: &str) -> Result<Duration, String> {
+    parse_duration(text).ok_or_else(|| "expected a whole number and its unit, such as 500ms, 30s or 2m".to_owned())
 }
 
 /// What can happen to a container.

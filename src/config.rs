@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Read as _;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -134,6 +135,8 @@ pub struct Settings {
     pub hold: Duration,
     /// `serve.admin_socket`
     pub admin_socket: PathBuf,
+    /// `serve.metrics`: where else, beside the admin socket, metrics are.
+    pub metrics: Option<SocketAddr>,
     /// `serve.state_dir`
     pub state_dir: PathBuf,
     /// `imds.labels_may_lower`
@@ -207,6 +210,7 @@ impl Default for Settings {
             freeze_links: false,
             hold: Duration::from_millis(400),
             admin_socket: DEFAULT_ADMIN_SOCKET.into(),
+            metrics: None,
             state_dir: "/var/lib/imds-router".into(),
             labels_may_lower: false,
             http_endpoint: HttpEndpoint::Labelled,
@@ -510,6 +514,16 @@ pub const KEYS: &[Key] = &[
         expected: "an absolute path",
         about: "Unix socket that status and the other verbs ask.",
         read: |s, v| absolute(v).map(|it| s.admin_socket = it),
+    },
+    Key {
+        path: "serve.metrics",
+        default: "none",
+        expected: "a loopback address and a port, such as \"127.0.0.1:9254\"",
+        about: "Where /metrics, /livez and /readyz are, beside the admin socket. Containers in the host's network can read them.",
+        read: |s, v| {
+            let at: SocketAddr = v.text()?.parse().ok()?;
+            at.ip().is_loopback().then(|| s.metrics = Some(at))
+        },
     },
     Key {
         path: "serve.state_dir",

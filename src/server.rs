@@ -8,7 +8,7 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
@@ -40,7 +40,7 @@ use crate::metadata::identity::Signer;
 use crate::telemetry::printable;
 use crate::wire::imds::{self, Call, parse, version_list};
 use crate::wire::token::TokenAuthority;
-use crate::wire::{Refused, Reply};
+use crate::wire::{Refused, Reply, TOKEN_HEADER};
 
 /// Largest head of a request.
 const HEAD_BYTES: usize = 16 * 1024;
@@ -81,6 +81,9 @@ pub struct Service {
     before_proof: Gate,
     versions: Bytes,
     refusals: Refusals,
+    requests: Requests,
+    /// Where the daemon asks itself from, until that has arrived.
+    probes: dashmap::DashSet<SocketAddr>,
 }
 
 /// How requests are answered.
@@ -122,7 +125,37 @@ impl Service {
             own_ends,
             before_proof: Gate::new(),
             versions: version_list().into(),
+            requests: Requests::default(),
+            probes: dashmap::DashSet::new(),
         })
+    }
+
+    /// The daemon is about to ask itself from `client`: its refusal is nothing to note.
+    pub fn expect_probe(self: &Arc<Self>, client: SocketAddr) -> Probe {
+        self.probes.insert(client);
+        Probe {
+            service: self.clone(),
+            client,
+        }
+    }
+}
+
+/// A question of the daemon to itself.
+pub struct Probe {
+    service: Arc<Service>,
+    client: SocketAddr,
+}
+
+impl Probe {
+    /// Whether it has come to [`serve`].
+    pub fn arrived(&self) -> bool {
+        !self.service.probes.contains(&self.client)
+    }
+}
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        self.service.probes.remove(&self.client);
     }
 }
 
@@ -278,6 +311,7 @@ pub async fn serve<S: Wire>(stream: S, connection: Connection, service: Arc<Serv
     // Those who are not proven cannot crowd out those who are. The wait is part of the deadline.
     let place = tokio::time::timeout_at(deadline, service.before_proof.enter(connection.via)).await;
     let Ok(Some(place)) = place else { return };
+    let probe = service.probes.remove(&connection.client).is_some();
     match identify(&service.index, connection, deadline).await {
         Ok(caller) => {
             drop(place);
@@ -306,7 +340,9 @@ pub async fn serve<S: Wire>(stream: S, connection: Connection, service: Arc<Serv
             }
         }
         Err(refusal) => {
-            service.refusals.note(&refusal, connection.client);
+            if !probe {
+                service.refusals.note(&refusal, connection.client);
+            }
             let why = match refusal {
                 Refusal::NotSynchronised => Refused::NotReady,
                 _ => Refused::Unproven,
@@ -495,6 +531,7 @@ impl Session {
         }
         let status = reply.status().as_u16();
         life.last.note(clock.wall_seconds(), status);
+        self.service.requests.count(version(&request), status);
         debug!(
             container = %life.container, method = %request.method, path = printable(request.uri.path(), 200), status,
             micros = u64::try_from((clock.now() - asked).as_micros()).unwrap_or(u64::MAX), "answered"
@@ -618,6 +655,27 @@ impl Session {
     }
 }
 
+/// Requests of proven callers, by version and status: a place for each, so that counting is one addition.
+#[derive(Default)]
+struct Requests([[AtomicU64; STATUSES.len() + 1]; VERSIONS.len()]);
+
+/// The protocol's versions.
+const VERSIONS: [&str; 2] = ["1", "2"];
+/// Every status that there is an answer with; what is none of them comes last.
+const STATUSES: [u16; 7] = [200, 400, 401, 403, 404, 405, 503];
+
+/// Its place in [`VERSIONS`]: what issues or shows a token is version 2.
+fn version(request: &Parts) -> usize {
+    usize::from(request.method == hyper::Method::PUT || request.headers.contains_key(TOKEN_HEADER))
+}
+
+impl Requests {
+    fn count(&self, version: usize, status: u16) {
+        let place = STATUSES.iter().position(|it| *it == status).unwrap_or(STATUSES.len());
+        self.0[version][place].fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 /// In a few words, for a header.
 fn said(why: &NoCredentials) -> String {
     match why {
@@ -692,6 +750,15 @@ impl Refusals {
 }
 
 impl Service {
+    /// Requests of proven callers so far: version of the protocol, status (0: any other), how many.
+    pub fn requests(&self) -> impl Iterator<Item = (&'static str, u16, u64)> + '_ {
+        VERSIONS.iter().zip(&self.requests.0).flat_map(|(version, counts)| {
+            let statuses = STATUSES.into_iter().chain([0]);
+            let counts = statuses.zip(counts);
+            counts.map(|(status, count)| (*version, status, count.load(Ordering::Relaxed)))
+        })
+    }
+
     /// Refused connections so far, by reason.
     pub fn refusals(&self) -> Vec<(&'static str, u64)> {
         let mut counts: Vec<_> = self

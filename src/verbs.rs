@@ -1,20 +1,19 @@
 //! What each verb of the command line does.
 
-use std::collections::BTreeMap;
+mod client;
+
 use std::error::Error;
 use std::io::{self, Read as _, Write as _};
-use std::time::Duration;
+#[cfg(target_os = "linux")]
+use std::path::Path;
 
 use clap::ValueEnum as _;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 
 use crate::admin;
 use crate::cli::{Cli, Identity, OnOff, Tokens, Verb};
 #[cfg(target_os = "linux")]
 use crate::cli::{Common, Intercept, Serve};
 use crate::config;
-use crate::metadata::file;
 use crate::telemetry;
 
 /// Why a verb failed, and whose fault it is.
@@ -46,7 +45,13 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         #[cfg(target_os = "linux")]
         Verb::Serve(flags) => serve(&flags),
         #[cfg(target_os = "linux")]
-        Verb::Check { common, compat } => block_on(check(&common, compat))?,
+        Verb::Check {
+            common,
+            compose: Some(file),
+            ..
+        } => block_on(check_compose(&common, &file))?,
+        #[cfg(target_os = "linux")]
+        Verb::Check { common, compat, .. } => block_on(check(&common, compat))?,
         #[cfg(target_os = "linux")]
         Verb::Doctor { common } => block_on(doctor(&common))?,
         #[cfg(target_os = "linux")]
@@ -151,8 +156,13 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
             let said = admin::hand_over(&admin, profile.as_deref(), &handover).await?;
             Ok(writeln!(io::stdout(), "{said}")?)
         })?,
-        Verb::Record { file, user_data } => block_on(record(&file, user_data))?,
-        Verb::Get { path } => block_on(get(&path))?,
+        Verb::Record { file, user_data } => block_on(client::record(&file, user_data))?,
+        Verb::Get { path } => block_on(client::get(&path))?,
+        Verb::Wait { timeout } => block_on(client::wait(timeout))?,
+        Verb::Health { admin } => block_on(async move {
+            let said = admin::ask_readiness(&admin).await?;
+            Ok(writeln!(io::stdout(), "{said}")?)
+        })?,
     }
 }
 
@@ -209,7 +219,25 @@ fn serve(flags: &Serve) -> Result<(), Failure> {
 #[cfg(target_os = "linux")]
 async fn check(flags: &Common, compat: bool) -> Result<(), Failure> {
     let settings = config::load(&flags.sources()).map_err(usage)?;
-    let checked = crate::app::check(settings, compat).await?;
+    report(&crate::app::check(settings, compat).await?)
+}
+
+/// What the services of a compose file would get, without a container.
+#[cfg(target_os = "linux")]
+async fn check_compose(flags: &Common, file: &Path) -> Result<(), Failure> {
+    let settings = config::load(&flags.sources()).map_err(usage)?;
+    let text = if file == Path::new("-") {
+        io::read_to_string(io::stdin())?
+    } else {
+        std::fs::read_to_string(file)
+            .map_err(|error| usage(Said(format!("cannot read {}: {error}", file.display()))))?
+    };
+    let checked = crate::app::check_compose(settings, &text).await.map_err(usage)?;
+    report(&checked)
+}
+
+#[cfg(target_os = "linux")]
+fn report(checked: &crate::app::Checked) -> Result<(), Failure> {
     io::stdout().write_all(checked.text.as_bytes())?;
     match checked.problems {
         0 => Ok(()),
@@ -258,138 +286,4 @@ fn intercept(what: Intercept) -> Result<(), Failure> {
         writeln!(out, "{step}")?;
     }
     Ok(())
-}
-
-/// The longest that `get` waits for one answer.
-const GET_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// An IMDSv2 client that needs nothing: a token, then the path; the value on stdout as it is.
-async fn get(typed: &str) -> Result<(), Failure> {
-    if typed.is_empty() || !typed.bytes().all(|b| b.is_ascii_graphic()) {
-        return Err(usage(Said(format!(
-            "{typed:?} is not a path: expected visible characters without blanks"
-        ))));
-    }
-    let path = match typed.trim_start_matches('/') {
-        path if path.starts_with("latest") || path.starts_with(|c: char| c.is_ascii_digit()) => format!("/{path}"),
-        path => format!("/latest/{path}"),
-    };
-    let answer = async {
-        let token = ask("PUT /latest/api/token", "X-aws-ec2-metadata-token-ttl-seconds: 60").await?;
-        let token = match token.status {
-            200 => String::from_utf8_lossy(&token.body).into_owned(),
-            _ => return Ok(token),
-        };
-        ask(&format!("GET {path}"), &format!("X-aws-ec2-metadata-token: {token}")).await
-    };
-    let answer = tokio::time::timeout(GET_TIMEOUT, answer)
-        .await
-        .map_err(|_| Said(format!("no answer from 169.254.169.254 within {} s", GET_TIMEOUT.as_secs())))?
-        .map_err(|error| {
-            Said(format!("169.254.169.254 does not answer: {error}\nhint: does imds-router serve on this host? imds-router status"))
-        })?;
-    if answer.status != 200 {
-        let hint = answer.hint.map(|hint| format!("\nhint: {hint}")).unwrap_or_default();
-        return Err(Said(format!("{path}: status {}{hint}", answer.status)).into());
-    }
-    Ok(io::stdout().write_all(&answer.body)?)
-}
-
-/// The most directories and values that `record` asks for: no instance has so many.
-const MOST_PATHS: usize = 10_000;
-
-/// Writes what stands below `meta-data/` here, but for secrets, to a file that `--metadata-file` serves.
-async fn record(path: &std::path::Path, with_user_data: bool) -> Result<(), Failure> {
-    let silent = |error: io::Error| {
-        Said(format!(
-            "169.254.169.254 does not answer: {error}\nhint: this is for an EC2 instance, or a container that imds-router serves"
-        ))
-    };
-    let token = ask("PUT /latest/api/token", "X-aws-ec2-metadata-token-ttl-seconds: 600");
-    let token = tokio::time::timeout(GET_TIMEOUT, token)
-        .await
-        .map_err(|_| silent(io::ErrorKind::TimedOut.into()))?;
-    let token = token.map_err(silent)?;
-    if token.status != 200 {
-        return Err(Said(format!("169.254.169.254 gives no token: status {}", token.status)).into());
-    }
-    let header = format!("X-aws-ec2-metadata-token: {}", String::from_utf8_lossy(&token.body));
-    let get = async |path: &str| -> Result<Option<Vec<u8>>, Failure> {
-        let answer = ask(&format!("GET /latest/{path}"), &header).await.map_err(silent)?;
-        Ok((answer.status == 200).then_some(answer.body))
-    };
-    let mut found = BTreeMap::new();
-    let mut dirs = vec!["meta-data/".to_owned(), "dynamic/fws/".to_owned()];
-    let mut asked = 0;
-    while let Some(dir) = dirs.pop() {
-        let listing = get(&dir).await?.unwrap_or_default();
-        for name in String::from_utf8_lossy(&listing).lines() {
-            // Public keys are listed with their names: `0=me`.
-            let path = match name.split_once('=') {
-                Some((number, _)) => format!("{dir}{number}/"),
-                None => format!("{dir}{name}"),
-            };
-            asked += 1;
-            if asked > MOST_PATHS || !path.bytes().all(|b| b.is_ascii_graphic()) || !file::is_recorded(&path) {
-                continue;
-            }
-            if path.ends_with('/') {
-                dirs.push(path);
-            } else if let Some(value) = get(&path).await? {
-                found.insert(path, String::from_utf8_lossy(&value).into_owned());
-            }
-        }
-    }
-    let user_data = if with_user_data { get("user-data").await? } else { None };
-    let text = file::write(&found, user_data.as_deref());
-    let mut options = std::fs::OpenOptions::new();
-    options.write(true).create_new(true);
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    let written = options.open(path).and_then(|mut file| file.write_all(text.as_bytes()));
-    written.map_err(|error| {
-        Said(format!(
-            "cannot write {}: {error}\nhint: expected a file that is not there yet",
-            path.display()
-        ))
-    })?;
-    Ok(writeln!(
-        io::stdout(),
-        "{}: imds-router serve --metadata-file serves it",
-        path.display()
-    )?)
-}
-
-struct Answer {
-    status: u16,
-    hint: Option<String>,
-    body: Vec<u8>,
-}
-
-/// One request on a connection of its own, so that the end of the answer is the end of the stream.
-async fn ask(what: &str, header: &str) -> io::Result<Answer> {
-    let mut stream = TcpStream::connect(("169.254.169.254", 80)).await?;
-    let request = format!(
-        "{what} HTTP/1.1\r\nHost: 169.254.169.254\r\n{header}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-    );
-    stream.write_all(request.as_bytes()).await?;
-    let mut bytes = Vec::new();
-    stream.read_to_end(&mut bytes).await?;
-    let strange = || io::Error::new(io::ErrorKind::InvalidData, "not an HTTP answer");
-    let end = bytes.windows(4).position(|it| it == b"\r\n\r\n").ok_or_else(strange)?;
-    let head = String::from_utf8_lossy(&bytes[..end]).into_owned();
-    let status = head
-        .split(' ')
-        .nth(1)
-        .and_then(|it| it.parse().ok())
-        .ok_or_else(strange)?;
-    let hint = head.lines().find_map(|line| {
-        let (name, value) = line.split_once(':')?;
-        name.eq_ignore_ascii_case("x-imds-router-hint")
-            .then(|| telemetry::printable(value.trim(), 200))
-    });
-    Ok(Answer {
-        status,
-        hint,
-        body: bytes.split_off(end + 4),
-    })
 }

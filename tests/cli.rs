@@ -2,7 +2,7 @@
 //! exit code says whose mistake it is. Needs neither root nor Docker.
 
 use std::fs;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 /// Wrong usage or configuration, as design and `--help` have it.
 const USAGE: i32 = 2;
@@ -97,6 +97,12 @@ const WRONG: &[Case] = &[
         "relative path",
         "[serve]\nadmin_socket = \"admin.sock\"\n",
         "imds-router: imds.toml, line 2: serve.admin_socket = \"admin.sock\": expected an absolute path\n",
+    ),
+    file(
+        "metrics for everybody",
+        "[serve]\nmetrics = \"0.0.0.0:9254\"\n",
+        "imds-router: imds.toml, line 2: serve.metrics = \"0.0.0.0:9254\": \
+         expected a loopback address and a port, such as \"127.0.0.1:9254\"\n",
     ),
     file(
         "not TOML",
@@ -222,7 +228,17 @@ fn help_and_version_are_no_failure() {
     let done = run(imds_router(&["--help"]));
     assert!(done.status.success(), "{done:?}");
     let help = text(&done.stdout);
-    for verb in ["serve", "check", "intercept", "status", "explain", "login", "get"] {
+    for verb in [
+        "serve",
+        "check",
+        "intercept",
+        "status",
+        "explain",
+        "login",
+        "get",
+        "wait",
+        "health",
+    ] {
         assert!(
             help.contains(&format!("\n  {verb} ")),
             "{verb} is not in the help:\n{help}"
@@ -239,10 +255,61 @@ fn help_and_version_are_no_failure() {
     );
 }
 
+/// `check --compose -` with this on standard input.
+#[cfg(target_os = "linux")]
+fn check_compose(input: &str) -> Output {
+    use std::io::Write as _;
+    let mut command = imds_router(&["check", "--offline", "--compose", "-"]);
+    let command = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn().expect("the program has been built");
+    let mut stdin = child.stdin.take().expect("it is piped");
+    stdin.write_all(input.as_bytes()).expect("it reads all");
+    drop(stdin);
+    child.wait_with_output().expect("it ends")
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_compose_file_is_checked_without_an_engine() {
+    let done = check_compose(
+        "name: shop\nservices:\n  orders:\n    labels: { imds.role: orders }\n  web: { image: web }\n  \
+         typo:\n    labels: [ imds.rol=x ]\n",
+    );
+    assert_eq!(done.status.code(), Some(FAILED), "{done:?}");
+    let said = text(&done.stdout);
+    for line in [
+        "\nshop-orders-1: arn:aws:iam::000000000000:role/orders",
+        "\nshop-web-1: not served",
+        "\nshop-typo-1: no credentials: unknown label imds.rol",
+        "\n3 services\n",
+    ] {
+        assert!(said.contains(line), "{line:?} is not in:\n{said}");
+    }
+    assert_eq!(
+        text(&done.stderr),
+        "imds-router: 1 of the containers above do not get what they ask for\n"
+    );
+
+    let done = check_compose("orders: {}\n");
+    assert_eq!(done.status.code(), Some(USAGE), "{done:?}");
+    let said = text(&done.stderr);
+    assert!(
+        said.starts_with("imds-router: not what `docker compose config` prints: "),
+        "{said}"
+    );
+    assert!(
+        said.ends_with("hint: docker compose config | imds-router check --compose -\n"),
+        "{said}"
+    );
+}
+
 #[test]
 fn status_without_a_daemon_says_what_to_do() {
     let directory = tempfile::tempdir().expect("there is room for temporary files");
-    for flags in [&["status"][..], &["status", "--json"]] {
+    for flags in [&["status"][..], &["status", "--json"], &["health"]] {
         let mut command = imds_router(flags);
         command.current_dir(&directory).args(["--admin", "admin.sock"]);
         let done = run(command);

@@ -118,6 +118,7 @@ const MAP: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
+    ("verbs::client", &["clock", "telemetry"]),
     ("wire", &[]),
     // A credentials document is written as all documents are.
     ("wire::imds", &["clock", "credentials", "metadata"]),

@@ -11,6 +11,9 @@
 //! | `POST /trigger/CONTAINER` | has a [`Trigger`] happen; the list of [`EventStatus`] |
 //! | `GET /events/CONTAINER` | the list of [`EventStatus`] |
 //! | `GET /identity-certificate` | a JSON string: the certificate in PEM |
+//! | `GET /metrics` | what Prometheus reads |
+//! | `GET /livez` | 200: the daemon runs |
+//! | `GET /readyz` | 200 if it answers at the address, or stands by for who does; else 503; a sentence says which |
 //! | `POST /login`, `POST /login/PROFILE` | takes over a [`Handover`]; 400 with a sentence if it does not |
 
 use std::collections::BTreeMap;
@@ -20,6 +23,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -27,7 +31,8 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Deserialize, Serialize};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 
 use crate::telemetry::printable;
 
@@ -344,24 +349,60 @@ pub trait Observatory: Send + Sync + 'static {
     /// # Errors
     /// Why not.
     fn login(&self, profile: Option<&str>, handover: &Handover) -> Result<String, String>;
+    /// What Prometheus reads, and its content type.
+    fn metrics(&self) -> (&'static str, String);
+    /// Whether the address is answered, in a sentence either way. Never asks AWS.
+    fn readiness(&self) -> BoxFuture<'_, Result<String, String>>;
 }
 
 /// Answers on the socket until the task is dropped.
 pub async fn serve(listener: UnixListener, observatory: Arc<dyn Observatory>) {
     while let Ok((stream, _)) = listener.accept().await {
-        let observatory = observatory.clone();
-        tokio::spawn(async move {
-            let service = service_fn(move |request: Request<Incoming>| {
-                let observatory = observatory.clone();
-                async move { Ok::<_, std::convert::Infallible>(answer(request, observatory.as_ref()).await) }
-            });
-            // Whoever hangs up has seen enough.
-            let _ = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .serve_connection(TokioIo::new(stream), service)
-                .await;
-        });
+        tokio::spawn(converse(stream, observatory.clone(), |request, observatory| {
+            Box::pin(answer(request, observatory))
+        }));
     }
+}
+
+/// Answers what Prometheus and health checks ask, and nothing else, until the task is dropped.
+pub async fn serve_metrics(listener: TcpListener, observatory: Arc<dyn Observatory>) {
+    while let Ok((stream, _)) = listener.accept().await {
+        tokio::spawn(converse(stream, observatory.clone(), |request, observatory| {
+            Box::pin(async move {
+                let known = matches!(request.uri().path(), "/metrics" | "/livez" | "/readyz");
+                match known && request.method() == Method::GET {
+                    true => answer(request, observatory).await,
+                    false => reply(StatusCode::NOT_FOUND, "text/plain", Vec::new()),
+                }
+            })
+        }));
+    }
+}
+
+/// One connection.
+async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
+    observatory: Arc<dyn Observatory>,
+    answer: impl for<'a> Fn(Request<Incoming>, &'a dyn Observatory) -> BoxFuture<'a, Response<Full<Bytes>>>,
+) {
+    let observatory = observatory.as_ref();
+    let service = service_fn(|request: Request<Incoming>| {
+        let answer = answer(request, observatory);
+        async move { Ok::<_, std::convert::Infallible>(answer.await) }
+    });
+    // Whoever hangs up has seen enough.
+    let _ = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .serve_connection(TokioIo::new(stream), service)
+        .await;
+}
+
+fn reply(status: StatusCode, content_type: &'static str, body: Vec<u8>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body.into()));
+    *response.status_mut() = status;
+    let content_type = hyper::header::HeaderValue::from_static(content_type);
+    response.headers_mut().insert(hyper::header::CONTENT_TYPE, content_type);
+    response
 }
 
 /// The largest body of a request.
@@ -382,6 +423,10 @@ async fn answer(request: Request<Incoming>, observatory: &dyn Observatory) -> Re
         None => (path.trim_start_matches('/'), None),
     };
     let (status, body) = match (&parts.method, verb, of) {
+        (&Method::GET, "metrics", None) => {
+            let (content_type, text) = observatory.metrics();
+            return reply(StatusCode::OK, content_type, text.into_bytes());
+        }
         (&Method::GET, "status", None) => json(serde_json::to_vec_pretty(&observatory.status())),
         (&Method::GET, "explain", Some(container)) => observatory
             .explain(container)
@@ -401,6 +446,11 @@ async fn answer(request: Request<Incoming>, observatory: &dyn Observatory) -> Re
             let asked = serde_json::from_slice(&whole(body).await).map_err(|error| NotDone::Wrong(error.to_string()));
             done(asked.and_then(|trigger| observatory.trigger(container, &trigger)))
         }
+        (&Method::GET, "livez", None) => (StatusCode::OK, b"alive".to_vec()),
+        (&Method::GET, "readyz", None) => match observatory.readiness().await {
+            Ok(said) => (StatusCode::OK, said.into_bytes()),
+            Err(why) => (StatusCode::SERVICE_UNAVAILABLE, why.into_bytes()),
+        },
         (&Method::POST, "login", profile) => {
             let text = whole(body).await;
             let taken = Handover::read(&String::from_utf8_lossy(&text))
@@ -413,13 +463,7 @@ async fn answer(request: Request<Incoming>, observatory: &dyn Observatory) -> Re
         }
         _ => absent(),
     };
-    let mut response = Response::new(Full::new(body.into()));
-    *response.status_mut() = status;
-    response.headers_mut().insert(
-        hyper::header::CONTENT_TYPE,
-        hyper::header::HeaderValue::from_static("application/json"),
-    );
-    response
+    reply(status, "application/json", body)
 }
 
 /// A body, or nothing where it is too large or breaks off.
@@ -466,6 +510,9 @@ pub enum AskError {
     /// It did not do what was asked for.
     #[error("not done: {0}")]
     NotDone(String),
+    /// It does not serve.
+    #[error("not ready: {0}\nhint: imds-router doctor says what is wrong on this host")]
+    NotReady(String),
     /// It did not take what was handed over.
     #[error("not taken over: {0}")]
     NotTaken(String),
@@ -588,6 +635,19 @@ async fn order<T: serde::de::DeserializeOwned>(
             container: container.to_owned(),
         }),
         _ => Err(AskError::NotDone(printable(&String::from_utf8_lossy(&said), 400))),
+    }
+}
+
+/// Asks a daemon whether it serves; what it says of that.
+///
+/// # Errors
+/// When none answers, or it does not serve.
+pub async fn ask_readiness(socket: &Path) -> Result<String, AskError> {
+    let (status, said) = ask(socket, "/readyz").await?;
+    let said = printable(&String::from_utf8_lossy(&said), 400);
+    match status {
+        StatusCode::OK => Ok(said),
+        _ => Err(AskError::NotReady(said)),
     }
 }
 

@@ -7,7 +7,8 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwapOption;
 use bollard::Docker;
@@ -63,6 +64,30 @@ pub struct Engine {
     host: String,
     clock: Clock,
     client: Arc<ArcSwapOption<Docker>>,
+    lag: Arc<Lag>,
+}
+
+/// How far behind the engine's events are when they come here.
+#[derive(Default)]
+pub struct Lag {
+    events: AtomicU64,
+    micros: AtomicU64,
+}
+
+impl Lag {
+    fn note(&self, made: SystemTime, clock: &Clock) {
+        // Before the engine's own clock it has not come.
+        let behind = clock.wall().duration_since(made).unwrap_or_default();
+        self.events.fetch_add(1, Ordering::Relaxed);
+        let micros = u64::try_from(behind.as_micros()).unwrap_or(u64::MAX);
+        self.micros.fetch_add(micros, Ordering::Relaxed);
+    }
+
+    /// Events so far, and the sum of the time from each until it came.
+    pub fn so_far(&self) -> (u64, Duration) {
+        let micros = Duration::from_micros(self.micros.load(Ordering::Relaxed));
+        (self.events.load(Ordering::Relaxed), micros)
+    }
 }
 
 impl Engine {
@@ -72,7 +97,13 @@ impl Engine {
             host: host.to_owned(),
             clock,
             client: Arc::default(),
+            lag: Arc::default(),
         }
+    }
+
+    /// How far behind its events are.
+    pub fn lag(&self) -> Arc<Lag> {
+        self.lag.clone()
     }
 
     /// Asks for something of the connected engine.
@@ -131,8 +162,17 @@ impl ContainerEngine for Engine {
                 filters: filters(&[("type", &["container", "network"]), ("event", ACTIONS)]),
                 ..EventsOptions::default()
             };
-            let events = client.events(Some(options)).map(|event| match event {
-                Ok(event) => Some(event),
+            let subscribed = this.clock.wall();
+            let events = client.events(Some(options)).map(move |event| match event {
+                Ok(event) => {
+                    let made = event.time_nano.and_then(|nanos| u64::try_from(nanos).ok());
+                    let made = made.map(|nanos| SystemTime::UNIX_EPOCH + Duration::from_nanos(nanos));
+                    // What is told again was made before.
+                    if let Some(made) = made.filter(|made| *made >= subscribed) {
+                        this.lag.note(made, &this.clock);
+                    }
+                    Some(event)
+                }
                 Err(error) => {
                     warn!(
                         error = failed(error).0,

@@ -4,6 +4,7 @@
 //! everybody reads.
 
 pub mod compat;
+pub mod compose;
 pub mod docker;
 pub mod index;
 pub mod labels;

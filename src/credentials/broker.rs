@@ -225,6 +225,23 @@ pub struct Broker {
     wanted_calls: Semaphore,
     /// Random numbers for jitter; any will do.
     jitter: AtomicU64,
+    /// How calls ended, by the place of their name in [`OUTCOMES`].
+    outcomes: [AtomicU64; OUTCOMES.len()],
+}
+
+/// How a call can end.
+const OUTCOMES: [&str; 6] = ["ok", "denied", "no_base", "needs_attention", "throttled", "unavailable"];
+
+/// Its place in [`OUTCOMES`].
+fn outcome(of: &Result<Credentials, ProviderError>) -> usize {
+    match of {
+        Ok(_) => 0,
+        Err(ProviderError::Denied { .. }) => 1,
+        Err(ProviderError::NoBase(_)) => 2,
+        Err(ProviderError::NeedsAttention { .. }) => 3,
+        Err(ProviderError::Throttled(_)) => 4,
+        Err(ProviderError::Unavailable(_)) => 5,
+    }
 }
 
 /// A counted wish for credentials to be kept fresh.
@@ -290,6 +307,7 @@ impl Broker {
             calls: Semaphore::new((limits.calls - limits.calls / 4).max(1)),
             wanted_calls: Semaphore::new(limits.calls / 4),
             jitter: AtomicU64::new(u64::from(seed) | 1),
+            outcomes: Default::default(),
         })
     }
 
@@ -396,6 +414,26 @@ impl Broker {
         self.slots.get(session).map(|slot| slot.state.borrow().clone())
     }
 
+    /// How many calls for credentials ended in which way.
+    pub fn outcomes(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
+        let counts = self.outcomes.iter().map(|count| count.load(Ordering::Relaxed));
+        OUTCOMES.into_iter().zip(counts)
+    }
+
+    /// How many sessions are `live`, `failed`, or still `pending`. Live is what can be served, whatever the last try said.
+    pub fn by_state(&self) -> [(&'static str, i64); 3] {
+        let (mut live, mut failed, mut pending) = (0, 0, 0);
+        for slot in &self.slots {
+            let state = slot.state.borrow();
+            match (&state.published, &state.error) {
+                (Some(published), _) if published.is_live(&self.clock) => live += 1,
+                (_, Some(_)) => failed += 1,
+                _ => pending += 1,
+            }
+        }
+        [("live", live), ("failed", failed), ("pending", pending)]
+    }
+
     /// How many sessions are kept.
     pub fn sessions(&self) -> usize {
         self.slots.len()
@@ -436,7 +474,9 @@ impl Broker {
             place = wanted => place,
         };
         let asked = self.clock.moment();
-        (asked, alone(self.provider.credentials(session)).await)
+        let fetched = alone(self.provider.credentials(session)).await;
+        self.outcomes[outcome(&fetched)].fetch_add(1, Ordering::Relaxed);
+        (asked, fetched)
     }
 }
 

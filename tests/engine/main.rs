@@ -15,6 +15,8 @@ mod conformance;
 #[cfg(target_os = "linux")]
 mod credentials;
 #[cfg(target_os = "linux")]
+mod deploy;
+#[cfg(target_os = "linux")]
 mod host;
 #[cfg(target_os = "linux")]
 mod identities;
@@ -51,6 +53,7 @@ fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
     trials.extend(instances::trials(rig));
     trials.extend(attacks::trials(rig));
     trials.extend(churn::trials(rig));
+    trials.extend(deploy::trials(rig));
     // Looks at what all the others have left in their logs.
     trials.extend(secrecy::trials(rig));
     trials

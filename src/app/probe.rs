@@ -1,0 +1,52 @@
+//! Whether the daemon's own way works: from a process of this host to the address, by the rules to the listener, and back.
+//! Asks nobody else, AWS least of all.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpSocket;
+use tokio::time::timeout;
+
+use crate::containers::index::EngineState;
+use crate::server::{IMDS_PORT, Service};
+
+/// The longest that it takes; an answer takes half a second at most.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Asks the daemon itself at `address`.
+///
+/// # Errors
+/// What does not work.
+pub async fn probe(service: &Arc<Service>, address: IpAddr) -> Result<(), String> {
+    match &*service.index.engine() {
+        EngineState::Away(why) => return Err(format!("the engine is away: {why}")),
+        EngineState::Synchronising => return Err("what runs here is still being looked up".to_owned()),
+        EngineState::Synchronised => {}
+    }
+    let asked = timeout(PATIENCE, ask(service, address)).await;
+    match asked.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(format!("{address} is answered by somebody else on this host")),
+        Err(error) => Err(format!("{address} does not answer on this host: {error}")),
+    }
+}
+
+/// Whether it was this daemon that answered.
+async fn ask(service: &Arc<Service>, address: IpAddr) -> io::Result<bool> {
+    let socket = match address {
+        IpAddr::V4(_) => TcpSocket::new_v4()?,
+        IpAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    // From the address itself: were it not on this host, nothing would leave.
+    socket.bind(SocketAddr::new(address, 0))?;
+    let probe = service.expect_probe(socket.local_addr()?);
+    let mut stream = socket.connect(SocketAddr::new(address, IMDS_PORT)).await?;
+    let request = format!("GET / HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut start = [0; 5];
+    stream.read_exact(&mut start).await?;
+    Ok(&start == b"HTTP/" && probe.arrived())
+}

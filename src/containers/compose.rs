@@ -1,0 +1,263 @@
+//! What `docker compose config` prints → the containers that it would make, as far as their labels decide anything.
+//!
+//! Compose writes labels of its own, names and networks as it will (compose-spec, 05-services.md); a `$` of a value is
+//! printed as `$$`. Image and id are not known before there is a container.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::{Attachments, ContainerId, Definition, Endpoint, Environment, Labels, NetworkId, NetworkMode};
+
+/// Why a text is not what `docker compose config` prints.
+#[derive(Debug, thiserror::Error)]
+#[error("not what `docker compose config` prints: {0}\nhint: docker compose config | imds-router check --compose -")]
+pub struct ComposeError(String);
+
+#[derive(Deserialize)]
+struct Project {
+    name: Option<String>,
+    services: BTreeMap<String, Service>,
+    #[serde(default)]
+    networks: BTreeMap<String, Option<Network>>,
+}
+
+#[derive(Deserialize, Default)]
+struct Network {
+    name: Option<String>,
+    #[serde(default)]
+    internal: bool,
+}
+
+#[derive(Deserialize)]
+struct Service {
+    container_name: Option<String>,
+    image: Option<String>,
+    hostname: Option<String>,
+    network_mode: Option<String>,
+    #[serde(default)]
+    labels: Pairs,
+    #[serde(default)]
+    environment: Pairs,
+    #[serde(default)]
+    networks: Names,
+}
+
+/// A mapping, or a list of `name=value`.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Pairs {
+    Map(BTreeMap<String, Value>),
+    List(Vec<String>),
+}
+
+impl Default for Pairs {
+    fn default() -> Self {
+        Self::List(Vec::new())
+    }
+}
+
+impl Pairs {
+    /// A variable without a value is the shell's, which is not known.
+    fn into_pairs(self) -> Result<Vec<(String, String)>, ComposeError> {
+        let pairs: Vec<(String, Value)> = match self {
+            Self::Map(map) => map.into_iter().collect(),
+            Self::List(list) => {
+                let pairs = list.into_iter().map(|line| match line.split_once('=') {
+                    Some((name, value)) => (name.to_owned(), Value::from(value)),
+                    None => (line, Value::Null),
+                });
+                pairs.collect()
+            }
+        };
+        let mut read = Vec::new();
+        for (name, value) in pairs {
+            let value = match value {
+                Value::Null => continue,
+                Value::String(text) => text.replace("$$", "$"),
+                Value::Bool(it) => it.to_string(),
+                Value::Number(it) => it.to_string(),
+                Value::Array(_) | Value::Object(_) => {
+                    return Err(ComposeError(format!(
+                        "{name}: expected a text, a number, true or false"
+                    )));
+                }
+            };
+            read.push((name, value));
+        }
+        Ok(read)
+    }
+}
+
+/// A list, or a mapping whose values are of no interest here.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Names {
+    Map(BTreeMap<String, Value>),
+    List(Vec<String>),
+}
+
+impl Default for Names {
+    fn default() -> Self {
+        Self::List(Vec::new())
+    }
+}
+
+/// The containers that the services of a project would be: the first of each.
+///
+/// # Errors
+/// If it is not what compose prints.
+pub fn services(text: &str) -> Result<Vec<(Definition, Attachments)>, ComposeError> {
+    let project: Project = serde_saphyr::from_str(text).map_err(|error| {
+        // The message goes on with a picture of the place.
+        let said = error.to_string();
+        ComposeError(said.lines().next().unwrap_or_default().to_owned())
+    })?;
+    let Project {
+        name,
+        services,
+        networks,
+    } = project;
+    let name = name.ok_or_else(|| ComposeError("it has no `name`, which is the project's".to_owned()))?;
+    let services = services.into_iter();
+    services
+        .map(|(service, made_of)| made_of.define(&service, &name, &networks))
+        .collect()
+}
+
+impl Service {
+    fn define(
+        self,
+        service: &str,
+        project: &str,
+        networks: &BTreeMap<String, Option<Network>>,
+    ) -> Result<(Definition, Attachments), ComposeError> {
+        let of_service = |ComposeError(why)| ComposeError(format!("service {service}: {why}"));
+        let mut labels: Labels = self.labels.into_pairs().map_err(of_service)?.into_iter().collect();
+        labels.insert("com.docker.compose.project".to_owned(), project.to_owned());
+        labels.insert("com.docker.compose.service".to_owned(), service.to_owned());
+        let variables = self.environment.into_pairs().map_err(of_service)?;
+        let variables = variables.iter().map(|(name, value)| format!("{name}={value}"));
+        let environment = Environment::of(variables);
+        let mut names = match self.networks {
+            Names::Map(map) => map.into_keys().collect(),
+            Names::List(list) => list,
+        };
+        if names.is_empty() && self.network_mode.is_none() {
+            names.push("default".to_owned());
+        }
+        let endpoints = names.into_iter().map(|name| {
+            let described = networks.get(&name).and_then(Option::as_ref);
+            let network = described.and_then(|it| it.name.clone());
+            let network = network.unwrap_or_else(|| format!("{project}_{name}"));
+            let endpoint = Endpoint {
+                mac: String::new(),
+                ipv4: None,
+                ipv6: None,
+                internal: described.is_some_and(|it| it.internal),
+                network: network.clone(),
+            };
+            (NetworkId::from(network.as_str()), endpoint)
+        });
+        let attachments = Attachments(endpoints.collect());
+        let id = ContainerId::parse(&"0".repeat(ContainerId::DIGITS)).expect("zeros are digits");
+        let definition = Definition {
+            name: self.container_name.unwrap_or_else(|| format!("{project}-{service}-1")),
+            labels,
+            image_labels: Vec::new(),
+            environment: Some(environment),
+            image: self.image.unwrap_or_else(|| format!("{project}-{service}")),
+            image_id: String::new(),
+            network_mode: NetworkMode::parse(self.network_mode.as_deref().unwrap_or_default()),
+            hostname: self.hostname.unwrap_or_else(|| id.short().to_owned()),
+            id,
+        };
+        Ok((definition, attachments))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PRINTED: &str = r#"
+name: shop
+services:
+  orders:
+    image: shop/orders:1
+    environment: { AWS_REGION: eu-west-1, PASSED_ON: null, WORKERS: 4 }
+    labels:
+      imds.role: orders
+      imds.role.policy: '{"a": "$${aws:username}"}'
+    networks: { default: null, inner: { ipv4_address: 10.1.2.3 } }
+  reports:
+    container_name: the-reports
+    image: shop/reports
+    hostname: reports
+    network_mode: host
+    environment: [ "A=b=c", UNSET ]
+    labels: [ "imds.role=reports" ]
+networks:
+  default: { name: shop_default }
+  inner: { name: elsewhere, internal: true }
+"#;
+
+    #[test]
+    fn what_compose_prints_is_what_it_would_make() {
+        let made = services(PRINTED).unwrap();
+        let [(orders, networks), (reports, none)] = made.as_slice() else {
+            panic!("{made:?}")
+        };
+        assert_eq!(
+            (orders.name.as_str(), reports.name.as_str()),
+            ("shop-orders-1", "the-reports")
+        );
+        assert_eq!((orders.project(), orders.service()), (Some("shop"), Some("orders")));
+        assert_eq!(
+            orders.labels.get("imds.role.policy").map(String::as_str),
+            Some(r#"{"a": "${aws:username}"}"#)
+        );
+        assert_eq!(reports.labels.get("imds.role").unwrap(), "reports");
+        let variables = orders.environment.as_ref().unwrap();
+        assert_eq!(
+            (variables.get("WORKERS"), variables.get("PASSED_ON")),
+            (Some("4"), None)
+        );
+        assert_eq!(reports.environment.as_ref().unwrap().get("A"), Some("b=c"));
+        let names: Vec<_> = networks
+            .0
+            .values()
+            .map(|it| (it.network.as_str(), it.internal))
+            .collect();
+        assert_eq!(names, [("elsewhere", true), ("shop_default", false)]);
+        assert!(none.0.is_empty());
+        assert_eq!(reports.network_mode, NetworkMode::Host);
+    }
+
+    #[test]
+    fn json_is_read_as_well() {
+        let made = services(r#"{"name": "p", "services": {"a": {"labels": {"imds.role": "x"}}}}"#).unwrap();
+        assert_eq!(made[0].0.labels.get("imds.role").unwrap(), "x");
+        assert_eq!(made[0].1.0.values().next().unwrap().network, "p_default");
+    }
+
+    #[test]
+    fn what_is_not_compose_is_said() {
+        for (text, why) in [
+            ("services: {}", "it has no `name`"),
+            ("name: x", "services"),
+            ("{", ""),
+            (
+                "name: x\nservices: { a: { labels: { b: [1] } } }",
+                "service a: b: expected a text",
+            ),
+        ] {
+            let said = services(text).unwrap_err().to_string();
+            assert!(
+                said.starts_with("not what `docker compose config` prints: ") && said.contains(why),
+                "{text}: {said}"
+            );
+        }
+    }
+}

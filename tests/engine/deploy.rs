@@ -1,0 +1,167 @@
+//! What deployments lean on: waiting for the daemon, its health, and two of them on one host.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use libtest_mimic::Trial;
+
+use crate::cases::is_itself;
+use crate::rig::tools::DAEMON;
+use crate::rig::{Daemon, Engine, Rig, poll};
+
+pub fn trials(rig: &Rig) -> Vec<Trial> {
+    let mut trials = rig.in_each_view(
+        "deploy::one_serves_and_the_other_stands_by",
+        one_serves_and_the_other_stands_by,
+    );
+    trials.push(rig.once("deploy::what_happens_is_counted", what_happens_is_counted));
+    trials.push(rig.once(
+        "deploy::who_waits_goes_on_when_it_is_known",
+        who_waits_goes_on_when_it_is_known,
+    ));
+    trials
+}
+
+const OFFLINE: &str = "[credentials]\nsource = \"offline\"\n";
+
+/// What `health` says of a daemon that is well.
+#[track_caller]
+fn health(daemon: &Daemon) -> String {
+    daemon.cli(&["health"]).ok()
+}
+
+fn one_serves_and_the_other_stands_by(engine: &Arc<Engine>) {
+    let first = Daemon::start(engine, OFFLINE, &[]);
+    let container = engine.run("app").label("imds.role", "app").start();
+    is_itself(&container);
+    let said = health(&first);
+    assert!(said.starts_with("serves ") && said.contains(" containers"), "{said}");
+    let refused = || first.status()["refused_connections"].clone();
+    let before = refused();
+    health(&first);
+    assert_eq!(refused(), before, "a daemon's question to itself is nobody's refusal");
+
+    let second = Daemon::start(engine, OFFLINE, &[]);
+    let who = format!("stands by: imds-router, process {} serves this host", first.pid());
+    // Whoever was killed a moment ago is waited for before that is said.
+    let asked = || second.cli(&["health"]);
+    poll(Duration::from_secs(5), "the second to stand by", || {
+        (asked().stdout.trim() == who).then_some(())
+    });
+    let warned = second.status()["warnings"].to_string();
+    assert!(warned.contains(&format!("process {}", first.pid())), "{warned}");
+    let third = Daemon::start(engine, OFFLINE, &[]);
+    is_itself(&container);
+    // One that stands by goes without a trace.
+    third.stop();
+    is_itself(&container);
+
+    first.kill();
+    let began = Instant::now();
+    is_itself(&container);
+    let taken = began.elapsed();
+    assert!(taken < Duration::from_secs(2), "taken over after {taken:?}");
+    let said = poll(Duration::from_secs(2), "the health of the second", || {
+        let said = asked().stdout;
+        (!said.is_empty()).then_some(said)
+    });
+    assert!(said.starts_with("serves "), "{said}");
+    second.stop();
+}
+
+fn who_waits_goes_on_when_it_is_known(engine: &Arc<Engine>) {
+    let binary = format!("--volume={}:/opt/imds-router:ro", engine.outside(DAEMON));
+    let waiting = |name: &str, label: &str| engine.run(name).label(label, name).arg(&binary).start();
+    let (container, unlabelled) = (waiting("app", "imds.role"), waiting("other", "role"));
+    let short = ["/opt/imds-router", "wait", "--timeout", "500ms"];
+    let in_vain = container.try_exec(&short);
+    assert_eq!(in_vain.status.code(), Some(1), "{in_vain}");
+    assert!(
+        in_vain.stderr.contains("does not answer this container within 500ms"),
+        "{in_vain}"
+    );
+
+    let mut waits = container.exec_command(&[]);
+    waits.args(["/opt/imds-router", "wait", "--timeout", "20s"]);
+    let mut waits = engine.background(&mut waits, "waits");
+    let daemon = Daemon::start(engine, OFFLINE, &[]);
+    let ended = poll(Duration::from_secs(10), "the wait to end", || waits.ended());
+    assert!(ended.success(), "{ended}: {}", waits.output());
+    is_itself(&container);
+    // Who is refused goes on waiting.
+    let refused = unlabelled.try_exec(&short);
+    assert_eq!(refused.status.code(), Some(1), "{refused}");
+    assert!(
+        refused.stderr.contains("the last that was heard: status 403"),
+        "{refused}"
+    );
+    daemon.stop();
+}
+
+fn what_happens_is_counted(engine: &Arc<Engine>) {
+    let config = format!("{OFFLINE}[serve]\nmetrics = \"127.0.0.1:9254\"\n");
+    let daemon = Daemon::start(engine, &config, &[]);
+    let app = engine.run("app").label("imds.role", "app").start();
+    is_itself(&app);
+    let token = app.token();
+    app.get("/latest/meta-data/instance-id", &[("X-aws-ec2-metadata-token", &token)]);
+    // The host itself: nobody.
+    let nobody = engine.request("GET", "http://169.254.169.254/", &[]);
+    assert!(nobody.as_ref().is_ok_and(|reply| reply.status == 403), "{nobody:?}");
+    let ask = |path: &str| {
+        let reply = engine.request("GET", &format!("http://127.0.0.1:9254{path}"), &[]);
+        reply.unwrap_or_else(|why| panic!("{path}: {why:?}"))
+    };
+    let metrics = ask("/metrics").body;
+    let count = |what: &str| {
+        let line = metrics.lines().find_map(|line| line.strip_prefix(what));
+        let line = line.unwrap_or_else(|| panic!("{what} is not in:\n{metrics}"));
+        line.trim()
+            .parse::<f64>()
+            .unwrap_or_else(|e| panic!("{what}: {e}: {line}"))
+    };
+    assert_eq!(count("imds_router_requests_total{version=\"2\",status=\"200\"}"), 2.0);
+    assert!(count("imds_router_requests_total{version=\"1\",status=\"200\"}") >= 1.0);
+    assert_eq!(count("imds_router_sts_calls_total{outcome=\"ok\"}"), 1.0);
+    assert_eq!(count("imds_router_sessions{state=\"live\"}"), 1.0);
+    assert_eq!(count("imds_router_containers_running"), 1.0);
+    assert_eq!(count("imds_router_engine_synchronised"), 1.0);
+    assert_eq!(count("imds_router_standing_by"), 0.0);
+    let (events, behind) = (
+        count("imds_router_engine_events_total"),
+        count("imds_router_engine_event_lag_seconds_total"),
+    );
+    assert!(
+        events >= 3.0 && behind > 0.0 && behind / events < 1.0,
+        "{behind} s in {events} events"
+    );
+    let refused: Vec<_> = metrics
+        .lines()
+        .filter(|line| line.starts_with("imds_router_refused_connections_total{"))
+        .collect();
+    assert!(
+        matches!(refused.as_slice(), [one] if one.ends_with(" 1")),
+        "{refused:?}"
+    );
+    assert!(metrics.ends_with("# EOF\n"), "{metrics}");
+    assert!(!metrics.contains("ASIA") && !metrics.contains(app.id()), "{metrics}");
+
+    assert_eq!(ask("/livez").body, "alive");
+    let ready = ask("/readyz");
+    assert!(ready.status == 200 && ready.body.starts_with("serves 1 "), "{ready:?}");
+    for path in ["/status", "/explain/app", "/login"] {
+        assert_eq!(ask(path).status, 404, "{path}");
+    }
+    // Without the engine nobody new is known: not ready, but alive.
+    engine.kill();
+    poll(Duration::from_secs(5), "the engine to be missed", || {
+        let reply = ask("/readyz");
+        (reply.status == 503 && reply.body.starts_with("the engine is away")).then_some(())
+    });
+    assert_eq!(ask("/livez").status, 200);
+    engine.restart();
+    poll(Duration::from_secs(10), "readiness", || {
+        (ask("/readyz").status == 200).then_some(())
+    });
+    daemon.stop();
+}
