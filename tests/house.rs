@@ -114,11 +114,10 @@ const MAP: &[(&str, &[&str])] = &[
             "cli",
             "config",
             "host::*",
-            "metadata::file",
             "telemetry",
         ],
     ),
-    ("verbs::client", &["clock", "telemetry"]),
+    ("verbs::client", &["clock", "metadata::file", "telemetry"]),
     ("wire", &[]),
     // A credentials document is written as all documents are.
     ("wire::imds", &["clock", "credentials", "metadata"]),
