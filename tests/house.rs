@@ -86,7 +86,17 @@ const MAP: &[(&str, &[&str])] = &[
     ("metadata::catalogue", &["clock", "credentials"]),
     ("metadata::events", &["clock"]),
     ("metadata::identity", &["clock"]),
-    ("orders", &["containers", "instance"]),
+    (
+        "orders",
+        &[
+            "clock",
+            "containers",
+            "containers::index",
+            "containers::watcher",
+            "instance",
+            "metadata::events",
+        ],
+    ),
     (
         "server",
         &[
