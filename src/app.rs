@@ -47,7 +47,7 @@ use crate::containers::compose::{self, ComposeError};
 use crate::containers::docker::{DEFAULT_HOST, Engine, Lag};
 use crate::containers::index::{EngineState, Index};
 use crate::containers::watcher::{
-    ContainerEngine as _, EngineError, Hold, Instances, Kernel, Ports, Watcher, own_environment,
+    ContainerEngine, EngineError, Hold, Instances, Kernel, Ports, Watcher, own_environment,
 };
 use crate::containers::{Attachments, ContainerId, Definition, Level, NetworkMode, Record};
 use crate::credentials::broker::{Broker, CredentialProvider, LINGER, LINGER_NEVER_STARTED, Lease, Limits};
@@ -59,7 +59,7 @@ use crate::host::{HostError, LINK, Plan};
 use crate::instance::{At, FALLBACK_REGION, Instance, Ordered, Role, Surroundings, resolve, resolve_sparingly};
 use crate::metadata::events::{Event, Kind};
 use crate::metadata::identity::Signer;
-use crate::orders::Orders;
+use crate::orders::{Orders, Stops, to_stop};
 use crate::server::{self, RefusedConnection, Service};
 use crate::telemetry::{printable, with_causes};
 use crate::wire::imds::credentials_document;
@@ -176,7 +176,7 @@ pub async fn run(
     let mut shutdown = std::pin::pin!(shutdown);
     let tokens = token_authority(&settings.state_dir, &clock)?;
     let signer = Arc::new(signer(&settings.state_dir)?);
-    let orders = orders(&settings.state_dir)?;
+    let orders = Arc::new(orders(&settings.state_dir)?);
     let level = level(&settings).await?;
     let (listener, listening) = listen(IMDS_ADDRESS.into()).map_err(AppError::Listen)?;
     let listener = TcpListener::from_std(listener).map_err(AppError::Listen)?;
@@ -246,8 +246,18 @@ pub async fn run(
     let engine = engine_host(&settings);
     let docker = Engine::new(&engine, clock.clone());
     let lag = docker.lag();
+    let port: Arc<dyn ContainerEngine> = Arc::new(docker);
+    let permits = resolver.clone();
+    let stops = Stops {
+        orders: resolver.orders.clone(),
+        index: index.clone(),
+        engine: port.clone(),
+        clock: clock.clone(),
+        changed: resolver.changed.subscribe(),
+        permitted: Box::new(move || permits.settings.load().triggers_may_stop),
+    };
     let ports = Ports {
-        engine: Arc::new(docker),
+        engine: port,
         kernel,
         instances: resolver.clone(),
         changed: changes,
@@ -321,6 +331,7 @@ pub async fn run(
     if let Some(frozen) = frozen {
         tasks.spawn(freeze::keep_frozen(frozen, index.clone()));
     }
+    tasks.spawn(stops.run());
     tasks.spawn(broker.watch_clocks());
     tasks.spawn(reload(reloads, resolver.clone()));
     if let Some((sts, bases)) = sts {
@@ -793,7 +804,7 @@ struct Resolver {
     settings: ArcSwap<Settings>,
     level: Level,
     around: ArcSwap<Surroundings>,
-    orders: Orders,
+    orders: Arc<Orders>,
     clock: Clock,
     broker: Arc<Broker>,
     changed: watch::Sender<u64>,
@@ -1068,6 +1079,14 @@ impl Observatory for Observer {
         if wait > MOST_AHEAD {
             return Err(wrong(format!("in {wait} s: expected at most a year")));
         }
+        let stops = match trigger.stop {
+            true if trigger.cancel => return Err(wrong("stop and cancel: expected one of them".to_owned())),
+            true => {
+                let permitted = self.resolver.settings.load().triggers_may_stop;
+                Some(to_stop(&record, kind, permitted).map_err(|why| wrong(why.to_string()))?)
+            }
+            false => None,
+        };
         let known = record.instance.events.iter().find(|event| event.kind == kind).cloned();
         if trigger.cancel && known.as_ref().is_none_or(|event| event.cancelled) {
             return Err(wrong(format!("there is no {} to cancel", kind.name())));
@@ -1084,6 +1103,7 @@ impl Observatory for Observer {
                 decided,
                 at: decided + wait,
                 cancelled: false,
+                stops,
             },
         };
         let ordered = self.order(&record, |ordered| {
@@ -1157,6 +1177,7 @@ impl Observer {
                 (_, _, true) => "over",
             }
             .to_owned(),
+            stops: event.stops.is_some() && !event.cancelled,
         });
         statuses.collect()
     }

@@ -102,6 +102,9 @@ pub enum Verb {
         /// Call it off
         #[arg(long, requires = "event", conflicts_with_all = ["action", "after"])]
         cancel: bool,
+        /// With spot-interruption: really stop the container when the notice is over, if [imds] triggers_may_stop = true allows it
+        #[arg(long, requires = "event", conflicts_with = "cancel")]
+        stop: bool,
         /// Print JSON, whose names are stable
         #[arg(long)]
         json: bool,

@@ -136,6 +136,13 @@ impl Clock {
         self.wall().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
     }
 
+    /// Waits for a moment of the wall clock, or for a second: somebody may set the clock meanwhile.
+    pub async fn until(&self, moment: Option<SystemTime>) {
+        let wait = moment.map_or(LOOK, |moment| moment.duration_since(self.wall()).unwrap_or_default());
+        // Timers are as coarse as a millisecond: never a moment before.
+        tokio::time::sleep(wait.min(LOOK)).await;
+    }
+
     /// Monotonic time, for deadlines within this process. It stops while the machine sleeps.
     pub fn now(&self) -> Instant {
         Instant::now()

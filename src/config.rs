@@ -181,6 +181,8 @@ pub struct Settings {
     pub hop_limit: u8,
     /// `imds.instance_metadata_tags`
     pub instance_metadata_tags: bool,
+    /// `imds.triggers_may_stop`: whether `trigger --stop` may stop containers.
+    pub triggers_may_stop: bool,
     /// `imds.compose_tags`: whether what compose wrote on a container is among its tags.
     pub compose_tags: bool,
     /// `imds.user_data`, `imds.user_data_base64`, `imds.user_data_file`
@@ -233,6 +235,7 @@ impl Default for Settings {
             accounts: BTreeMap::new(),
             hop_limit: 2,
             instance_metadata_tags: false,
+            triggers_may_stop: false,
             compose_tags: false,
             user_data: None,
             metadata_file: None,
@@ -263,6 +266,7 @@ impl Settings {
             accounts: new.accounts.clone(),
             hop_limit: new.hop_limit,
             instance_metadata_tags: new.instance_metadata_tags,
+            triggers_may_stop: new.triggers_may_stop,
             compose_tags: new.compose_tags,
             user_data: new.user_data.clone(),
             metadata_file: new.metadata_file.clone(),
@@ -278,8 +282,8 @@ impl Settings {
 
 /// What [`Settings::reloaded`] takes over, as a message says it.
 pub const RELOADED: &str = "region, account_id, roles, accounts, allow, compat, metadata, public_keys, docker.unknown_labels, \
-    imds.http_endpoint, imds.http_tokens, imds.labels_may_lower, imds.http_put_response_hop_limit, imds.instance_metadata_tags, imds.compose_tags, \
-    imds.user_data, imds.user_data_base64, imds.user_data_file, credentials.default_role, credentials.session_name, credentials.duration";
+    imds.http_endpoint, imds.http_tokens, imds.labels_may_lower, imds.http_put_response_hop_limit, imds.instance_metadata_tags, imds.triggers_may_stop, \
+    imds.compose_tags, imds.user_data, imds.user_data_base64, imds.user_data_file, credentials.default_role, credentials.session_name, credentials.duration";
 
 /// One configuration key.
 pub struct Key {
@@ -589,6 +593,13 @@ pub const KEYS: &[Key] = &[
             v.one_of(&[("enabled", true), ("disabled", false)])
                 .map(|it| s.instance_metadata_tags = it)
         },
+    },
+    Key {
+        path: "imds.triggers_may_stop",
+        default: "false",
+        expected: "true or false",
+        about: "Whether imds-router trigger CONTAINER spot-interruption --stop may really stop a container.",
+        read: |s, v| v.boolean().map(|it| s.triggers_may_stop = it),
     },
     Key {
         path: "imds.compose_tags",

@@ -97,6 +97,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
             action,
             after,
             cancel,
+            stop,
             json,
             admin,
         } => block_on(async move {
@@ -109,7 +110,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
             let events = match event {
                 Some(event) => {
                     let event = event.to_possible_value().map(|it| it.get_name().to_owned()).unwrap_or_default();
-                    let trigger = admin::Trigger { event, action, in_seconds, cancel };
+                    let trigger = admin::Trigger { event, action, in_seconds, cancel, stop };
                     admin::trigger(&admin, &container, &trigger).await?
                 }
                 None => admin::ask_events(&admin, &container).await?,

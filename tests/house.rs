@@ -86,7 +86,17 @@ const MAP: &[(&str, &[&str])] = &[
     ("metadata::catalogue", &["clock", "credentials"]),
     ("metadata::events", &["clock"]),
     ("metadata::identity", &["clock"]),
-    ("orders", &["containers", "instance"]),
+    (
+        "orders",
+        &[
+            "clock",
+            "containers",
+            "containers::index",
+            "containers::watcher",
+            "instance",
+            "metadata::events",
+        ],
+    ),
     (
         "server",
         &[
@@ -107,15 +117,7 @@ const MAP: &[(&str, &[&str])] = &[
     ("telemetry", &[]),
     (
         "verbs",
-        &[
-            "admin",
-            "app",
-            "app::doctor",
-            "cli",
-            "config",
-            "host::*",
-            "telemetry",
-        ],
+        &["admin", "app", "app::doctor", "cli", "config", "host::*", "telemetry"],
     ),
     ("verbs::client", &["clock", "metadata::file", "telemetry"]),
     ("wire", &[]),

@@ -293,6 +293,8 @@ pub struct Trigger {
     pub in_seconds: Option<u64>,
     /// It is called off.
     pub cancel: bool,
+    /// The container is really stopped when it happens.
+    pub stop: bool,
 }
 
 /// Something that happens to a container. Stable, as [`Status`] is.
@@ -308,6 +310,8 @@ pub struct EventStatus {
     pub noticed: String,
     /// `not told yet`, `told`, `over` or `cancelled`.
     pub state: String,
+    /// Whether the container is to be stopped then.
+    pub stops: bool,
 }
 
 /// Why something is not done.
@@ -858,6 +862,9 @@ pub fn render_events(events: &[EventStatus]) -> String {
         text.push_str(&format!("{}{action} at {}: {}", event.event, event.at, event.state));
         if event.state == "not told yet" {
             text.push_str(&format!(", told from {}", event.noticed));
+        }
+        if event.stops {
+            text.push_str(", and really stops it");
         }
         text.push('\n');
     }

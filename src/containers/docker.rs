@@ -16,7 +16,9 @@ use bollard::errors::Error;
 use bollard::models::{
     ContainerSummary, ContainerSummaryStateEnum, EventMessage, EventMessageTypeEnum, NetworkInspect,
 };
-use bollard::query_parameters::{EventsOptions, InspectContainerOptions, InspectNetworkOptions, ListContainersOptions};
+use bollard::query_parameters::{
+    EventsOptions, InspectContainerOptions, InspectNetworkOptions, ListContainersOptions, StopContainerOptions,
+};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{BoxStream, StreamExt as _};
 use futures_util::{FutureExt as _, future};
@@ -296,6 +298,15 @@ impl ContainerEngine for Engine {
         self.ask(|docker| async move {
             let answer = docker.inspect_network(&id.0, None::<InspectNetworkOptions>).await;
             Ok(absent(answer)?.map(read_network))
+        })
+    }
+
+    fn stop(&self, id: &ContainerId) -> BoxFuture<'static, Result<(), EngineError>> {
+        let id = id.clone();
+        self.ask(|docker| async move {
+            // 304: it had ended already; to the client that is no error.
+            let answer = docker.stop_container(id.as_str(), None::<StopContainerOptions>).await;
+            absent(answer).map(drop)
         })
     }
 }

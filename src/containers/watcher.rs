@@ -44,6 +44,9 @@ pub trait ContainerEngine: Send + Sync + 'static {
     fn networks(&self) -> BoxFuture<'static, Result<Vec<NetworkId>, EngineError>>;
     /// One network and who is on it.
     fn network(&self, id: &NetworkId) -> BoxFuture<'static, Result<Option<Network>, EngineError>>;
+    /// Stops a container, and waits until it has ended. One that has ended, or is no more, is stopped. The only thing that is
+    /// ever changed through an engine.
+    fn stop(&self, id: &ContainerId) -> BoxFuture<'static, Result<(), EngineError>>;
 }
 
 /// Why the engine did not answer.
@@ -451,7 +454,7 @@ impl Watcher {
                     let all: Vec<_> = self.known.keys().cloned().collect();
                     all.iter().for_each(|id| self.publish(id));
                 }
-                () = until(&clock, next), if next.is_some() => self.again(),
+                () = clock.until(next), if next.is_some() => self.again(),
                 _ = tick.tick(), if !self.awaited.is_empty() || !self.retries.is_empty() => self.tick(),
             }
         }
@@ -1154,14 +1157,6 @@ fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Box
         }
     }
     .boxed()
-}
-
-/// Waits for a moment of the wall clock, or for a second: somebody may set the clock meanwhile.
-async fn until(clock: &Clock, moment: Option<SystemTime>) {
-    const LOOK: Duration = Duration::from_secs(1);
-    let wait = moment.map_or(LOOK, |moment| moment.duration_since(clock.wall()).unwrap_or_default());
-    // Timers are as coarse as a millisecond: never a moment before.
-    tokio::time::sleep(wait.min(LOOK)).await;
 }
 
 /// Whether an address is in a subnet.

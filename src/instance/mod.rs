@@ -230,6 +230,7 @@ fn events(spec: &ContainerSpec, started: SystemTime, ordered: &Ordered) -> Vec<E
             decided,
             at: decided + after.as_secs(),
             cancelled: false,
+            stops: None,
         })
     });
     let mut events: Vec<_> = born

@@ -114,6 +114,29 @@ pub struct Event {
     /// Called off.
     #[serde(default)]
     pub cancelled: bool,
+    /// The run that is really stopped when it happens; `None`: it is only told.
+    #[serde(default)]
+    pub stops: Option<Run>,
+}
+
+/// One run of a container, so that it is known again after a restart of the daemon.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Run {
+    /// The kernel's number of its cgroup, which no other run has until the machine boots again.
+    pub cgroup: u64,
+    /// When it started.
+    pub started: u64,
+}
+
+impl Run {
+    /// By how much the start of one run may seem to differ: `/proc/stat` has the time of boot in whole seconds, and follows
+    /// a clock that is slewed.
+    const JITTER: u64 = 2;
+
+    /// Whether these are the same run; in doubt they are not.
+    pub fn is(&self, other: &Self) -> bool {
+        self.cgroup == other.cgroup && self.started.abs_diff(other.started) <= Self::JITTER
+    }
 }
 
 impl Event {
@@ -252,6 +275,7 @@ mod tests {
             decided: NOON,
             at,
             cancelled: false,
+            stops: None,
         }
     }
 

@@ -11,7 +11,8 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Du
 use imds_router::caller::{Connection, Via};
 use imds_router::config::Settings;
 use imds_router::containers::SocketEvidence;
-use imds_router::metadata::events::{Event, Kind};
+use imds_router::metadata::events::{Event, Kind, Run};
+use imds_router::orders::{StopError, to_stop};
 use imds_router::server::{self, Wire};
 use imds_router::wire::imds::VERSIONS;
 
@@ -280,6 +281,7 @@ async fn two_spot_notices_are_each_told_at_their_second_to_their_container_only(
             decided,
             at: decided + 90,
             cancelled: false,
+            stops: None,
         });
     });
     daemon.settle().await;
@@ -311,6 +313,127 @@ async fn two_spot_notices_are_each_told_at_their_second_to_their_container_only(
     daemon.settle().await;
     assert_eq!(action(2, two).await, None);
     assert!(action(1, one).await.is_some());
+}
+
+fn interruption(at: u64, stops: Run) -> Event {
+    Event {
+        kind: Kind::SpotInterruption,
+        action: "terminate".into(),
+        decided: at - 120,
+        at,
+        cancelled: false,
+        stops: Some(stops),
+    }
+}
+
+fn may_stop() -> Settings {
+    Settings {
+        triggers_may_stop: true,
+        ..settings()
+    }
+}
+
+fn present_run(daemon: &Daemon, number: u32) -> Run {
+    to_stop(&daemon.index.get(&id(number)).unwrap(), Kind::SpotInterruption, true).unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_notice_that_stops_stops_at_its_second_that_run_only_and_not_when_it_was_called_off() {
+    let daemon = Daemon::start(may_stop());
+    daemon.synchronised().await;
+    let at = daemon.clock.wall_seconds() + 130;
+    for number in 1..=4 {
+        daemon.run(number, &[("imds.role", "app")]).await;
+        let stops = present_run(&daemon, number);
+        daemon.order(number, |it| it.events.push(interruption(at, stops)));
+    }
+    let stopped = || daemon.engine.world(|world| world.stopped.clone());
+    let address = daemon.create(3, &[("imds.role", "app")]);
+    daemon.boot(3, address);
+    daemon.order(2, |it| it.events[0].cancelled = true);
+    let to = |second: u64| std::time::UNIX_EPOCH + Duration::from_secs(second);
+    let wait = to(at).duration_since(daemon.clock.wall()).unwrap();
+    tokio::time::sleep(wait - Duration::from_millis(20)).await;
+    assert_eq!(stopped(), []);
+    tokio::time::sleep(Duration::from_millis(40)).await;
+    let mut told = stopped();
+    told.sort();
+    assert_eq!(told, [id(1), id(4)]);
+    daemon.kill(1);
+    // Once, and what was called off or is another run, never.
+    tokio::time::sleep(Duration::from_secs(3600)).await;
+    assert_eq!(stopped().len(), 2);
+    for number in [1, 3, 4] {
+        assert_eq!(daemon.orders.of(&id(number)).unwrap().events[0].stops, None, "{number}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_that_fails_is_tried_again() {
+    let daemon = Daemon::start(may_stop());
+    daemon.synchronised().await;
+    daemon.run(1, &[("imds.role", "app")]).await;
+    let (at, stops) = (daemon.clock.wall_seconds() + 60, present_run(&daemon, 1));
+    daemon.order(1, |it| it.events.push(interruption(at, stops)));
+    daemon.engine.go();
+    tokio::time::sleep(Duration::from_secs(90)).await;
+    assert_eq!(daemon.engine.world(|world| world.stopped.len()), 0);
+    daemon.engine.come_back();
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert_eq!(daemon.engine.world(|world| world.stopped.len()), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_that_came_due_while_the_daemon_was_away_is_for_the_same_run_only() {
+    let before = Daemon::start(may_stop());
+    before.synchronised().await;
+    before.run(1, &[("imds.role", "app")]).await;
+    before.run(2, &[("imds.role", "app")]).await;
+    let runs = [1, 2].map(|number| present_run(&before, number));
+    // While nobody looks, 2 is restarted.
+    before.kernel.start(&id(2));
+    let daemon = Daemon::start_with(may_stop(), before.engine.clone(), before.kernel.clone());
+    daemon.clock.jump(3_600_000);
+    let at = daemon.clock.wall_seconds() - 60;
+    // Before it knows of anybody.
+    for (number, run) in [(1, runs[0]), (2, runs[1])] {
+        daemon.order(number, |it| it.events.push(interruption(at, run)));
+    }
+    daemon.synchronised().await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let stopped = daemon.engine.world(|world| world.stopped.clone());
+    assert_eq!(stopped, [id(1)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_is_stopped_whom_the_configuration_does_not_let_be_stopped() {
+    let daemon = Daemon::start(may_stop());
+    daemon.synchronised().await;
+    daemon.run(1, &[("imds.role", "app"), ("imds.spot.stop", "true")]).await;
+    let record = daemon.index.get(&id(1)).unwrap();
+    let problems = &record.instance.problems;
+    assert!(problems[0].starts_with("unknown label imds.spot.stop"), "{problems:?}");
+    let refused = to_stop(&record, Kind::SpotInterruption, false).unwrap_err();
+    assert!(
+        refused.to_string().contains("[imds] triggers_may_stop = true"),
+        "{refused}"
+    );
+    assert_eq!(to_stop(&record, Kind::Rebalance, true), Err(StopError::NotThisKind));
+    // Taken back after it was ordered; given again, it is not made up for.
+    let (at, stops) = (daemon.clock.wall_seconds() + 60, present_run(&daemon, 1));
+    daemon.order(1, |it| it.events.push(interruption(at, stops)));
+    daemon.configure(|settings| settings.triggers_may_stop = false);
+    tokio::time::sleep(Duration::from_secs(70)).await;
+    daemon.configure(|settings| settings.triggers_may_stop = true);
+    tokio::time::sleep(Duration::from_secs(70)).await;
+    assert_eq!(daemon.engine.world(|world| world.stopped.len()), 0);
+    daemon.kill(1);
+    daemon.settle().await;
+    let record = daemon.index.get(&id(1)).unwrap();
+    assert_eq!(
+        to_stop(&record, Kind::SpotInterruption, true),
+        Err(StopError::NotRunning)
+    );
 }
 
 /// When the life of a container began.

@@ -29,7 +29,7 @@ use imds_router::credentials::broker::{Broker, CredentialProvider, Lease, Limits
 use imds_router::credentials::{Credentials, RoleArn, Secret, Session};
 use imds_router::instance::{At, Instance, Ordered, Surroundings, resolve_sparingly};
 use imds_router::metadata::identity::Signer;
-use imds_router::orders::Orders;
+use imds_router::orders::{Orders, Stops};
 use imds_router::server::{self, Service};
 use imds_router::wire::imds::credentials_document;
 use imds_router::wire::token::{TokenAuthority, TokenKey};
@@ -69,6 +69,8 @@ pub struct World {
     pub containers: BTreeMap<ContainerId, Container>,
     pub networks: BTreeMap<NetworkId, BTreeMap<ContainerId, Endpoint>>,
     pub away: bool,
+    /// Who was stopped, in this order.
+    pub stopped: Vec<ContainerId>,
     events: Option<mpsc::UnboundedSender<Event>>,
     /// Events that must be lost, doubled or delayed are sent by the test itself.
     pub lookups: usize,
@@ -208,6 +210,11 @@ impl ContainerEngine for ScriptedEngine {
                 endpoints,
             })
         })
+    }
+
+    fn stop(&self, id: &ContainerId) -> BoxFuture<'static, Result<(), EngineError>> {
+        let id = id.clone();
+        self.ask(move |world| world.stopped.push(id))
     }
 }
 
@@ -477,7 +484,7 @@ pub struct Daemon {
     settings: Arc<Mutex<Settings>>,
     next_port: AtomicU16,
     next_address: AtomicU64,
-    _tasks: [tokio::task::JoinHandle<()>; 2],
+    _tasks: [tokio::task::JoinHandle<()>; 3],
 }
 
 /// One key for all daemons: making one takes a while.
@@ -535,7 +542,16 @@ impl Daemon {
                 orders: orders.clone(),
                 clock: clock.clone(),
             }),
+            changed: changes.clone(),
+        };
+        let permits = settings.clone();
+        let stops = Stops {
+            orders: orders.clone(),
+            index: index.clone(),
+            engine: Arc::new(engine.clone()),
+            clock: clock.clone(),
             changed: changes,
+            permitted: Box::new(move || permits.lock().unwrap().triggers_may_stop),
         };
         let watcher = Watcher::new(ports, index.clone(), misses, clock.clone());
         let own_ends = Box::new(kernel.clone());
@@ -559,7 +575,7 @@ impl Daemon {
             settings,
             next_port: AtomicU16::new(40_000),
             next_address: AtomicU64::new(0),
-            _tasks: [tokio::spawn(watcher.run()), clocks],
+            _tasks: [tokio::spawn(watcher.run()), clocks, tokio::spawn(stops.run())],
         }
     }
 

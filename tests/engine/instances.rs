@@ -19,6 +19,7 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
             "instances::spot_notices_come_at_their_second_and_outlive_the_daemon",
             notices,
         ),
+        rig.once("instances::a_spot_instance_is_stopped_where_that_is_allowed", stopped),
         rig.once("instances::an_answer_with_a_token_goes_no_further_than_its_limit", hops),
     ]
 }
@@ -241,6 +242,43 @@ fn notices(engine: &Arc<Engine>) {
     );
     let wrong = daemon.cli(&["trigger", "told", "spot-interruption", "--action", "explode"]);
     assert!(wrong.stderr.contains("expected terminate, stop, hibernate"), "{wrong}");
+    daemon.stop();
+}
+
+/// A restart of the daemon lies between the order and the stop.
+fn stopped(engine: &Arc<Engine>) {
+    let environment = engine.moto().daemon_environment();
+    let daemon = Daemon::start(engine, CONFIG, &environment);
+    let taken = engine.run("taken").label("imds.role", "taken").start();
+    let other = engine.run("other").label("imds.role", "other").start();
+    crate::cases::is_itself(&taken);
+    crate::cases::is_itself(&other);
+    let order = ["trigger", "taken", "spot-interruption", "--stop", "--in", "6s"];
+    let refused = daemon.cli(&order);
+    assert!(
+        !refused.succeeded() && refused.stderr.contains("[imds] triggers_may_stop = true"),
+        "{refused}"
+    );
+    let directory = daemon.directory().to_owned();
+    daemon.stop();
+    let config = CONFIG.replace("[imds]\n", "[imds]\ntriggers_may_stop = true\n");
+    let daemon = Daemon::start_in(engine, directory.clone(), &config, &environment);
+    crate::cases::is_itself(&taken);
+    let ordered = now();
+    let said = daemon.cli(&order).ok();
+    assert!(said.contains("and really stops it"), "{said}");
+    daemon
+        .cli(&["trigger", "other", "spot-interruption", "--stop", "--in", "6s"])
+        .ok();
+    daemon.cli(&["trigger", "other", "spot-interruption", "--cancel"]).ok();
+    daemon.kill();
+    let daemon = Daemon::start_in(engine, directory, &config, &environment);
+    assert_eq!(taken.inspect("{{.State.Running}}").trim(), "true");
+    poll(Duration::from_secs(25), "the stop", || {
+        (taken.inspect("{{.State.Running}}").trim() == "false").then_some(())
+    });
+    assert!(now() - ordered >= Duration::from_secs(5), "{:?}", now() - ordered);
+    crate::cases::is_itself(&other);
     daemon.stop();
 }
 
