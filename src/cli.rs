@@ -102,7 +102,7 @@ pub enum Verb {
         /// Call it off
         #[arg(long, requires = "event", conflicts_with_all = ["action", "after"])]
         cancel: bool,
-        /// With spot-interruption: really stop the container when the notice is over, if [imds] triggers_may_stop = true allows it
+        /// With spot-interruption: really stop the container when the notice is over, if the configuration (imds.triggers_may_stop) allows it
         #[arg(long, requires = "event", conflicts_with = "cancel")]
         stop: bool,
         /// Print JSON, whose names are stable
