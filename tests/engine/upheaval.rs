@@ -26,7 +26,6 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
         rig.once("upheaval::a_clean_stop_leaves_nothing", a_clean_stop_leaves_nothing),
         rig.once("upheaval::what_is_removed_comes_back", what_is_removed_comes_back),
         rig.once("upheaval::intercept_by_itself", intercept_by_itself),
-        rig.once("upheaval::a_second_daemon", a_second_daemon),
         rig.once("upheaval::never_its_own_customer", never_its_own_customer),
         rig.once("upheaval::offline_is_marked_as_fake", offline_is_marked_as_fake),
         rig.alone("upheaval::the_engine_comes_later", move || {
@@ -219,17 +218,6 @@ fn intercept_by_itself(engine: &Arc<Engine>) {
     engine.host(program, &["intercept", "up"]);
     engine.host(program, &["intercept", "down"]);
     before.assert_same(&at_rest(engine));
-}
-
-fn a_second_daemon(engine: &Arc<Engine>) {
-    let moto = engine.moto();
-    let daemon = Daemon::start(engine, ACCOUNT, &moto.daemon_environment());
-    let app = engine.run("app").label("imds.role", "app").start();
-    let (code, output) = Daemon::start_in_vain(engine, ACCOUNT, &moto.daemon_environment());
-    assert_eq!(code, Some(1), "{output}");
-    assert!(output.contains("another imds-router serves this host"), "{output}");
-    assert_eq!(app.get(LIST, &[]).body, "app");
-    daemon.stop();
 }
 
 /// Without base credentials the AWS chain would end at the instance metadata service: at the daemon itself.
