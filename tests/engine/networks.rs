@@ -57,10 +57,12 @@ fn ipv6(engine: &Arc<Engine>, attach: &str) {
     let containers = [run("six-a"), run("six-b")];
     for container in &containers {
         is_itself(container);
-        let reply = container
-            .request("GET", &format!("{IPV6}{LIST}"), &[])
-            .expect("an answer over IPv6");
-        assert_eq!((reply.status, reply.body.as_str()), (200, container.name()));
+        // The engine gives a namespace IPv6 with its network, and the service follows a moment later.
+        let reply = poll(Duration::from_secs(5), "an answer over IPv6", || {
+            let reply = container.request("GET", &format!("{IPV6}{LIST}"), &[]).ok()?;
+            (reply.status == 200).then_some(reply)
+        });
+        assert_eq!(reply.body, container.name());
         let host = engine.host("hostname", &[]);
         let expected = Identity::of_role(
             ACCOUNT,
