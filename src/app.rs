@@ -304,7 +304,16 @@ pub async fn run(
     }
     // What goes with its owner.
     let frozen = match settings.freeze_links {
-        true => Some(freeze::freeze(&clock).await?),
+        true => match freeze::freeze(&clock).await {
+            Ok(frozen) => Some(frozen),
+            Err(error) => {
+                // A start that fails leaves nothing on the host; why it failed is the more important of two errors.
+                for failed in interception.into_iter().filter_map(|it| it.down().err()) {
+                    warn!(error = with_causes(&failed), "interception is not taken down whole");
+                }
+                return Err(error.into());
+            }
+        },
         false => None,
     };
     let interfaces = Arc::new(Interfaces::new(LINK));
