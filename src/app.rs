@@ -9,6 +9,7 @@ mod interception;
 mod metrics;
 mod probe;
 mod standby;
+mod systemd;
 
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
@@ -23,13 +24,15 @@ use std::time::{Duration, SystemTime};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use futures_util::future::BoxFuture;
+use sd_notify::NotifyState;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
 pub use self::interception::plans;
-use self::interception::{HostDoors, PORTS, guard, has_ipv6, intercept_ipv6, leave_namespaces, listen};
+use self::interception::{HostDoors, PORTS, guard, has_ipv6, intercept_ipv6, leave_namespaces};
+pub use self::systemd::Inherited;
 use crate::admin::{
     self, BaseStatus, ClockStatus, ContainerStatus, CredentialStatus, EngineStatus, Explanation, Judgement,
     Observatory, RefusalStatus, RequestStatus, Status,
@@ -163,12 +166,13 @@ async fn level(settings: &Settings) -> Result<Level, AppError> {
 }
 
 /// Runs until `shutdown` completes, then takes everything down again. What comes from `reloads` takes the place of
-/// `settings`, as far as a running daemon can change them.
+/// `settings`, as far as a running daemon can change them. It listens by what it has `inherited`, if that is of use.
 ///
 /// # Errors
 /// Why it could not start, or not take everything down.
 pub async fn run(
     settings: Settings,
+    mut inherited: Inherited,
     reloads: mpsc::Receiver<Settings>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), AppError> {
@@ -178,7 +182,7 @@ pub async fn run(
     let signer = Arc::new(signer(&settings.state_dir)?);
     let orders = Arc::new(orders(&settings.state_dir)?);
     let level = level(&settings).await?;
-    let (listener, listening) = listen(IMDS_ADDRESS.into()).map_err(AppError::Listen)?;
+    let (listener, listening) = inherited.listen(IMDS_ADDRESS.into()).map_err(AppError::Listen)?;
     let listener = TcpListener::from_std(listener).map_err(AppError::Listen)?;
 
     let sts = match settings.source {
@@ -278,6 +282,7 @@ pub async fn run(
         None => None,
     };
     let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(systemd::alive());
     let path = settings.admin_socket.clone();
     // While another daemon answers on that socket it is that one's.
     let admin_is_anothers = another_answers(&path);
@@ -293,6 +298,13 @@ pub async fn run(
     // rules are the lock of this host; nobody is answered before the rest is.
     let plan = Plan::host(listening);
     let ours = standby::our_turn(&plan, &clock, shutdown.as_mut(), |who| {
+        if let Some(who) = &who {
+            // It is as it should be, and whoever waits for it goes on.
+            systemd::tell(&[
+                NotifyState::Ready,
+                NotifyState::Status(&format!("stands by: {who} serves this host")),
+            ]);
+        }
         observer.standing_by.store(who.map(Arc::new));
     });
     let Some(ours) = ours.await? else {
@@ -318,7 +330,7 @@ pub async fn run(
     };
     let interfaces = Arc::new(Interfaces::new(LINK));
     if settings.ipv6 && has_ipv6() {
-        match intercept_ipv6(&clock).await {
+        match intercept_ipv6(&mut inherited, &clock).await {
             Ok((also, listener)) => {
                 interception.push(also);
                 tasks.spawn(server::accept_on_host(
@@ -331,6 +343,9 @@ pub async fn run(
             }
             Err(why) => warn!(why, "not served at {IMDS_ADDRESS_IPV6}"),
         }
+    }
+    for useless in inherited.left() {
+        warn!(listening = %useless, "the listener that the service manager holds is not at an address of the service; not used");
     }
     for part in interception.iter().flat_map(Interception::taken_over) {
         warn!(%part, "was there already: an earlier daemon did not end cleanly; taken over");
@@ -354,8 +369,10 @@ pub async fn run(
     for warning in resolver.warnings() {
         warn!("{warning}");
     }
+    systemd::tell(&[NotifyState::Ready, NotifyState::Status("serves this host")]);
     let interception = guard(interception, shutdown).await;
     info!("stopping");
+    systemd::tell(&[NotifyState::Stopping]);
     // The address goes first: nobody is answered by half a daemon. What came last goes first.
     let down: Vec<_> = interception.into_iter().rev().map(Interception::down).collect();
     tasks.shutdown().await;

@@ -187,6 +187,7 @@ fn serve(flags: &Serve) -> Result<(), Failure> {
     let settings = config::load(&sources).map_err(usage)?;
     let level = std::env::var(telemetry::LOG_VARIABLE).ok();
     telemetry::start(flags.log_format, level.as_deref()).map_err(|error| usage(Said(error)))?;
+    let inherited = crate::app::Inherited::from_environment()?;
     block_on(async {
         use tokio::signal::unix::{SignalKind, signal};
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -212,7 +213,7 @@ fn serve(flags: &Serve) -> Result<(), Failure> {
                 }
             }
         });
-        Ok(crate::app::run(settings, reloads, shutdown).await?)
+        Ok(crate::app::run(settings, inherited, reloads, shutdown).await?)
     })?
 }
 

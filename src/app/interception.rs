@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 use tracing::{error, warn};
 
+use super::systemd::Inherited;
 use super::{DEFAULT_PORT, IMDS_ADDRESS, IMDS_ADDRESS_IPV6};
 use crate::caller::connection::{Interfaces, remember_ingress};
 use crate::caller::kernel::{Doors, Opened};
@@ -29,8 +31,12 @@ const BACKLOG: i32 = 1024;
 const VERIFY: Duration = Duration::from_secs(10);
 
 /// Listens at the IPv6 address as well.
-pub(super) async fn intercept_ipv6(clock: &Clock) -> Result<(Interception, TcpListener), String> {
-    let (listener, listening) = listen(IMDS_ADDRESS_IPV6.into()).map_err(|error| error.to_string())?;
+pub(super) async fn intercept_ipv6(
+    inherited: &mut Inherited,
+    clock: &Clock,
+) -> Result<(Interception, TcpListener), String> {
+    let listener = inherited.listen(IMDS_ADDRESS_IPV6.into());
+    let (listener, listening) = listener.map_err(|error| error.to_string())?;
     let listener = TcpListener::from_std(listener).map_err(|error| error.to_string())?;
     let interception = intercept(&Plan::host(listening), clock).await;
     Ok((interception.map_err(|error| with_causes(&error))?, listener))
@@ -126,7 +132,9 @@ impl Doors for HostDoors {
     }
 
     fn close(&self) -> io::Result<()> {
-        for address in self.addresses() {
+        // Also of a namespace that has lost IPv6 since: its rules are still there.
+        let ipv6 = self.ipv6.then_some(IMDS_ADDRESS_IPV6.into());
+        for address in std::iter::once(IMDS_ADDRESS.into()).chain(ipv6) {
             let plan = Plan::namespace(SocketAddr::new(address, DEFAULT_PORT), self.nested);
             clear(&plan).map_err(io::Error::other)?;
         }
@@ -208,10 +216,9 @@ pub(super) fn listen(address: IpAddr) -> io::Result<(std::net::TcpListener, Sock
         } else {
             socket.set_freebind_v4(true)?;
         }
-        remember_ingress(&socket)?;
         // Connections of an earlier daemon in TIME_WAIT must not move the port.
         socket.set_reuse_address(true)?;
-        socket.set_nonblocking(true)?;
+        make_ours(&socket)?;
         match socket.bind(&address.into()).and_then(|()| socket.listen(BACKLOG)) {
             Ok(()) => return Ok((socket.into(), address)),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => taken = error,
@@ -219,4 +226,10 @@ pub(super) fn listen(address: IpAddr) -> io::Result<(std::net::TcpListener, Sock
         }
     }
     Err(taken)
+}
+
+/// What a listener has to be before it hears of its first connection.
+pub(super) fn make_ours(listener: &impl AsFd) -> io::Result<()> {
+    remember_ingress(listener)?;
+    socket2::SockRef::from(listener).set_nonblocking(true)
 }

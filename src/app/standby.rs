@@ -2,7 +2,7 @@
 //! away when its owner ends, however that ends.
 
 use std::future::Future;
-use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use crate::clock::Clock;
 use crate::containers::ContainerId;
 use crate::host::apply::Interception;
 use crate::host::{HostError, Plan};
+use crate::telemetry::printable;
 
 /// The table of a daemon that was killed a moment ago may still be there: a child that was just being forked had a copy of
 /// its socket. That is nobody to stand by for.
@@ -61,28 +62,43 @@ pub async fn our_turn(
     }
 }
 
-/// Who holds the table, as far as it can be seen: the other process of our name in our network.
+/// Who holds the table, as far as it can be seen: whose descriptor the holder's netlink socket is.
 fn who(holder: u32) -> String {
-    let network = |process: &str| {
-        std::fs::metadata(format!("/proc/{process}/ns/net"))
-            .map(|it| it.ino())
-            .ok()
-    };
-    let (own, ours) = (std::process::id().to_string(), network("self"));
+    let sockets = std::fs::read_to_string("/proc/thread-self/net/netlink").unwrap_or_default();
+    let socket = inode(&sockets, holder).map(|inode| PathBuf::from(format!("socket:[{inode}]")));
     let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let found = processes
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .filter(|pid| pid.bytes().all(|byte| byte.is_ascii_digit()) && *pid != own)
-        .filter(|pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|it| it.trim_end() == NAME))
-        .filter(|pid| ours.is_some() && network(pid) == ours);
-    let found: Vec<_> = found.map(|pid| shown(&pid)).collect();
-    match found.as_slice() {
-        [] => format!("another process (netlink port {holder})"),
-        found => format!("{NAME}, {}", found.join(" or ")),
+    let pids = processes.filter_map(|entry| entry.file_name().into_string().ok());
+    let mut pids = pids.filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
+    let has_it = |pid: &String| {
+        let open = std::fs::read_dir(format!("/proc/{pid}/fd"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        open.filter_map(|fd| std::fs::read_link(fd.path()).ok())
+            .any(|it| Some(&it) == socket.as_ref())
+    };
+    match socket.is_some().then(|| pids.find(has_it)).flatten() {
+        Some(pid) => format!("{}, {}", name(&pid), shown(&pid)),
+        None => format!("another process (netlink port {holder})"),
     }
 }
 
-const NAME: &str = "imds-router";
+/// The inode of the netfilter socket with that port, in what the kernel prints of netlink sockets: `sk Eth Pid Groups Rmem
+/// Wmem Dump Locks Drops Inode` (net/netlink/af_netlink.c, `netlink_native_seq_show`).
+fn inode(sockets: &str, port: u32) -> Option<u64> {
+    const NETLINK_NETFILTER: &str = "12";
+    let port = port.to_string();
+    sockets.lines().find_map(|line| {
+        let mut columns = line.split_whitespace().skip(1);
+        let found = columns.next()? == NETLINK_NETFILTER && columns.next()? == port;
+        found.then(|| columns.last()?.parse().ok()).flatten()
+    })
+}
+
+fn name(pid: &str) -> String {
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+    name.map_or_else(|_| "a process".to_owned(), |name| printable(name.trim_end(), 15))
+}
 
 fn shown(pid: &str) -> String {
     let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
@@ -100,6 +116,18 @@ fn container(cgroup: &str) -> Option<ContainerId> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_holders_socket() {
+        let printed = "sk               Eth Pid        Groups   Rmem     Wmem     Dump  Locks    Drops    Inode\n\
+            0000000000000000 0   4242       00000000 0        0        0     2        0        101\n\
+            0000000000000000 12  2147483999 00000000 0        0        0     2        0        102\n\
+            0000000000000000 12  4242       00000000 0        0        0     2        0        103\n";
+        assert_eq!(inode(printed, 4242), Some(103));
+        assert_eq!(inode(printed, 2_147_483_999), Some(102));
+        assert_eq!(inode(printed, 12), None);
+        assert_eq!(inode("", 12), None);
+    }
 
     #[test]
     fn whose_process_it_is() {

@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::cases::is_itself;
-use crate::rig::tools::DAEMON;
+use crate::rig::tools::{self, DAEMON};
 use crate::rig::{Daemon, Engine, Rig, poll};
 
 pub fn trials(rig: &Rig) -> Vec<Trial> {
@@ -14,6 +15,10 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
         "deploy::one_serves_and_the_other_stands_by",
         one_serves_and_the_other_stands_by,
     );
+    trials.push(rig.once(
+        "deploy::the_listener_outlives_a_daemon_that_is_killed",
+        the_listener_outlives_a_daemon_that_is_killed,
+    ));
     trials.push(rig.once("deploy::what_happens_is_counted", what_happens_is_counted));
     trials.push(rig.once(
         "deploy::who_waits_goes_on_when_it_is_known",
@@ -67,6 +72,48 @@ fn one_serves_and_the_other_stands_by(engine: &Arc<Engine>) {
     });
     assert!(said.starts_with("serves "), "{said}");
     second.stop();
+}
+
+/// By a stand-in for systemd, which cannot be the first process here.
+fn the_listener_outlives_a_daemon_that_is_killed(engine: &Arc<Engine>) {
+    let script = tools::scripts().join("supervisor.py");
+    let by = ["/usr/bin/python3", &engine.outside(&script.to_string_lossy())];
+    let daemon = Daemon::start_by(engine, &by, OFFLINE, &[]);
+    let container = engine.run("app").label("imds.role", "app").start();
+    is_itself(&container);
+    let said = |what: &str| daemon.log().lines().filter(|line| *line == what).count();
+    poll(Duration::from_secs(5), "readiness, and signs of life", || {
+        (said("supervisor: heard READY=1") == 1 && said("supervisor: heard WATCHDOG=1") > 2).then_some(())
+    });
+    let started = || -> Vec<Pid> {
+        let log = daemon.log();
+        let pids = log.lines().filter_map(|line| line.strip_prefix("supervisor: started "));
+        let pids = pids.map(|pid| Pid::from_raw(pid.parse().expect("a number")).expect("a process"));
+        pids.collect()
+    };
+    // The listener, as the host shows it: its inode stays what it is.
+    let listener = || {
+        let listed = engine.host("ss", &["-ltneH", "src", "169.254.169.254"]);
+        let inode = listed.split_whitespace().find(|word| word.starts_with("ino:"));
+        inode.unwrap_or_else(|| panic!("nothing listens: {listed}")).to_owned()
+    };
+    let before = listener();
+
+    let [first] = started()[..] else {
+        panic!("one daemon is started at first:\n{}", daemon.log());
+    };
+    kill_process(first, Signal::KILL).expect("it runs");
+    // While nobody accepts, nobody else can listen there.
+    poll(Duration::from_secs(5), "the second to be ready", || {
+        assert_eq!(listener(), before);
+        (started().len() == 2 && said("supervisor: heard READY=1") == 2).then_some(())
+    });
+    is_itself(&container);
+    assert_eq!(listener(), before);
+    let nobody = engine.request("GET", "http://169.254.169.254/", &[]);
+    assert!(nobody.as_ref().is_ok_and(|reply| reply.status == 403), "{nobody:?}");
+    let log = daemon.stop();
+    assert!(log.contains("supervisor: heard STOPPING=1"), "{log}");
 }
 
 fn who_waits_goes_on_when_it_is_known(engine: &Arc<Engine>) {

@@ -21,13 +21,19 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
 /// What one served namespace takes of the daemon: descriptors, memory, and time after a start.
 fn namespaces(engine: &Arc<Engine>) {
     let many = rounds(20);
+    let alone = {
+        let daemon = daemon(engine, "namespace");
+        let taken = Taken::by(&daemon);
+        daemon.stop();
+        taken
+    };
     let containers: Vec<Container> = (0..many)
         .map(|number| {
             let run = engine.run(&format!("ns-{number}")).bare_image(BOX);
             run.label("imds.role", "app").network("none").start()
         })
         .collect();
-    // What a daemon takes that serves nobody.
+    // What a daemon takes that knows them and serves nobody.
     let idle = {
         let config = "[imds]\nhttp_endpoint = \"disabled\"";
         let daemon = Daemon::start(engine, config, &engine.moto().daemon_environment());
@@ -60,9 +66,9 @@ fn namespaces(engine: &Arc<Engine>) {
     println!(
         "{many} namespaces: served {took:?} after the start, {:.1} descriptors and {:.1} kB each (known, but not served: \
          {:.1} descriptors); {} threads",
-        (served.descriptors - 40) as f64 / each,
+        (served.descriptors as f64 - alone.descriptors as f64) / each,
         (served.kilobytes as f64 - idle.kilobytes as f64) / each,
-        (idle.descriptors as f64 - 40.0) / each,
+        (idle.descriptors as f64 - alone.descriptors as f64) / each,
         served.threads,
     );
     assert!(

@@ -145,15 +145,16 @@ impl Daemon {
         self.process.output()
     }
 
-    /// Stops it as an administrator would; it must end well, and soon.
+    /// Stops it as an administrator would; it must end well, and soon. What it has printed in all.
     #[track_caller]
-    pub fn stop(mut self) {
+    pub fn stop(mut self) -> String {
         let status = self.end(Signal::TERM);
         assert!(
             status.success(),
             "the daemon was stopped and ended with {status}:\n{}",
             self.tail()
         );
+        self.log()
     }
 
     /// Ends it as a crash would.

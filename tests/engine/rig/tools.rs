@@ -51,6 +51,7 @@ pub fn prepare() -> Result<(), String> {
             ("whoami.mjs", include_str!("../../clients/whoami.mjs")),
             ("crawl.py", include_str!("../../clients/crawl.py")),
             ("hops.py", include_str!("../../clients/hops.py")),
+            ("supervisor.py", include_str!("../../clients/supervisor.py")),
             ("attacks/divert.py", include_str!("../../clients/attacks/divert.py")),
             ("attacks/frames.py", include_str!("../../clients/attacks/frames.py")),
             (
