@@ -46,7 +46,7 @@ fn refusals(daemon: &Daemon) -> String {
 }
 
 fn ipv6(engine: &Arc<Engine>, attach: &str) {
-    let before = engine.snapshot_network();
+    let before = engine.network_at_rest();
     let daemon = daemon(engine, attach);
     let moto = engine.moto();
     let network = engine.network("six", &["--ipv6", "--subnet=fd12:3456::/64"]);
@@ -83,7 +83,7 @@ fn ipv6(engine: &Arc<Engine>, attach: &str) {
     daemon.stop();
     drop(containers);
     drop(network);
-    engine.snapshot_network().assert_same(&before);
+    before.assert_same(&engine.network_at_rest());
 }
 
 /// Tasks and containers of a swarm's overlay reach the host by docker_gwbridge, with an address that only that network knows.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
 
-use crate::rig::{Daemon, Engine, Rig, Snapshot, poll};
+use crate::rig::{Daemon, Engine, Rig, poll};
 
 const ACCOUNT: &str = "account_id = \"111122223333\"\n";
 const LIST: &str = "/latest/meta-data/iam/security-credentials/";
@@ -49,16 +49,6 @@ fn publisher(engine: &Arc<Engine>) -> crate::rig::Container {
         .start()
 }
 
-/// The network of the engine's host when no container is left on it: bridges lose their carrier a moment after the last.
-fn at_rest(engine: &Engine) -> Snapshot {
-    poll(Duration::from_secs(5), "the last container's link to go", || {
-        let now = engine.snapshot_network();
-        let rests = now.lines_with("veth").is_empty() && now.lines_with("NO-CARRIER").len() == 2;
-        // IPv6 comes and goes on Docker's own bridge a while after its carrier; nothing of ours is ever there.
-        rests.then(|| now.without_ipv6_of("docker0"))
-    })
-}
-
 fn published(engine: &Engine) {
     // By the bridge's address, as from outside; each answer ends the server of the moment.
     poll(Duration::from_secs(5), "the published port 80", || {
@@ -89,7 +79,7 @@ fn port_80_published_before_and_after(engine: &Arc<Engine>) {
 
 fn kill_with_publisher_and_squatter(engine: &Arc<Engine>) {
     let moto = engine.moto();
-    let before = at_rest(engine);
+    let before = engine.network_at_rest();
     {
         let daemon = Daemon::start(engine, ACCOUNT, &moto.daemon_environment());
         let app = engine.run("app").label("imds.role", "app").start();
@@ -134,13 +124,13 @@ fn kill_with_publisher_and_squatter(engine: &Arc<Engine>) {
         assert!(daemon.log().contains("taken over"), "{}", daemon.log());
         daemon.stop();
     }
-    before.assert_same(&at_rest(engine));
+    before.assert_same(&engine.network_at_rest());
 }
 
 fn a_clean_stop_leaves_nothing(engine: &Arc<Engine>) {
     // Rules of others in the way: they stay as they are.
     engine.host("ip", &["route", "add", "blackhole", "169.254.169.254/32"]);
-    let before = at_rest(engine);
+    let before = engine.network_at_rest();
     let daemon = Daemon::start(engine, ACCOUNT, &engine.moto().daemon_environment());
     let during = engine.snapshot_network();
     assert!(!during.lines_with("imds_router").is_empty());
@@ -150,7 +140,7 @@ fn a_clean_stop_leaves_nothing(engine: &Arc<Engine>) {
         assert_eq!(app.get(LIST, &[]).body, "app", "a local address wins over a blackhole");
     }
     daemon.stop();
-    before.assert_same(&at_rest(engine));
+    before.assert_same(&engine.network_at_rest());
     // A start that fails leaves nothing either.
     let nowhere = [(
         "IMDS_ROUTER_SERVE_ADMIN_SOCKET".to_owned(),
@@ -158,7 +148,7 @@ fn a_clean_stop_leaves_nothing(engine: &Arc<Engine>) {
     )];
     let (code, output) = Daemon::start_in_vain(engine, ACCOUNT, &nowhere);
     assert_eq!(code, Some(1), "{output}");
-    before.assert_same(&at_rest(engine));
+    before.assert_same(&engine.network_at_rest());
     engine.host("ip", &["route", "del", "blackhole", "169.254.169.254/32"]);
 }
 
@@ -187,10 +177,10 @@ fn what_is_removed_comes_back(engine: &Arc<Engine>) {
 
 fn intercept_by_itself(engine: &Arc<Engine>) {
     let program = env!("CARGO_BIN_EXE_imds-router");
-    let before = at_rest(engine);
+    let before = engine.network_at_rest();
     let plan = engine.host(program, &["intercept", "plan"]);
     assert!(plan.contains("169.254.169.254/32"), "{plan}");
-    before.assert_same(&at_rest(engine));
+    before.assert_same(&engine.network_at_rest());
     let up = engine.host(program, &["intercept", "up"]);
     assert!(up.contains("169.254.169.254/32"), "{up}");
     let app = engine.run("app").label("imds.role", "app").start();
@@ -217,7 +207,7 @@ fn intercept_by_itself(engine: &Arc<Engine>) {
     drop(app);
     engine.host(program, &["intercept", "up"]);
     engine.host(program, &["intercept", "down"]);
-    before.assert_same(&at_rest(engine));
+    before.assert_same(&engine.network_at_rest());
 }
 
 /// Without base credentials the AWS chain would end at the instance metadata service: at the daemon itself.

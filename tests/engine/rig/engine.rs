@@ -15,7 +15,7 @@ use super::http::{self, NoReply, Reply};
 use super::moto::Moto;
 use super::network::Snapshot;
 use super::run;
-use super::shell::{Done, away_from_the_terminal, limited, poll_quietly, sh, tail};
+use super::shell::{Done, away_from_the_terminal, limited, poll, poll_quietly, sh, tail};
 
 /// How the engine's host shows its cgroups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -265,6 +265,17 @@ impl Engine {
     #[track_caller]
     pub fn snapshot_network(&self) -> Snapshot {
         Snapshot::take(self)
+    }
+
+    /// The same when no container is left on it: Docker's own bridge loses its carrier a moment after the last.
+    #[track_caller]
+    pub fn network_at_rest(&self) -> Snapshot {
+        poll(Duration::from_secs(5), "the last container's link to go", || {
+            let now = self.snapshot_network();
+            let rests = now.lines_with("veth").is_empty() && now.lines_with("NO-CARRIER").len() == 2;
+            // IPv6 comes and goes on that bridge a while after its carrier; nothing of ours is ever there.
+            rests.then(|| now.without_ipv6_of("docker0"))
+        })
     }
 
     /// Describes a container of the image [`SDK`] named `name`; `start()` starts it.
