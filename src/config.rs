@@ -25,6 +25,8 @@ use crate::metadata::file::{self, Given, MOST_USER_DATA};
 pub const DEFAULT_FILE: &str = "/etc/imds-router/config.toml";
 /// Where the admin socket is when nothing else is said.
 pub const DEFAULT_ADMIN_SOCKET: &str = "/run/imds-router/admin.sock";
+/// Where the kernel shows what the firmware says of this machine.
+pub const DEFAULT_DMI_DIR: &str = "/sys/class/dmi/id";
 /// What variables of ours start with.
 pub const ENV_PREFIX: &str = "IMDS_ROUTER_";
 /// Variables with our prefix that are not configuration keys: they belong to the log and to the client verbs.
@@ -39,6 +41,17 @@ pub enum Attach {
     Namespace,
     /// The address on the host; the source address leads to the container, the kernel decides.
     Host,
+}
+
+/// What becomes of the metadata service that the host itself has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum HostService {
+    /// [`HostService::Keep`] on a machine of a cloud, else [`HostService::Replace`].
+    Auto,
+    /// The host's processes go on with it; containers are rejected there, and served inside their namespaces only.
+    Keep,
+    /// Its address is ours, for everybody on this host.
+    Replace,
 }
 
 /// The least that a caller must be proven by.
@@ -125,6 +138,10 @@ pub struct Settings {
     pub unknown_labels_are_errors: bool,
     /// `serve.attach`
     pub attach: Attach,
+    /// `serve.host_service`
+    pub host_service: HostService,
+    /// `serve.dmi_dir`: where the firmware's own words are.
+    pub dmi_dir: PathBuf,
     /// `serve.proof`
     pub proof: Proof,
     /// `serve.nested`
@@ -207,6 +224,8 @@ impl Default for Settings {
             image_labels: false,
             unknown_labels_are_errors: true,
             attach: Attach::Auto,
+            host_service: HostService::Auto,
+            dmi_dir: DEFAULT_DMI_DIR.into(),
             proof: Proof::Full,
             nested: Nested::Refuse,
             freeze_links: false,
@@ -474,6 +493,27 @@ pub const KEYS: &[Key] = &[
             ])
             .map(|it| s.attach = it)
         },
+    },
+    Key {
+        path: "serve.host_service",
+        default: "auto",
+        expected: "\"auto\", \"keep\" or \"replace\"",
+        about: "What becomes of a metadata service that the host itself has. `keep`: its processes go on with it, and containers are rejected there. `replace`: its address is ours, for everybody on this host. `auto`: `keep` on a machine of a cloud.",
+        read: |s, v| {
+            v.one_of(&[
+                ("auto", HostService::Auto),
+                ("keep", HostService::Keep),
+                ("replace", HostService::Replace),
+            ])
+            .map(|it| s.host_service = it)
+        },
+    },
+    Key {
+        path: "serve.dmi_dir",
+        default: DEFAULT_DMI_DIR,
+        expected: "an absolute path",
+        about: "Where the firmware says whose machine this is (sys_vendor, product_name …), for serve.host_service.",
+        read: |s, v| absolute(v).map(|it| s.dmi_dir = it),
     },
     Key {
         path: "serve.proof",
