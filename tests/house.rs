@@ -60,6 +60,7 @@ const MAP: &[(&str, &[&str])] = &[
     ("credentials", &[]),
     ("credentials::base", &["clock", "telemetry"]),
     ("credentials::broker", &["clock"]),
+    ("credentials::instance_profile", &["telemetry"]),
     // How a role is typed is settled by the settings' aliases.
     ("credentials::naming", &["config"]),
     ("credentials::offline", &["clock"]),

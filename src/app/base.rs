@@ -10,6 +10,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use tracing::{info, warn};
 
 use super::Resolver;
+use super::kept::Kept;
 use crate::admin::{BaseStatus, Handover, Trust};
 use crate::clock::{Clock, rfc3339_seconds};
 use crate::config::Settings;
@@ -40,6 +41,7 @@ pub(super) fn bases(settings: &Settings, clock: &Clock) -> Arc<Bases> {
         region: settings.region.clone(),
         files,
         allow_process: settings.allow_process,
+        instance_metadata: Kept::here(settings).and_then(|kept| kept.ec2()),
         variables,
     };
     Bases::new(setup, clock.clone())

@@ -37,9 +37,10 @@ impl Kept {
         }
     }
 
-    /// Whether it is EC2's, which this daemon can ask, too.
-    pub fn is_ec2(&self) -> bool {
-        self.cloud.is_some_and(|cloud| cloud.is_ec2())
+    /// EC2's own service, if it is that: this daemon can ask it, as any process of the host.
+    pub fn ec2(&self) -> Option<String> {
+        let is_ec2 = self.cloud.is_some_and(|cloud| cloud.is_ec2());
+        is_ec2.then(|| format!("http://{IMDS_ADDRESS}"))
     }
 
     /// Whether this host asks for names at the same address: then a container that is served cannot.
