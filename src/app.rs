@@ -8,6 +8,7 @@ mod freeze;
 mod interception;
 mod kept;
 mod metrics;
+mod of_host;
 mod probe;
 mod standby;
 mod systemd;
@@ -62,6 +63,7 @@ use crate::credentials::{Session, offline};
 use crate::host::apply::Interception;
 use crate::host::{HostError, LINK, Plan};
 use crate::instance::{At, FALLBACK_REGION, Instance, Ordered, Role, Surroundings, resolve, resolve_sparingly};
+use crate::metadata::catalogue::REGION;
 use crate::metadata::events::{Event, Kind};
 use crate::metadata::identity::Signer;
 use crate::orders::{Orders, Stops, to_stop};
@@ -116,6 +118,11 @@ pub enum AppError {
         /// Whose machine this is.
         kept: Kept,
     },
+    /// There is nobody to ask about this host.
+    #[error(
+        "{NOTHING_OF_HOST}\nhint: it takes a machine of EC2 (its firmware says so), whose own service is left to it: [serve] host_service"
+    )]
+    NothingOfHost,
     /// No sock_diag.
     #[error("the kernel cannot be asked about connections (sock_diag)\nhint: modprobe -a inet_diag tcp_diag")]
     Diag(#[source] io::Error),
@@ -158,6 +165,10 @@ pub const DOCKER_RUN: &str = "docker run -d --name imds-router --restart unless-
     --cap-drop ALL --cap-add NET_ADMIN --cap-add SYS_ADMIN --cap-add SYS_PTRACE --security-opt apparmor=unconfined \
     -v /var/run/docker.sock:/var/run/docker.sock -v /sys/fs/cgroup:/sys/fs/cgroup:ro \
     -v imds-router:/var/lib/imds-router imds-router serve";
+
+/// What is said where containers are to see what nobody says.
+const NOTHING_OF_HOST: &str = "[metadata] base = \"host\": this host has no metadata service of EC2's that is its own, so that containers \
+    see what is derived";
 
 /// What is said of a container in the host's network where the host keeps its own metadata service.
 const GETS_THE_HOSTS: &str = "it is in the host's network, where it gets the host's own metadata service, with the host's role, and \
@@ -210,6 +221,10 @@ pub async fn run(
     let orders = Arc::new(orders(&settings.state_dir)?);
     let kept = Kept::here(&settings);
     let level = level(&settings, kept).await?;
+    let ec2 = kept.and_then(|kept| kept.ec2());
+    if settings.metadata_of_host && ec2.is_none() {
+        return Err(AppError::NothingOfHost);
+    }
     let (on_host, plan) = match &kept {
         Some(kept) => (None, kept.plan(true)),
         None => {
@@ -248,6 +263,7 @@ pub async fn run(
         settings: ArcSwap::from_pointee(settings),
         level,
         kept,
+        of_host_problem: ArcSwapOption::empty(),
         around: ArcSwap::from_pointee(around),
         orders,
         clock: clock.clone(),
@@ -395,6 +411,11 @@ pub async fn run(
     // What rejects is meant to have stayed.
     for part in taken_over.filter(|_| kept.is_none()) {
         warn!(%part, "was there already: an earlier daemon did not end cleanly; taken over");
+    }
+    if let Some(service) = ec2 {
+        // Before anybody is looked at: nobody is to see one instance first and then another.
+        let pause = of_host::learn(&service, &resolver).await;
+        tasks.spawn(of_host::keep(service, resolver.clone(), pause));
     }
     tasks.spawn(Watcher::new(ports, index.clone(), misses, clock.clone()).run());
     if let Some((listener, _)) = on_host {
@@ -565,6 +586,17 @@ impl Checker {
             base::note(&mut around, None, base);
         }
         text.push_str(&rules(&settings));
+        if settings.metadata_of_host {
+            let service = Kept::here(&settings).and_then(|kept| kept.ec2());
+            let found = match service {
+                Some(service) => of_host::gather(&service).await,
+                None => Err(NOTHING_OF_HOST.to_owned()),
+            };
+            match found {
+                Ok(found) => around.instance = Arc::new(found),
+                Err(why) => text.push_str(&format!("warning: what EC2 says of this host: {why}\n")),
+            }
+        }
         Self {
             settings,
             around,
@@ -879,6 +911,8 @@ struct Resolver {
     level: Level,
     /// The host has its own metadata service, and keeps it.
     kept: Option<Kept>,
+    /// Why EC2 says nothing of this host, though containers are to see that.
+    of_host_problem: ArcSwapOption<String>,
     around: ArcSwap<Surroundings>,
     orders: Arc<Orders>,
     clock: Clock,
@@ -892,12 +926,14 @@ struct Resolver {
 
 impl Resolver {
     fn region(&self) -> String {
-        let base = || self.around.load().base.region.clone();
+        let around = self.around.load();
+        let of_host = || around.instance.get(REGION).cloned();
         self.settings
             .load()
             .region
             .clone()
-            .or_else(base)
+            .or_else(of_host)
+            .or_else(|| around.base.region.clone())
             .unwrap_or_else(|| FALLBACK_REGION.to_owned())
     }
 
@@ -935,7 +971,9 @@ impl Resolver {
                     .to_owned(),
             );
         }
-        if self.settings.load().region.is_none() && self.around.load().base.region.is_none() {
+        let around = self.around.load();
+        let known = around.base.region.is_some() || around.instance.contains_key(REGION);
+        if self.settings.load().region.is_none() && !known {
             warnings.push(format!(
                 "no region is configured; {FALLBACK_REGION} is a guess: --region, AWS_REGION or region = \"…\""
             ));
@@ -948,6 +986,10 @@ impl Resolver {
             if kept.resolves() {
                 warnings.push(kept::NAMES.to_owned());
             }
+        }
+        warnings.extend(self.of_host_problem.load().as_deref().cloned());
+        if self.settings.load().metadata_of_host && self.kept.is_none_or(|kept| kept.ec2().is_none()) {
+            warnings.push(NOTHING_OF_HOST.to_owned());
         }
         if self.level == Level::Address {
             warnings.push(

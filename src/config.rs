@@ -204,6 +204,8 @@ pub struct Settings {
     pub compose_tags: bool,
     /// `imds.user_data`, `imds.user_data_base64`, `imds.user_data_file`
     pub user_data: Option<Bytes>,
+    /// `metadata.base`: whether containers see what EC2 says of this host.
+    pub metadata_of_host: bool,
     /// `metadata.file`
     pub metadata_file: Option<PathBuf>,
     /// What is in it.
@@ -257,6 +259,7 @@ impl Default for Settings {
             triggers_may_stop: false,
             compose_tags: false,
             user_data: None,
+            metadata_of_host: false,
             metadata_file: None,
             from_file: Given::default(),
             metadata: BTreeMap::new(),
@@ -288,6 +291,7 @@ impl Settings {
             triggers_may_stop: new.triggers_may_stop,
             compose_tags: new.compose_tags,
             user_data: new.user_data.clone(),
+            metadata_of_host: new.metadata_of_host,
             metadata_file: new.metadata_file.clone(),
             from_file: new.from_file.clone(),
             metadata: new.metadata.clone(),
@@ -767,6 +771,16 @@ pub const KEYS: &[Key] = &[
         about: "Whether a role that STS denies is listed, with EC2's own error document in place of credentials; some SDKs \
                 abort on it. Else there is no role, which all of them survive.",
         read: |s, v| v.boolean().map(|it| s.ec2_error_documents = it),
+    },
+    Key {
+        path: "metadata.base",
+        default: "none",
+        expected: "\"none\" or \"host\"",
+        about: "What containers see where nothing else is given. `host`: what EC2 says of this host, but for its credentials, signatures, keys and user data.",
+        read: |s, v| {
+            v.one_of(&[("none", false), ("host", true)])
+                .map(|it| s.metadata_of_host = it)
+        },
     },
     Key {
         path: "metadata.file",

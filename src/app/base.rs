@@ -158,10 +158,14 @@ async fn learn_one(sts: Sts, resolver: Arc<Resolver>, index: Arc<Index>, name: N
 impl Resolver {
     /// Takes in what is known of a base, and has every container looked at again if that is new.
     fn note(&self, name: Option<&str>, base: Base) -> bool {
-        let mut around = Surroundings::clone(&self.around.load());
-        let new = note(&mut around, name, base);
+        let mut new = false;
+        // Others learn at the same time.
+        self.around.rcu(|around| {
+            let mut around = Surroundings::clone(around);
+            new = note(&mut around, name, base.clone());
+            around
+        });
         if new {
-            self.around.store(Arc::new(around));
             self.changed.send_modify(|version| *version += 1);
         }
         new
@@ -169,9 +173,11 @@ impl Resolver {
 
     fn forget(&self, name: &Name) {
         if let Some(profile) = name {
-            let mut around = Surroundings::clone(&self.around.load());
-            around.profiles.remove(profile);
-            self.around.store(Arc::new(around));
+            self.around.rcu(|around| {
+                let mut around = Surroundings::clone(around);
+                around.profiles.remove(profile);
+                around
+            });
         }
         self.wanted.send_if_modified(|wanted| wanted.remove(name));
     }

@@ -13,6 +13,7 @@ use libtest_mimic::Trial;
 use serde_json::{Value, json};
 
 use crate::cases::{LIST, is_itself};
+use crate::conformance::tricks::{CLOSED, tricks};
 use crate::rig::engine::Background;
 use crate::rig::tools::{self, DAEMON};
 use crate::rig::{Container, Daemon, Done, Engine, Rig, poll, run};
@@ -23,6 +24,10 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
         rig.once(
             "cloud::the_host_keeps_its_own_and_containers_never_have_it",
             the_host_keeps_its_own,
+        ),
+        rig.once(
+            "cloud::what_the_host_is_is_seen_and_no_path_leads_to_what_is_its_own",
+            what_the_host_is_is_seen,
         ),
         rig.once("cloud::attach_host_is_refused_and_says_why", attach_host_is_refused),
     ]
@@ -133,6 +138,13 @@ impl Ec2 {
     fn the_host_has_its_own(&self) {
         assert_eq!(self.of_the_host().as_deref(), Ok(HOSTS_ROLE));
     }
+
+    /// The paths that were asked for so far.
+    fn asked_for(&self) -> Vec<String> {
+        let output = self.server.as_ref().map(Background::output).unwrap_or_default();
+        let paths = output.lines().filter_map(|line| line.strip_prefix("asked for "));
+        paths.map(str::to_owned).collect()
+    }
 }
 
 impl Drop for Ec2 {
@@ -165,9 +177,20 @@ fn values_of_the_host() -> BTreeMap<String, String> {
         ("meta-data/instance-type", "m7i.large"),
         ("meta-data/placement/availability-zone", "eu-central-1b"),
         ("meta-data/placement/region", "eu-central-1"),
+        ("meta-data/mac", "0e:49:61:0f:c3:11"),
+        (
+            "meta-data/network/interfaces/macs/0e:49:61:0f:c3:11/vpc-id",
+            "vpc-0cccccccccccccccc",
+        ),
+        ("meta-data/tags/instance/iam", "a-tag"),
         (role.as_str(), credentials.as_str()),
     ];
-    values.map(|(path, value)| (path.to_owned(), value.to_owned())).into()
+    let closed = CLOSED.iter().filter(|path| !path.ends_with(HOSTS_ROLE));
+    let closed = closed.map(|path| (*path, HOSTS_SECRET));
+    let values = closed.chain(values);
+    values
+        .map(|(path, value)| (path.to_owned(), value.to_owned()))
+        .collect()
 }
 
 /// A container that asks for its role from its first instruction on, and never stops.
@@ -323,6 +346,94 @@ fn the_host_keeps_its_own(engine: &Arc<Engine>) {
     ec2.cli(&["intercept", "down"]).ok();
     comes(&first, "leaked");
     assert_eq!(ours(), before);
+}
+
+/// What the host is, for containers; and what it has, for the daemon.
+fn what_the_host_is_is_seen(engine: &Arc<Engine>) {
+    let ec2 = Ec2::start(engine);
+    let config = format!("{OFFLINE}[imds]\ninstance_metadata_tags = \"enabled\"\n[metadata]\nbase = \"host\"\n");
+    let (code, output) = Daemon::start_in_vain(engine, &config, &[]);
+    assert_eq!(code, Some(1), "{output}");
+    assert!(
+        output.contains("this host has no metadata service of EC2's that is its own"),
+        "{output}"
+    );
+    let by_others = ec2.asked_for().len();
+
+    let daemon = Daemon::start(engine, &config, &ec2.environment());
+    let app = engine.run("app").label("imds.role", "app").start();
+    let other = engine
+        .run("other")
+        .label("imds.role", "other")
+        .label("imds.ami-id", "ami-0123456789abcdef0")
+        .start();
+    for container in [&app, &other] {
+        is_itself(container);
+        let seen = |path: &str| container.get(&format!("/latest/meta-data/{path}"), &[]).body;
+        assert_eq!(seen("instance-id"), "i-0bbbbbbbbbbbbbbbb");
+        assert_eq!(seen("placement/availability-zone"), "eu-central-1b");
+        assert_eq!(
+            seen("network/interfaces/macs/0e:49:61:0f:c3:11/vpc-id"),
+            "vpc-0cccccccccccccccc"
+        );
+        assert_eq!(seen("tags/instance/iam"), "a-tag");
+    }
+    assert_eq!(app.get("/latest/meta-data/ami-id", &[]).body, "ami-0aaaaaaaaaaaaaaaa");
+    assert_eq!(other.get("/latest/meta-data/ami-id", &[]).body, "ami-0123456789abcdef0");
+    // The daemon has not even asked for what is the host's alone.
+    let asked = ec2.asked_for().split_off(by_others);
+    assert!(asked.len() > 5, "{asked:?}");
+    let closed = |path: &&String| {
+        CLOSED
+            .iter()
+            .any(|it| path.contains(it.rsplit_once('/').map_or(*it, |(above, _)| above)))
+    };
+    assert_eq!(asked.iter().filter(closed).collect::<Vec<_>>(), Vec::<&String>::new());
+    // And no path leads there.
+    let tricks = tricks();
+    let mut ask = app.engine().docker_command();
+    ask.args([
+        "exec",
+        "--interactive",
+        app.id(),
+        "/usr/bin/python3",
+        "/opt/clients/ask.py",
+    ]);
+    let answers = Done::of_input(ask, tricks.join("\n").as_bytes()).ok();
+    assert_eq!(answers.matches(" -> ").count(), tricks.len());
+    assert!(answers.contains("HTTP/1.1 404"), "{answers}");
+    for own in [HOSTS_ROLE, HOSTS_SECRET, HOSTS_TOKEN] {
+        // What was asked for stands before the arrow.
+        let leak = answers
+            .lines()
+            .find(|line| line.rsplit(" -> ").next().is_some_and(|answer| answer.contains(own)));
+        assert_eq!(leak, None);
+    }
+    // It cannot be had for a while: what was known holds.
+    daemon.stop();
+
+    // Credentials for the daemon are another matter: with nothing else configured, they are the host's own.
+    let moto = engine.moto().daemon_environment().into_iter();
+    let environment = moto
+        .filter(|(name, _)| !name.contains("ACCESS_KEY"))
+        .chain(ec2.environment());
+    let directory = engine.directory().join(format!("no-aws-{}", run::next_number()));
+    fs::create_dir_all(&directory).expect("a directory");
+    let config = format!(
+        "account_id = \"111122223333\"\n[credentials]\naws_dir = '{}'\n",
+        directory.display()
+    );
+    let daemon = Daemon::start(engine, &config, &environment.collect::<Vec<_>>());
+    is_itself(&app);
+    let status = daemon.status();
+    let origin = &status["bases"][0]["origin"];
+    assert_eq!(
+        origin,
+        &json!(format!("instance profile of this host, role {HOSTS_ROLE}")),
+        "{status}"
+    );
+    ec2.the_host_has_its_own();
+    daemon.stop();
 }
 
 fn attach_host_is_refused(engine: &Arc<Engine>) {
