@@ -123,12 +123,16 @@ fn said(instance: &Instance) -> String {
 }
 
 fn instance(labels: &[(&str, &str)], settings: &Settings) -> Instance {
+    instance_among(labels, settings, &around())
+}
+
+fn instance_among(labels: &[(&str, &str)], settings: &Settings, around: &Surroundings) -> Instance {
     resolve(
         &container(labels),
         &attachments(),
         SystemTime::UNIX_EPOCH,
         settings,
-        &around(),
+        around,
     )
 }
 
@@ -400,13 +404,7 @@ fn what_the_host_is_is_seen_where_nothing_else_is_given() {
     };
     let seen = |toml: &str, labels: &[(&str, &str)], path: &str| {
         let settings = configured(toml);
-        let instance = resolve(
-            &container(labels),
-            &attachments(),
-            SystemTime::UNIX_EPOCH,
-            &settings,
-            &around,
-        );
+        let instance = instance_among(labels, &settings, &around);
         match instance.view.get(path) {
             Some(Node::Text(text)) => String::from_utf8_lossy(text).into_owned(),
             None => "nothing".to_owned(),
@@ -452,20 +450,10 @@ fn what_the_host_is_is_seen_where_nothing_else_is_given() {
         assert_eq!(seen(toml, labels, path), value, "{toml} {labels:?} {path}");
     }
     // All have the host's id; what keeps containers apart is their own.
-    let id = |labels: &[(&str, &str)], around| {
-        let settings = Settings::default();
-        resolve(
-            &container(labels),
-            &attachments(),
-            SystemTime::UNIX_EPOCH,
-            &settings,
-            around,
-        )
-        .id
-    };
-    assert_eq!(id(&[], &around), "i-0123456789abcdef0");
+    let id = |labels: &[(&str, &str)]| instance_among(labels, &Settings::default(), &around).id;
+    assert_eq!(id(&[]), "i-0123456789abcdef0");
     assert_eq!(
-        id(&[("imds.instance-id", "i-0fffffffffffffff0")], &around),
+        id(&[("imds.instance-id", "i-0fffffffffffffff0")]),
         "i-0fffffffffffffff0"
     );
 }
@@ -475,13 +463,7 @@ fn a_profile_is_a_base_or_served_as_it_is() {
     let mut around = around();
     let resolved = |labels: &[(&str, &str)], around: &Surroundings| {
         let settings = configured("account_id = \"999900001111\"\n[credentials]\ndefault_role = \"other\"");
-        resolve(
-            &container(labels),
-            &attachments(),
-            SystemTime::UNIX_EPOCH,
-            &settings,
-            around,
-        )
+        instance_among(labels, &settings, around)
     };
     let (dev, app) = (("imds.profile", "dev"), ("imds.role", "app"));
     // Until STS has said whose it is, there is no role by name, and the profile is the one to be read.

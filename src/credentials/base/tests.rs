@@ -303,26 +303,25 @@ async fn what_the_host_itself_has_comes_last_and_only_where_it_is_not_ours_to_gi
     let ours = base(&desk.bases(), Some("p")).await.unwrap_err().to_string();
     assert!(ours.contains("cannot be its own base"), "{ours}");
 
-    let failed = async |status, body, said: &str| {
+    for (status, body, said) in [
+        (404, "", "and this host has no instance profile"),
+        (
+            200,
+            r#"{"Code": "AssumeRoleUnauthorizedAccess", "Message": "m"}"#,
+            "AssumeRoleUnauthorizedAccess: m",
+        ),
+        (200, "<html>", "role app: no credentials document"),
+        (
+            200,
+            r#"{"Code": "Success", "AccessKeyId": "A"}"#,
+            "role app: no credentials document",
+        ),
+        (403, "", "the host's own instance metadata service"),
+    ] {
         desk.amazon.fail("ec2", status, body);
         let error = base(&on_ec2(&[]), None).await.unwrap_err().to_string();
         assert!(error.contains(said), "{error}");
-    };
-    failed(404, "", "and this host has no instance profile").await;
-    failed(
-        200,
-        r#"{"Code": "AssumeRoleUnauthorizedAccess", "Message": "m"}"#,
-        "AssumeRoleUnauthorizedAccess: m",
-    )
-    .await;
-    failed(200, "<html>", "role app: no credentials document").await;
-    failed(
-        200,
-        r#"{"Code": "Success", "AccessKeyId": "A"}"#,
-        "role app: no credentials document",
-    )
-    .await;
-    failed(403, "", "the host's own instance metadata service").await;
+    }
 }
 
 #[tokio::test]
