@@ -7,6 +7,7 @@ pub mod doctor;
 mod freeze;
 mod interception;
 mod metrics;
+mod network;
 mod probe;
 mod standby;
 mod systemd;
@@ -63,7 +64,7 @@ use crate::instance::{At, FALLBACK_REGION, Instance, Ordered, Role, Surroundings
 use crate::metadata::events::{Event, Kind};
 use crate::metadata::identity::Signer;
 use crate::orders::{Orders, Stops, to_stop};
-use crate::server::{self, RefusedConnection, Service};
+use crate::server::{self, IMDS_PORT, RefusedConnection, Service};
 use crate::telemetry::{printable, with_causes};
 use crate::wire::imds::credentials_document;
 use crate::wire::token::{TokenAuthority, TokenKey};
@@ -101,6 +102,21 @@ pub enum AppError {
         listed(.0)
     )]
     NoNamespaces(Vec<Lack>),
+    /// By the address alone, and nobody has said that this is enough.
+    #[error(
+        "attach network proves callers by their address only\n\
+         hint: [serve] proof = \"address\" says that this is meant; a neighbour with NET_RAW (Docker's default) can then take \
+         another's credentials"
+    )]
+    NetworkProof,
+    /// The address is not this container's.
+    #[error("attach network: cannot listen on {IMDS_ADDRESS}:{IMDS_PORT}\nhint: {hint}")]
+    Network {
+        /// Why.
+        source: io::Error,
+        /// What to do.
+        hint: &'static str,
+    },
     /// No sock_diag.
     #[error("the kernel cannot be asked about connections (sock_diag)\nhint: modprobe -a inet_diag tcp_diag")]
     Diag(#[source] io::Error),
@@ -140,9 +156,10 @@ pub enum AppError {
 
 /// How the daemon runs as a container with all that it needs.
 pub const DOCKER_RUN: &str = "docker run -d --name imds-router --restart unless-stopped --network host --pid host --cgroupns host \
-    --cap-drop ALL --cap-add NET_ADMIN --cap-add SYS_ADMIN --cap-add SYS_PTRACE --security-opt apparmor=unconfined \
-    -v /var/run/docker.sock:/var/run/docker.sock -v /sys/fs/cgroup:/sys/fs/cgroup:ro \
-    -v imds-router:/var/lib/imds-router imds-router serve";
+    --cap-drop ALL --cap-add NET_ADMIN --cap-add SYS_ADMIN --cap-add SYS_PTRACE --cap-add DAC_OVERRIDE \
+    --security-opt apparmor=unconfined --security-opt label=disable \
+    -v /var/run/docker.sock:/var/run/docker.sock -v /sys/fs/cgroup:/sys/fs/cgroup:ro -v imds-router:/var/lib/imds-router \
+    -v ~/.aws:/aws:ro -e IMDS_ROUTER_CREDENTIALS_AWS_DIR=/aws imds-router";
 
 fn listed(lacks: &[Lack]) -> String {
     let all: Vec<_> = lacks.iter().map(ToString::to_string).collect();
@@ -151,12 +168,18 @@ fn listed(lacks: &[Lack]) -> String {
 
 /// What callers are proven by here, with these settings.
 async fn level(settings: &Settings) -> Result<Level, AppError> {
+    if settings.attach == Attach::Network {
+        return match settings.proof {
+            Proof::Address => Ok(Level::Address),
+            Proof::Full => Err(AppError::NetworkProof),
+        };
+    }
     let lacks = lacking(&engine_host(settings)).await;
     match (lacks.is_empty(), settings.proof, settings.attach) {
         (true, ..) => Ok(Level::Full),
         (false, Proof::Full, _) => Err(AppError::Lacking(lacks)),
         (false, Proof::Address, Attach::Namespace) => Err(AppError::NoNamespaces(lacks)),
-        (false, Proof::Address, Attach::Auto | Attach::Host) => {
+        (false, Proof::Address, Attach::Auto | Attach::Host | Attach::Network) => {
             for lack in lacks {
                 warn!(%lack, "callers are proven by their address only, as the configuration allows");
             }
@@ -182,7 +205,11 @@ pub async fn run(
     let signer = Arc::new(signer(&settings.state_dir)?);
     let orders = Arc::new(orders(&settings.state_dir)?);
     let level = level(&settings).await?;
-    let (listener, listening) = inherited.listen(IMDS_ADDRESS.into()).map_err(AppError::Listen)?;
+    let on_network = settings.attach == Attach::Network;
+    let (listener, listening) = match on_network {
+        true => network::listen()?,
+        false => inherited.listen(IMDS_ADDRESS.into()).map_err(AppError::Listen)?,
+    };
     let listener = TcpListener::from_std(listener).map_err(AppError::Listen)?;
 
     let sts = match settings.source {
@@ -296,21 +323,24 @@ pub async fn run(
 
     // From here on the host is changed; what fails takes its own part down again. The address is there first, since its
     // rules are the lock of this host; nobody is answered before the rest is.
-    let plan = Plan::host(listening);
-    let ours = standby::our_turn(&plan, &clock, shutdown.as_mut(), |who| {
-        if let Some(who) = &who {
-            // It is as it should be, and whoever waits for it goes on.
-            systemd::tell(&[
-                NotifyState::Ready,
-                NotifyState::Status(&format!("stands by: {who} serves this host")),
-            ]);
-        }
-        observer.standing_by.store(who.map(Arc::new));
-    });
-    let Some(ours) = ours.await? else {
-        return Ok(());
-    };
-    let mut interception = vec![ours];
+    let mut interception = Vec::new();
+    if !on_network {
+        let plan = Plan::host(listening);
+        let ours = standby::our_turn(&plan, &clock, shutdown.as_mut(), |who| {
+            if let Some(who) = &who {
+                // It is as it should be, and whoever waits for it goes on.
+                systemd::tell(&[
+                    NotifyState::Ready,
+                    NotifyState::Status(&format!("stands by: {who} serves this host")),
+                ]);
+            }
+            observer.standing_by.store(who.map(Arc::new));
+        });
+        let Some(ours) = ours.await? else {
+            return Ok(());
+        };
+        interception.push(ours);
+    }
     if admin_is_anothers {
         tasks.spawn(take_over_admin(path, observer.clone()));
     }
@@ -329,7 +359,7 @@ pub async fn run(
         false => None,
     };
     let interfaces = Arc::new(Interfaces::new(LINK));
-    if settings.ipv6 && has_ipv6() {
+    if settings.ipv6 && !on_network && has_ipv6() {
         match intercept_ipv6(&mut inherited, &clock).await {
             Ok((also, listener)) => {
                 interception.push(also);
@@ -351,7 +381,10 @@ pub async fn run(
         warn!(%part, "was there already: an earlier daemon did not end cleanly; taken over");
     }
     tasks.spawn(Watcher::new(ports, index.clone(), misses, clock.clone()).run());
-    tasks.spawn(server::accept_on_host(listener, interfaces, host, level, service));
+    match on_network {
+        true => tasks.spawn(server::accept_on_network(listener, interfaces, host, service)),
+        false => tasks.spawn(server::accept_on_host(listener, interfaces, host, level, service)),
+    };
     if let Some(frozen) = frozen {
         tasks.spawn(freeze::keep_frozen(frozen, index.clone()));
     }
@@ -863,7 +896,11 @@ impl Resolver {
     }
 
     fn attach(&self) -> &'static str {
-        if self.attaches() { "namespace" } else { "host" }
+        match self.settings.load().attach {
+            Attach::Network => "network",
+            _ if self.attaches() => "namespace",
+            _ => "host",
+        }
     }
 
     fn proof(&self) -> &'static str {
@@ -925,7 +962,8 @@ impl Instances for Resolver {
     }
 
     fn attaches(&self) -> bool {
-        self.level == Level::Full && self.settings.load().attach != Attach::Host
+        let inside = matches!(self.settings.load().attach, Attach::Auto | Attach::Namespace);
+        self.level == Level::Full && inside
     }
 
     fn image_labels_count(&self) -> bool {
@@ -1312,7 +1350,14 @@ impl Observer {
                 step("attach", true, "over the host, whose network it has".to_owned());
             }
             (None, true) => step("attach", true, "inside its network namespace".to_owned()),
-            (None, false) => step("attach", true, format!("over the host, from {addresses}")),
+            (None, false) => match self.not_on_the_network(record) {
+                Some(why) => step("attach", false, why),
+                None => step(
+                    "attach",
+                    true,
+                    format!("over the {}, from {addresses}", self.resolver.attach()),
+                ),
+            },
         }
         let proof =
             "an ESTABLISHED socket of exactly the connection, in that namespace, made by that cgroup or one below";
@@ -1395,6 +1440,7 @@ impl Observer {
         }));
         problems.extend(record.left_alone.iter().cloned());
         problems.extend(self.shares(record));
+        problems.extend(self.not_on_the_network(record).filter(|_| instance.endpoint));
         if !record.definition.image_labels.is_empty() {
             problems.push(format!(
                 "label {} comes from the image and does not count; [docker] image_labels = true lets it",
@@ -1432,6 +1478,21 @@ impl Observer {
                 }),
             problems,
         }
+    }
+
+    /// With attach `network`: who has no link to the network that the address is on does not reach it.
+    fn not_on_the_network(&self, record: &Record) -> Option<String> {
+        if self.resolver.settings.load().attach != Attach::Network {
+            return None;
+        }
+        let ours = self.service.index.at(IMDS_ADDRESS.into());
+        let networks = ours.iter().flat_map(|it| it.attachments.0.iter());
+        let mut networks = networks.filter(|(_, endpoint)| endpoint.addresses().any(|it| it == IMDS_ADDRESS));
+        let (network, endpoint) = networks.next()?;
+        (!record.attachments.0.contains_key(network)).then(|| {
+            let name = printable(&endpoint.network, 60);
+            format!("it is not on the network {name}, where {IMDS_ADDRESS} is: docker network connect {name}")
+        })
     }
 
     /// Containers that share a network namespace share a boundary: whoever is root in one can act as the other.
@@ -1506,6 +1567,13 @@ mod tests {
         std::fs::remove_file(&file).unwrap();
         std::os::unix::fs::symlink(&elsewhere, &file).unwrap();
         assert!(token_key(&state).is_err());
+    }
+
+    #[test]
+    fn the_line_that_runs_the_image_is_the_documented_one() {
+        let documented = include_str!("../deploy/README.md").replace('\\', " ");
+        let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(words(&documented).contains(&words(DOCKER_RUN)));
     }
 
     #[tokio::test]
