@@ -592,7 +592,15 @@ impl Session {
             Err(why) => Reply::refused(why),
             Ok(Call::TokenOptions) => Reply::token_options(),
             Ok(Call::IssueToken(ttl)) => {
-                self.hops.fetch_min(instance.hop_limit, Ordering::Relaxed);
+                // Where we listen is the router of those behind a bridge inside a container: it has been passed already.
+                let passed = u8::from(matches!(self.connection.via, Via::Nested(..)));
+                let hops = instance.hop_limit.saturating_sub(passed);
+                if hops == 0 {
+                    // The answer would end there, and who has asked would wait in vain, as on EC2.
+                    tokio::time::sleep_until(self.end).await;
+                    return Reply::refused(Refused::NotReady).last();
+                }
+                self.hops.fetch_min(hops, Ordering::Relaxed);
                 Reply::token(self.service.tokens.issue(&life.container, life.cgroup, ttl), ttl)
             }
             Ok(Call::Get { place, token }) => {

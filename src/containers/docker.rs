@@ -20,7 +20,7 @@ use bollard::query_parameters::{
     EventsOptions, InspectContainerOptions, InspectNetworkOptions, ListContainersOptions, StopContainerOptions,
 };
 use futures_util::future::BoxFuture;
-use futures_util::stream::{BoxStream, StreamExt as _};
+use futures_util::stream::{BoxStream, StreamExt as _, TryStreamExt as _};
 use futures_util::{FutureExt as _, future};
 use tracing::{debug, warn};
 
@@ -227,7 +227,7 @@ impl ContainerEngine for Engine {
                     rows
                 }
             };
-            Ok(rows.into_iter().filter_map(read_row).collect())
+            read_rows(&docker, rows).await
         })
     }
 
@@ -241,7 +241,7 @@ impl ContainerEngine for Engine {
                 ..ListContainersOptions::default()
             };
             let rows = docker.list_containers(Some(options)).await.map_err(failed)?;
-            Ok(rows.into_iter().filter_map(read_row).find(|row| row.id == id))
+            Ok(read_rows(&docker, rows).await?.into_iter().find(|row| row.id == id))
         })
     }
 
@@ -339,6 +339,28 @@ fn read_event(event: EventMessage) -> Option<Event> {
         }
         _ => None,
     }
+}
+
+/// Inspections at once, for rows that say too little.
+const AT_ONCE: usize = 8;
+
+/// Podman's list does not say which network mode a container has; its inspections do.
+async fn read_rows(docker: &Docker, rows: Vec<ContainerSummary>) -> Result<Vec<Row>, EngineError> {
+    let rows = futures_util::stream::iter(rows).map(|row| async {
+        let told = row.host_config.as_ref().is_some_and(|it| it.network_mode.is_some());
+        let Some(mut row) = read_row(row) else {
+            return Ok(None);
+        };
+        if !told {
+            let answer = docker.inspect_container(row.id.as_str(), None::<InspectContainerOptions>);
+            let host_config = absent(answer.await)?.and_then(|answer| answer.host_config);
+            let mode = host_config.and_then(|config| config.network_mode);
+            row.network_mode = mode.as_deref().map(NetworkMode::parse).unwrap_or_default();
+        }
+        Ok(Some(row))
+    });
+    let rows = rows.buffered(AT_ONCE).try_filter_map(future::ok);
+    rows.try_collect().await
 }
 
 fn read_row(row: ContainerSummary) -> Option<Row> {
@@ -507,6 +529,27 @@ mod tests {
     fn version(path: &str) -> Option<String> {
         path.ends_with("/version")
             .then(|| "{\"ApiVersion\":\"1.41\"}".to_owned())
+    }
+
+    #[tokio::test]
+    async fn what_the_list_does_not_say_of_a_network_mode_an_inspection_does() {
+        let (_dir, engine) = engine(|path| {
+            if path.contains("/containers/json") {
+                let row = |digit: &str, more: &str| format!("{{\"Id\":\"{}\"{more}}}", digit.repeat(64));
+                let told = ",\"HostConfig\":{\"NetworkMode\":\"bridge\"}";
+                return Some(format!("[{},{},{}]", row("a", ""), row("b", told), row("c", "")));
+            }
+            // Nobody asks for what is known; the third has gone meanwhile.
+            assert!(!path.contains("bbbb"), "{path}");
+            let inspected = path
+                .contains("aaaa")
+                .then(|| "{\"HostConfig\":{\"NetworkMode\":\"host\"}}".to_owned());
+            inspected.or_else(|| version(path))
+        });
+        drop(engine.subscribe().await.unwrap());
+        let rows = engine.containers().await.unwrap();
+        let modes: Vec<_> = rows.into_iter().map(|row| row.network_mode).collect();
+        assert_eq!(modes, [NetworkMode::Host, NetworkMode::Own, NetworkMode::Own]);
     }
 
     #[tokio::test]

@@ -393,6 +393,19 @@ async fn a_container_in_a_container_is_the_outer_one_or_nobody() {
         .await
         .unwrap();
     assert_eq!((reply.status, reply.text().as_str()), (200, "app"));
+    // One router further away than the container itself: at a limit of one, a token is not heard there.
+    let token = async || {
+        let mut client = daemon.dial_via(inner, Via::Nested(namespace, 9));
+        let ttl = [("x-aws-ec2-metadata-token-ttl-seconds", "60")];
+        let asked = client.send("PUT", "/latest/api/token", &ttl);
+        let heard = tokio::time::timeout(Duration::from_secs(30), asked).await;
+        heard.ok().flatten().map(|reply| reply.status)
+    };
+    for (hops, heard) in [(1, None), (2, Some(200))] {
+        daemon.order(1, |ordered| ordered.options.hop_limit = Some(hops));
+        daemon.settle().await;
+        assert_eq!(token().await, heard, "limit {hops}");
+    }
     // In a namespace that is nobody's, or several containers', nobody can be meant.
     let mut nobodys = daemon.dial_via(inner, Via::Nested(NamespaceId(77), 9));
     assert_eq!(nobodys.get(LIST).await.unwrap().status, 403);

@@ -29,6 +29,8 @@ mod load;
 #[cfg(target_os = "linux")]
 mod networks;
 #[cfg(target_os = "linux")]
+mod podman;
+#[cfg(target_os = "linux")]
 mod refusals;
 #[cfg(target_os = "linux")]
 mod rig;
@@ -51,6 +53,7 @@ fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
     trials.extend(upheaval::trials(rig));
     trials.extend(cases::trials(rig));
     trials.extend(networks::trials(rig));
+    trials.extend(podman::trials(rig));
     trials.extend(load::trials(rig));
     trials.extend(instances::trials(rig));
     trials.extend(attacks::trials(rig));

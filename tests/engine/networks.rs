@@ -135,16 +135,13 @@ fn containers_in_a_container(engine: &Arc<Engine>) {
          for i in $(seq 100); do docker -H unix:///tmp/inner.sock version >/dev/null 2>&1 && break; sleep 0.1; done
          tar -C /tmp/image -c . | docker -H unix:///tmp/inner.sock import - inner >/dev/null",
     ]);
+    let inside = |network: &str, command: &str| {
+        let run = format!("docker -H unix:///tmp/inner.sock run --rm --network={network} inner {command} 2>&1");
+        outer.try_exec(&["sh", "-c", &run])
+    };
     let inner = |network: &str| {
         let url = format!("{}{LIST}", http::IMDS);
-        outer.try_exec(&[
-            "sh",
-            "-c",
-            &format!(
-                "docker -H unix:///tmp/inner.sock run --rm --network={network} inner \
-                 /busybox timeout 3 /busybox wget -q -O - {url} 2>&1"
-            ),
-        ])
+        inside(network, &format!("/busybox timeout 3 /busybox wget -q -O - {url}"))
     };
     let start = |nested: &str| {
         let config = format!("account_id = \"{ACCOUNT}\"\n[serve]\nnested = \"{nested}\"");
@@ -163,6 +160,22 @@ fn containers_in_a_container(engine: &Arc<Engine>) {
     let daemon = start("outer");
     is_itself(&outer);
     assert_eq!(inner("bridge").ok(), "outer");
+    // The answer with a token has the inner engine's router on its way.
+    let limited = |hops: &str| {
+        daemon
+            .cli(&["modify", "outer", "--http-put-response-hop-limit", hops])
+            .ok()
+    };
+    let put = "PUT /latest/api/token HTTP/1.0\\r\\nX-aws-ec2-metadata-token-ttl-seconds: 60\\r\\n\\r\\n";
+    let ask = format!("/busybox sh -c \"/busybox printf '{put}' | /busybox timeout 3 /busybox nc 169.254.169.254 80\"");
+    limited("1");
+    let unheard = inside("bridge", &ask);
+    assert!(!unheard.stdout.contains("200 OK"), "{unheard}");
+    assert!(!outer.token().is_empty());
+    assert_eq!(inner("bridge").ok(), "outer", "only the token stays within the limit");
+    limited("2");
+    let heard = inside("bridge", &ask);
+    assert!(heard.stdout.starts_with("HTTP/1.0 200 OK"), "{heard}");
     daemon.stop();
     // Over the host its packets come from the outer one's address, which has no such connection.
     let config = format!("account_id = \"{ACCOUNT}\"\n[serve]\nattach = \"host\"\nnested = \"outer\"");
