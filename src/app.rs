@@ -1574,6 +1574,24 @@ mod tests {
         let documented = include_str!("../deploy/README.md").replace('\\', " ");
         let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
         assert!(words(&documented).contains(&words(DOCKER_RUN)));
+        // A swarm's stack starts the same, but for where configuration and credentials come from, and when it starts again.
+        let stack = words(&include_str!("../deploy/stack.yaml").replace('\\', " "));
+        let options = DOCKER_RUN
+            .trim_end_matches(" imds-router")
+            .split(" -")
+            .skip(1)
+            .map(str::trim);
+        let another = [
+            "d",
+            "-restart unless-stopped",
+            "-cap-add DAC_OVERRIDE",
+            "v ~/.aws:/aws:ro",
+        ];
+        for option in options.filter(|it| !another.contains(it)) {
+            let long = option.strip_prefix("e ").map(|it| format!("-env {it}"));
+            let option = long.as_deref().unwrap_or(option);
+            assert!(stack.contains(&format!(" -{option}")), "{option} is not in {stack}");
+        }
     }
 
     #[tokio::test]

@@ -332,7 +332,14 @@ fn compose(engine: &Arc<Engine>) {
     // The daemon finds STS by name.
     let instead = "services:\n  imds-router:\n    extra_hosts: ['sts.test:127.0.0.1']\n    \
         environment: [AWS_ENDPOINT_URL_STS=http://sts.test:5000, IMDS_ROUTER_LOG=trace]\n";
-    let ours = Compose::new(engine, "imds-router", "deploy/compose.yaml", instead);
+    let mut ours = Compose::new(engine, "imds-router", "deploy/compose.yaml", instead);
+    // Without AWS files there is no daemon, and no directory of root's in a user's home.
+    let empty = engine.directory().join("empty");
+    fs::create_dir_all(&empty).expect("the engine's directory is writable");
+    let with_files = std::mem::replace(&mut ours.home, empty.clone());
+    let told = Done::of(ours.command(&["up", "--detach"])).fails();
+    assert!(told.contains(".aws") && !empty.join(".aws").exists(), "{told}");
+    ours.home = with_files;
     assert!(up.ended().is_none(), "nobody waits: {}", up.output());
     ours.run(&["up", "--detach"]);
     let ended = poll(Duration::from_secs(20), "the services to be up", || up.ended());
@@ -459,6 +466,8 @@ fn unprivileged(engine: &Arc<Engine>) {
         "{status}"
     );
     assert!(inside(&daemon, &["health"]).ok().starts_with("serves "));
+    let said = inside(&daemon, &["doctor"]).ok();
+    assert!(said.contains("note  attach: network"), "{said}");
 
     // Nobody else: a process of the host, a container that it has no label for, and one of another network of the daemon's
     // that has made itself a way.
@@ -514,7 +523,8 @@ fn swarm(engine: &Arc<Engine>) {
     };
     let credentials = file("credentials", &base_credentials());
     // Where STS is comes by a file of AWS's, since the stack names no endpoint.
-    let config = format!("region = \"{REGION}\"\n[credentials]\nallow_process = true\n");
+    // Over the host: then a task's address is one that only docker_gwbridge knows.
+    let config = format!("region = \"{REGION}\"\n[serve]\nattach = \"host\"\n[credentials]\nallow_process = true\n");
     let config = file("config.toml", &config);
     let aws = file("aws", &format!("[default]\nendpoint_url = {}\n", moto.url()));
     engine.docker(&["config", "create", "imds-router-config", &config]);
@@ -572,6 +582,4 @@ fn swarm(engine: &Arc<Engine>) {
     poll(Duration::from_secs(20), "the daemon to end", || {
         running("name=imds-router").is_empty().then_some(())
     });
-    engine.docker(&["stack", "rm", "shop"]);
-    engine.docker(&["swarm", "leave", "--force"]);
 }
