@@ -239,6 +239,16 @@ fn the_top_of_the_repository_has_only_what_belongs_there() {
     );
 }
 
+/// CI builds and tests with the oldest Rust that `Cargo.toml` supports.
+#[test]
+fn the_oldest_rust_is_the_same_everywhere() {
+    let read = |file: &str| fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap();
+    let version = env!("CARGO_PKG_RUST_VERSION");
+    assert!(read("README.md").contains(&format!("Rust ({version} or newer)")), "README.md");
+    let ci = read(".github/workflows/ci.yml");
+    assert!(ci.contains("sed -n 's/^rust-version = ") && ci.contains("\n      - run: .ci/run"), "ci.yml");
+}
+
 #[test]
 fn the_check_itself_finds_what_is_wrong() {
     let mut house = House::read();
