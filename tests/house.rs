@@ -244,9 +244,15 @@ fn the_top_of_the_repository_has_only_what_belongs_there() {
 fn the_oldest_rust_is_the_same_everywhere() {
     let read = |file: &str| fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap();
     let version = env!("CARGO_PKG_RUST_VERSION");
-    assert!(read("README.md").contains(&format!("Rust ({version} or newer)")), "README.md");
+    assert!(
+        read("README.md").contains(&format!("Rust ({version} or newer)")),
+        "README.md"
+    );
     let ci = read(".github/workflows/ci.yml");
-    assert!(ci.contains("sed -n 's/^rust-version = ") && ci.contains("\n      - run: .ci/run"), "ci.yml");
+    assert!(
+        ci.contains("sed -n 's/^rust-version = ") && ci.contains("\n      - run: .ci/run"),
+        "ci.yml"
+    );
 }
 
 #[test]

@@ -501,11 +501,19 @@ fn unprivileged(engine: &Arc<Engine>) {
     outside.exec(&["/sbin/ip", "route", "del", "169.254.169.254"]);
     engine.docker(&["network", "connect", "shop_metadata", "outside"]);
     is_itself(&outside);
+    // Who comes after it to its address has nothing of it.
+    let (token, address) = (outside.token(), outside.address("shop_metadata").to_string());
+    drop(outside);
+    let heir = engine.run("heir").label("imds.role", "heir").network("shop_metadata");
+    let heir = heir.arg(&format!("--ip={address}")).start();
+    assert_eq!(heir.address("shop_metadata").to_string(), address);
+    is_itself(&heir);
+    assert_eq!(heir.get(LIST, &[("X-aws-ec2-metadata-token", &token)]).status, 401);
     again("docker restart", &apps, || {
         engine.docker(&["restart", daemon.id()]);
     });
     keep_log(&daemon);
-    drop((unlabelled, outside));
+    drop((unlabelled, heir));
     drop(shop);
     before.assert_same(&engine.network_at_rest());
 }
