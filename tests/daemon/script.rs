@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::future::Future;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU16, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -353,7 +353,7 @@ impl Witness for ScriptedWitness {
         self.namespace
     }
 
-    fn listens_inside(&self) -> bool {
+    fn listens_inside(&self, _at: IpAddr) -> bool {
         self.lives.lock().unwrap().inside.contains(&self.namespace)
     }
 
@@ -361,7 +361,7 @@ impl Witness for ScriptedWitness {
         Ok(Vec::new())
     }
 
-    fn attach(&self) -> Result<Vec<String>, String> {
+    fn attach(&self, _settled: bool) -> Result<Vec<String>, String> {
         Ok(Vec::new())
     }
 
