@@ -6,6 +6,8 @@
 //! Three promises hold between any two steps, and after a crash at any of them:
 //! the rules are there before the address, so no publisher of port 80 ever answers for it; what stays behind when the
 //! daemon dies refuses connections; and nothing that somebody else made is replaced or removed.
+//!
+//! A host that has a real service there ([`cloud`]) keeps it: then only what it passes on to others is refused.
 
 pub mod apply;
 pub mod cloud;

@@ -243,20 +243,15 @@ fn between_containers_and_a_kept_service_only_what_is_passed_on_is_ours() {
         "{}",
         text[0]
     );
-    let rules = "table ip imds_router {
-\tflags owner
-
-\tchain pre {
-\t\ttype filter hook prerouting priority -310; policy accept;
-\t\tip daddr 169.254.169.254 tcp dport 80 notrack tcp dport set 51254
-\t}
-
-\tchain out {
-\t\ttype filter hook output priority -310; policy accept;
-\t\tip saddr 169.254.169.254 tcp sport 51254 notrack tcp sport set 80
-\t}
-}";
-    assert_eq!(text[1], rules, "the host's own requests go where they went");
+    assert!(text[1].contains("hook prerouting"), "{}", text[1]);
+    let (_, out) = text[1].split_once("hook output").expect("a chain");
+    let rules: Vec<_> = out
+        .lines()
+        .filter(|line| line.contains("169.254.169.254"))
+        .map(str::trim)
+        .collect();
+    let answers = "ip saddr 169.254.169.254 tcp sport 51254 notrack tcp sport set 80";
+    assert_eq!(rules, [answers], "the host's own requests go where they went");
     let seen = |delivery| Observed {
         tables: complete().tables,
         delivery,
