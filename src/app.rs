@@ -8,6 +8,7 @@ mod freeze;
 mod interception;
 mod kept;
 mod metrics;
+mod network;
 mod of_host;
 mod probe;
 mod standby;
@@ -67,7 +68,7 @@ use crate::metadata::catalogue::REGION;
 use crate::metadata::events::{Event, Kind};
 use crate::metadata::identity::Signer;
 use crate::orders::{Orders, Stops, to_stop};
-use crate::server::{self, RefusedConnection, Service};
+use crate::server::{self, IMDS_PORT, RefusedConnection, Service};
 use crate::telemetry::{printable, with_causes};
 use crate::wire::imds::credentials_document;
 use crate::wire::token::{TokenAuthority, TokenKey};
@@ -124,6 +125,21 @@ pub enum AppError {
         "{NOTHING_OF_HOST}\nhint: it takes a machine of EC2 (its firmware says so), whose own service is left to it: [serve] host_service"
     )]
     NothingOfHost,
+    /// By the address alone, and nobody has said that this is enough.
+    #[error(
+        "attach network proves callers by their address only\n\
+         hint: [serve] proof = \"address\" says that this is meant; a neighbour with NET_RAW (Docker's default) can then take \
+         another's credentials"
+    )]
+    NetworkProof,
+    /// The address is not this container's.
+    #[error("attach network: cannot listen on {IMDS_ADDRESS}:{IMDS_PORT}\nhint: {hint}")]
+    Network {
+        /// Why.
+        source: io::Error,
+        /// What to do.
+        hint: &'static str,
+    },
     /// No sock_diag.
     #[error("the kernel cannot be asked about connections (sock_diag)\nhint: modprobe -a inet_diag tcp_diag")]
     Diag(#[source] io::Error),
@@ -163,9 +179,10 @@ pub enum AppError {
 
 /// How the daemon runs as a container with all that it needs.
 pub const DOCKER_RUN: &str = "docker run -d --name imds-router --restart unless-stopped --network host --pid host --cgroupns host \
-    --cap-drop ALL --cap-add NET_ADMIN --cap-add SYS_ADMIN --cap-add SYS_PTRACE --security-opt apparmor=unconfined \
-    -v /var/run/docker.sock:/var/run/docker.sock -v /sys/fs/cgroup:/sys/fs/cgroup:ro \
-    -v imds-router:/var/lib/imds-router imds-router serve";
+    --cap-drop ALL --cap-add NET_ADMIN --cap-add SYS_ADMIN --cap-add SYS_PTRACE --cap-add DAC_OVERRIDE \
+    --security-opt apparmor=unconfined --security-opt label=disable \
+    -v /var/run/docker.sock:/var/run/docker.sock -v /sys/fs/cgroup:/sys/fs/cgroup:ro -v imds-router:/var/lib/imds-router \
+    -v ~/.aws:/aws:ro -e IMDS_ROUTER_CREDENTIALS_AWS_DIR=/aws imds-router";
 
 /// What is said where containers are to see what nobody says.
 const NOTHING_OF_HOST: &str = "[metadata] base = \"host\": this host has no metadata service of EC2's that is its own, so that containers \
@@ -182,6 +199,12 @@ fn listed(lacks: &[Lack]) -> String {
 
 /// What callers are proven by here, with these settings.
 async fn level(settings: &Settings, kept: Option<Kept>) -> Result<Level, AppError> {
+    if settings.attach == Attach::Network {
+        return match settings.proof {
+            Proof::Address => Ok(Level::Address),
+            Proof::Full => Err(AppError::NetworkProof),
+        };
+    }
     let lacks = lacking(&engine_host(settings)).await;
     // Whoever says both has been told: containers on bridges are intercepted, and the host is not.
     let meant = settings.attach == Attach::Host && kept.is_some_and(|kept| kept.meant);
@@ -197,7 +220,7 @@ async fn level(settings: &Settings, kept: Option<Kept>) -> Result<Level, AppErro
         (true, ..) => Ok(Level::Full),
         (false, Proof::Full, _) => Err(AppError::Lacking(lacks)),
         (false, Proof::Address, Attach::Namespace) => Err(AppError::NoNamespaces(lacks)),
-        (false, Proof::Address, Attach::Auto | Attach::Host) => {
+        (false, Proof::Address, Attach::Auto | Attach::Host | Attach::Network) => {
             for lack in lacks {
                 warn!(%lack, "callers are proven by their address only, as the configuration allows");
             }
@@ -228,10 +251,13 @@ pub async fn run(
     if settings.metadata_of_host && ec2.is_none() {
         return Err(AppError::NothingOfHost);
     }
+    let on_network = settings.attach == Attach::Network;
     // What is asked over bridges is intercepted, though the host keeps its own.
     let between = kept.is_some() && settings.attach == Attach::Host;
-    let (on_host, plan) = match kept {
-        Some(kept) if !between => (None, kept.plan(true)),
+    // Where it listens outside of containers, and what it puts up there.
+    let (listener, plan) = match kept {
+        Some(kept) if !between => (None, Some(kept.plan(true))),
+        None if on_network => (Some(network::listen()?), None),
         kept => {
             let (listener, listening) = inherited.listen(IMDS_ADDRESS.into()).map_err(AppError::Listen)?;
             let plan = match kept {
@@ -241,9 +267,15 @@ pub async fn run(
                 }
                 None => Plan::host(listening),
             };
-            let listener = TcpListener::from_std(listener).map_err(AppError::Listen)?;
-            (Some((listener, listening)), plan)
+            (Some((listener, listening)), Some(plan))
         }
+    };
+    let listener = match listener {
+        Some((listener, listening)) => {
+            let listener = TcpListener::from_std(listener).map_err(AppError::Listen)?;
+            Some((listener, listening))
+        }
+        None => None,
     };
 
     let sts = match settings.source {
@@ -333,7 +365,7 @@ pub async fn run(
         resolver: resolver.clone(),
         service: service.clone(),
         clock: clock.clone(),
-        listening: on_host.as_ref().map(|(_, listening)| *listening),
+        listening: listener.as_ref().map(|(_, listening)| *listening),
         standing_by: ArcSwapOption::empty(),
         lag,
     });
@@ -359,23 +391,26 @@ pub async fn run(
 
     // From here on the host is changed; what fails takes its own part down again. The address is there first, since its
     // rules are the lock of this host; nobody is answered before the rest is.
-    let ours = standby::our_turn(&plan, &clock, shutdown.as_mut(), |who| {
-        if let Some(who) = &who {
-            // It is as it should be, and whoever waits for it goes on.
-            systemd::tell(&[
-                NotifyState::Ready,
-                NotifyState::Status(&format!("stands by: {who} serves this host")),
-            ]);
-        }
-        observer.standing_by.store(who.map(Arc::new));
-    });
-    let Some(ours) = ours.await? else {
-        return Ok(());
-    };
-    let mut interception = match &kept {
-        Some(kept) => kept.complete(ours, between, &clock).await?,
-        None => vec![ours],
-    };
+    let mut interception = Vec::new();
+    if let Some(plan) = plan {
+        let ours = standby::our_turn(&plan, &clock, shutdown.as_mut(), |who| {
+            if let Some(who) = &who {
+                // It is as it should be, and whoever waits for it goes on.
+                systemd::tell(&[
+                    NotifyState::Ready,
+                    NotifyState::Status(&format!("stands by: {who} serves this host")),
+                ]);
+            }
+            observer.standing_by.store(who.map(Arc::new));
+        });
+        let Some(ours) = ours.await? else {
+            return Ok(());
+        };
+        interception = match &kept {
+            Some(kept) => kept.complete(ours, between, &clock).await?,
+            None => vec![ours],
+        };
+    }
     if admin_is_anothers {
         tasks.spawn(take_over_admin(path, observer.clone()));
     }
@@ -394,7 +429,7 @@ pub async fn run(
         false => None,
     };
     let interfaces = Arc::new(Interfaces::new(LINK));
-    if kept.is_none() && settings.ipv6 && has_ipv6() {
+    if kept.is_none() && !on_network && settings.ipv6 && has_ipv6() {
         match intercept_ipv6(&mut inherited, &clock).await {
             Ok((also, listener)) => {
                 interception.push(also);
@@ -430,10 +465,16 @@ pub async fn run(
         tasks.spawn(of_host::keep(service, resolver.clone(), pause));
     }
     tasks.spawn(Watcher::new(ports, index.clone(), misses, clock.clone()).run());
-    if let Some((listener, _)) = on_host {
-        // Who comes in neither over a bridge nor from this host is nobody's container where the kernel tells bridges apart.
-        let level = if between { Level::Full } else { level };
-        tasks.spawn(server::accept_on_host(listener, interfaces, host, level, service));
+    match listener {
+        Some((listener, _)) if on_network => {
+            tasks.spawn(server::accept_on_network(listener, interfaces, host, service));
+        }
+        Some((listener, _)) => {
+            // Who comes in neither over a bridge nor from this host is nobody's container where the kernel tells bridges apart.
+            let level = if between { Level::Full } else { level };
+            tasks.spawn(server::accept_on_host(listener, interfaces, host, level, service));
+        }
+        None => {}
     }
     if let Some(frozen) = frozen {
         tasks.spawn(freeze::keep_frozen(frozen, index.clone()));
@@ -963,7 +1004,11 @@ impl Resolver {
     }
 
     fn attach(&self) -> &'static str {
-        if self.attaches() { "namespace" } else { "host" }
+        match self.settings.load().attach {
+            Attach::Network => "network",
+            _ if self.attaches() => "namespace",
+            _ => "host",
+        }
     }
 
     fn proof(&self) -> &'static str {
@@ -1040,7 +1085,8 @@ impl Instances for Resolver {
     }
 
     fn attaches(&self) -> bool {
-        self.level == Level::Full && self.settings.load().attach != Attach::Host
+        let inside = matches!(self.settings.load().attach, Attach::Auto | Attach::Namespace);
+        self.level == Level::Full && inside
     }
 
     fn image_labels_count(&self) -> bool {
@@ -1442,7 +1488,14 @@ impl Observer {
                 step("attach", true, "over the host, whose network it has".to_owned());
             }
             (None, true) => step("attach", true, "inside its network namespace".to_owned()),
-            (None, false) => step("attach", true, format!("over the host, from {addresses}")),
+            (None, false) => match self.not_on_the_network(record) {
+                Some(why) => step("attach", false, why),
+                None => step(
+                    "attach",
+                    true,
+                    format!("over the {}, from {addresses}", self.resolver.attach()),
+                ),
+            },
         }
         let proof =
             "an ESTABLISHED socket of exactly the connection, in that namespace, made by that cgroup or one below";
@@ -1531,6 +1584,7 @@ impl Observer {
         }
         problems.extend(record.left_alone.iter().cloned());
         problems.extend(self.shares(record));
+        problems.extend(self.not_on_the_network(record).filter(|_| instance.endpoint));
         if !record.definition.image_labels.is_empty() {
             problems.push(format!(
                 "label {} comes from the image and does not count; [docker] image_labels = true lets it",
@@ -1568,6 +1622,21 @@ impl Observer {
                 }),
             problems,
         }
+    }
+
+    /// With attach `network`: who has no link to the network that the address is on does not reach it.
+    fn not_on_the_network(&self, record: &Record) -> Option<String> {
+        if self.resolver.settings.load().attach != Attach::Network {
+            return None;
+        }
+        let ours = self.service.index.at(IMDS_ADDRESS.into());
+        let networks = ours.iter().flat_map(|it| it.attachments.0.iter());
+        let mut networks = networks.filter(|(_, endpoint)| endpoint.addresses().any(|it| it == IMDS_ADDRESS));
+        let (network, endpoint) = networks.next()?;
+        (!record.attachments.0.contains_key(network)).then(|| {
+            let name = printable(&endpoint.network, 60);
+            format!("it is not on the network {name}, where {IMDS_ADDRESS} is: docker network connect {name}")
+        })
     }
 
     /// Containers that share a network namespace share a boundary: whoever is root in one can act as the other.
@@ -1642,6 +1711,31 @@ mod tests {
         std::fs::remove_file(&file).unwrap();
         std::os::unix::fs::symlink(&elsewhere, &file).unwrap();
         assert!(token_key(&state).is_err());
+    }
+
+    #[test]
+    fn the_line_that_runs_the_image_is_the_documented_one() {
+        let documented = include_str!("../deploy/README.md").replace('\\', " ");
+        let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(words(&documented).contains(&words(DOCKER_RUN)));
+        // A swarm's stack starts the same, but for where configuration and credentials come from, and when it starts again.
+        let stack = words(&include_str!("../deploy/stack.yaml").replace('\\', " "));
+        let options = DOCKER_RUN
+            .trim_end_matches(" imds-router")
+            .split(" -")
+            .skip(1)
+            .map(str::trim);
+        let another = [
+            "d",
+            "-restart unless-stopped",
+            "-cap-add DAC_OVERRIDE",
+            "v ~/.aws:/aws:ro",
+        ];
+        for option in options.filter(|it| !another.contains(it)) {
+            let long = option.strip_prefix("e ").map(|it| format!("-env {it}"));
+            let option = long.as_deref().unwrap_or(option);
+            assert!(stack.contains(&format!(" -{option}")), "{option} is not in {stack}");
+        }
     }
 
     #[tokio::test]

@@ -259,7 +259,7 @@ pub struct Serve {
     #[command(flatten)]
     /// Flags of the configuration.
     pub common: Common,
-    /// How containers are reached: auto, namespace or host
+    /// How containers are reached: auto, namespace, host or network
     #[arg(long, value_name = "WAY")]
     pub attach: Option<String>,
     /// Where to put the admin socket

@@ -41,6 +41,9 @@ pub enum Attach {
     Namespace,
     /// The address on the host; the source address leads to the container, the kernel decides.
     Host,
+    /// The daemon is a container, and the address its own on a network of the engine's: without any right, and with the
+    /// engine's word on who is at which address.
+    Network,
 }
 
 /// What becomes of the metadata service that the host itself has.
@@ -487,13 +490,14 @@ pub const KEYS: &[Key] = &[
     Key {
         path: "serve.attach",
         default: "auto",
-        expected: "\"auto\", \"namespace\" or \"host\"",
-        about: "How containers are reached: inside their own network namespaces (auto), or over the host's bridges.",
+        expected: "\"auto\", \"namespace\", \"host\" or \"network\"",
+        about: "How containers are reached: inside their own network namespaces (auto), over the host's bridges, or over the network on which the daemon's container itself has the address (needs proof `address`, and no right).",
         read: |s, v| {
             v.one_of(&[
                 ("auto", Attach::Auto),
                 ("namespace", Attach::Namespace),
                 ("host", Attach::Host),
+                ("network", Attach::Network),
             ])
             .map(|it| s.attach = it)
         },
@@ -1536,7 +1540,7 @@ prod = "444455556666"
             ),
             (
                 "[serve]\nattach = \"bridge\"",
-                "c.toml, line 2: serve.attach = \"bridge\": expected \"auto\", \"namespace\" or \"host\"",
+                "c.toml, line 2: serve.attach = \"bridge\": expected \"auto\", \"namespace\", \"host\" or \"network\"",
             ),
             (
                 "[imds]\nhttp_tokens = true",

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -227,6 +227,44 @@ pub async fn accept_on_host(
             Interface::Foreign => {
                 // Closed without a byte.
                 service.refusals.note(&Refusal::ForeignInterface(interface), client);
+                None
+            }
+        }
+    };
+    accept(&listener, &service, via).await;
+}
+
+/// Accepts at an address that is the daemon's own on a network of the engine's, until the task is dropped: whoever comes over
+/// that network, with an address of it. `own`: the daemon's own network namespace.
+#[cfg(target_os = "linux")]
+pub async fn accept_on_network(
+    listener: tokio::net::TcpListener,
+    interfaces: Arc<Interfaces>,
+    own: NamespaceId,
+    service: Arc<Service>,
+) {
+    let via = |stream: &TcpStream, client: SocketAddr| {
+        let interface = ingress(stream).ok()?;
+        let shared = match (stream.local_addr().ok()?.ip(), client.ip()) {
+            // From here itself; the kernel takes that from no wire (martian source), and calls the interface the address's.
+            (address, client) if address == client => return Some(Via::Namespace(own)),
+            (IpAddr::V4(address), IpAddr::V4(client)) => interfaces.share_a_network(interface, address, client),
+            _ => return None,
+        };
+        match shared {
+            Ok(true) => Some(Via::Bridge(interface)),
+            Ok(false) => {
+                // Closed without a byte.
+                let client_ip = client.ip();
+                let refusal = Refusal::OtherNetwork {
+                    client: client_ip,
+                    interface,
+                };
+                service.refusals.note(&refusal, client);
+                None
+            }
+            Err(error) => {
+                warn!(%error, "the kernel does not say which network a connection came over; closed");
                 None
             }
         }

@@ -87,8 +87,12 @@ impl Diagnosis {
 pub async fn examine(settings: &Settings) -> Diagnosis {
     let mut found = Diagnosis::default();
     engine(settings, &mut found).await;
-    proof(settings, &mut found).await;
-    host(settings, &mut found);
+    if settings.attach == Attach::Network {
+        network(&mut found);
+    } else {
+        proof(settings, &mut found).await;
+        host(settings, &mut found);
+    }
     daemon(settings, &mut found).await;
     found
 }
@@ -105,6 +109,17 @@ async fn engine(settings: &Settings, found: &mut Diagnosis) {
             Some("start Docker, or name its socket: DOCKER_HOST=unix:///path/to/docker.sock; sudo, if it belongs to root"),
         ),
     }
+}
+
+fn network(found: &mut Diagnosis) {
+    found.add(
+        Verdict::Note,
+        format!("attach: network; who has a link to the network that {IMDS_ADDRESS} is on is told by its address only"),
+        "a neighbour with NET_RAW on that network can send with another's address, and read what others are answered",
+        Some(&format!(
+            "docker run --cap-drop NET_RAW; or the daemon with all that it needs: {DOCKER_RUN}"
+        )),
+    );
 }
 
 async fn proof(settings: &Settings, found: &mut Diagnosis) {
@@ -248,7 +263,7 @@ fn of_survey(settings: &Settings, survey: &Survey, found: &mut Diagnosis) {
     for chain in &survey.dropping {
         let verdict = match settings.attach {
             Attach::Host => Verdict::Wrong,
-            Attach::Auto | Attach::Namespace => Verdict::Note,
+            Attach::Auto | Attach::Namespace | Attach::Network => Verdict::Note,
         };
         found.add(
             verdict,

@@ -187,12 +187,16 @@ pub(super) async fn intercept(plan: &Plan, clock: &Clock) -> Result<Interception
     }
 }
 
-/// Puts interception back whenever somebody removes it, until `shutdown`.
+/// Puts interception back whenever somebody removes it, until `shutdown`. Where there is none, that is all.
 pub(super) async fn guard(
     mut interception: Vec<Interception>,
     shutdown: impl Future<Output = ()>,
 ) -> Vec<Interception> {
     let mut shutdown = std::pin::pin!(shutdown);
+    if interception.is_empty() {
+        shutdown.await;
+        return interception;
+    }
     loop {
         tokio::select! {
             () = &mut shutdown => return interception,

@@ -8,12 +8,14 @@
 use std::ffi::c_int;
 use std::io;
 use std::mem::{MaybeUninit, size_of};
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, AsRawFd as _};
 use std::sync::{Mutex, PoisonError};
 
 use dashmap::DashMap;
-use netlink_bindings::rt_link;
+use netlink_bindings::{rt_addr, rt_link};
 use netlink_socket2::NetlinkSocket;
+use rt_addr::Ifaddrmsg;
 use rustix::net::AddressFamily;
 
 /// How an address family is told to remember a connection's first packet, and asked for it (ip(7), ipv6(7)).
@@ -162,6 +164,28 @@ impl Interfaces {
         kind
     }
 
+    /// Whether `client` is in the network in which the interface of this number has the address `own`. Asked anew each time:
+    /// networks come and go.
+    ///
+    /// # Errors
+    /// When the kernel does not say.
+    pub fn share_a_network(&self, number: u32, own: Ipv4Addr, client: Ipv4Addr) -> io::Result<bool> {
+        let all = Ifaddrmsg {
+            ifa_family: u8::try_from(libc::AF_INET).map_err(io::Error::other)?,
+            ..Ifaddrmsg::new()
+        };
+        let request = rt_addr::Request::new().op_getaddr_dump(&all);
+        let mut socket = self.rtnetlink.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reply = socket.request(&request)?;
+        let mut share = false;
+        while let Some(answer) = reply.recv() {
+            let (head, address) = answer.map_err(|error| io::Error::other(error.to_string()))?;
+            let is_own = head.ifa_index == number && address.get_local().is_ok_and(|it| it == IpAddr::V4(own));
+            share |= is_own && in_one_network(own, client, head.ifa_prefixlen);
+        }
+        Ok(share)
+    }
+
     fn ask(&self, number: u32) -> io::Result<Interface> {
         /// linux/if_arp.h: the loopback.
         const ARPHRD_LOOPBACK: u16 = 772;
@@ -191,6 +215,13 @@ impl Interfaces {
     }
 }
 
+/// Whether both have the same first `prefix` bits, and are two.
+fn in_one_network(own: Ipv4Addr, client: Ipv4Addr, prefix: u8) -> bool {
+    let rest = u32::BITS.saturating_sub(prefix.into());
+    let network = |address: Ipv4Addr| address.to_bits().checked_shr(rest).unwrap_or(0);
+    network(own) == network(client) && own != client
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -208,6 +239,32 @@ mod tests {
             assert_eq!(interfaces.kind(number), Interface::Own, "{address}");
             assert_eq!(interfaces.kind(4_000_000), Interface::Foreign);
         }
+    }
+
+    #[test]
+    fn who_is_in_the_network_of_an_address() {
+        let own = Ipv4Addr::new(169, 254, 169, 254);
+        for (client, prefix, expected) in [
+            ([169, 254, 169, 2], 24, true),
+            ([169, 254, 168, 2], 24, false),
+            ([169, 254, 168, 2], 16, true),
+            ([10, 0, 0, 1], 0, true),
+            ([169, 254, 169, 253], 32, false),
+            ([169, 254, 169, 254], 24, false),
+        ] {
+            assert_eq!(
+                in_one_network(own, client.into(), prefix),
+                expected,
+                "{client:?}/{prefix}"
+            );
+        }
+        // The kernel's own word: 127.0.0.1/8 on the loopback, which is interface 1 everywhere.
+        let interfaces = Interfaces::new("imds0");
+        let share = |number, own, client: [u8; 4]| interfaces.share_a_network(number, own, client.into()).unwrap();
+        assert!(share(1, Ipv4Addr::LOCALHOST, [127, 1, 2, 3]));
+        assert!(!share(1, Ipv4Addr::LOCALHOST, [128, 0, 0, 1]));
+        assert!(!share(2, Ipv4Addr::LOCALHOST, [127, 1, 2, 3]));
+        assert!(!share(1, Ipv4Addr::new(127, 0, 0, 9), [127, 1, 2, 3]));
     }
 
     #[test]

@@ -132,6 +132,14 @@ pub enum Refusal {
     /// It comes from the LAN, or another interface that no container is behind.
     #[error("came in on interface {0}, which is neither this host's own nor a bridge")]
     ForeignInterface(u32),
+    /// With attach `network`: it comes from another network than that of the address.
+    #[error("comes from {client} over interface {interface}, and not over the network that this address is on")]
+    OtherNetwork {
+        /// Where it comes from.
+        client: IpAddr,
+        /// Over which interface of the daemon's container.
+        interface: u32,
+    },
     /// It comes from the host's own network, or a namespace, in which no container is known.
     #[error("comes from {0}, by a process of this host and of no container")]
     Host(IpAddr),
@@ -249,6 +257,7 @@ impl Refusal {
             | Self::NotTheOtherEnd { container, .. }
             | Self::Unasked { container, .. } => Some(container),
             Self::ForeignInterface(_)
+            | Self::OtherNetwork { .. }
             | Self::Host(_)
             | Self::UnknownAddress(_)
             | Self::Gateway(_)
@@ -263,6 +272,7 @@ impl Refusal {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::ForeignInterface(_) => "foreign-interface",
+            Self::OtherNetwork { .. } => "other-network",
             Self::Host(_) => "host",
             Self::UnknownAddress(_) => "unknown-address",
             Self::Gateway(_) => "gateway",

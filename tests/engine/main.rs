@@ -23,6 +23,8 @@ mod host;
 #[cfg(target_os = "linux")]
 mod identities;
 #[cfg(target_os = "linux")]
+mod image;
+#[cfg(target_os = "linux")]
 mod instances;
 #[cfg(target_os = "linux")]
 mod load;
@@ -60,6 +62,7 @@ fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
     trials.extend(churn::trials(rig));
     trials.extend(deploy::trials(rig));
     trials.extend(cloud::trials(rig));
+    trials.extend(image::trials(rig));
     // Looks at what all the others have left in their logs.
     trials.extend(secrecy::trials(rig));
     trials

@@ -90,6 +90,7 @@ impl Start {
             engine: Arc::clone(&self.engine),
             name: self.name.clone(),
             id,
+            ours: true,
         }
     }
 
@@ -98,18 +99,8 @@ impl Start {
         docker.args(["run", "--name", &self.name]);
         docker.args(options);
         if self.with_machine {
-            let tools = tools::directory().display().to_string();
-            for (outside, inside) in [
-                ("/usr", "/usr"),
-                ("/etc/ssl", "/etc/ssl"),
-                (tools.as_str(), tools.as_str()),
-                (tools::scripts().to_string_lossy().as_ref(), SCRIPTS),
-                (tools::examples().to_string_lossy().as_ref(), EXAMPLES),
-                (tools::DAEMON, IMDS_ROUTER),
-            ] {
-                docker
-                    .arg("-v")
-                    .arg(format!("{}:{inside}:ro", self.engine.outside(outside)));
+            for mount in of_the_machine(&self.engine) {
+                docker.args(["-v", &mount]);
             }
         }
         docker.args(&self.options).arg(&self.image);
@@ -122,14 +113,47 @@ impl Start {
     }
 }
 
-/// A container that has been started; removed when it is dropped.
+/// What containers of the image `sdk` have of the machine, as `docker run -v` and compose take it.
+pub fn of_the_machine(engine: &Engine) -> Vec<String> {
+    let tools = tools::directory().display().to_string();
+    let mounts = [
+        ("/usr", "/usr"),
+        ("/etc/ssl", "/etc/ssl"),
+        (tools.as_str(), tools.as_str()),
+        (tools::scripts().to_string_lossy().as_ref(), SCRIPTS),
+        (tools::examples().to_string_lossy().as_ref(), EXAMPLES),
+        (tools::DAEMON, IMDS_ROUTER),
+    ]
+    .map(|(outside, inside)| format!("{}:{inside}:ro", engine.outside(outside)));
+    mounts.to_vec()
+}
+
+/// A container that has been started; removed when it is dropped, if it is ours.
 pub struct Container {
     engine: Arc<Engine>,
     name: String,
     id: String,
+    ours: bool,
 }
 
 impl Container {
+    /// One that somebody else has started, such as compose, and removes.
+    #[track_caller]
+    pub fn of(engine: &Arc<Engine>, name: &str) -> Container {
+        Container {
+            engine: Arc::clone(engine),
+            name: name.to_owned(),
+            id: engine.docker(&["inspect", "--format", "{{.Id}}", name]),
+            ours: false,
+        }
+    }
+
+    /// The same, which nobody else removes.
+    pub fn made_ours(mut self) -> Container {
+        self.ours = true;
+        self
+    }
+
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -288,6 +312,9 @@ impl Container {
 
 impl Drop for Container {
     fn drop(&mut self) {
+        if !self.ours {
+            return;
+        }
         let done = self.engine.try_docker(&["rm", "--force", "--volumes", &self.id]);
         if !done.succeeded() && !std::thread::panicking() {
             eprintln!("a trial leaves a container behind: {done}");

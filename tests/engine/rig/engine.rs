@@ -16,6 +16,7 @@ use super::moto::Moto;
 use super::network::Snapshot;
 use super::run;
 use super::shell::{Done, away_from_the_terminal, limited, poll, poll_quietly, sh, tail};
+use super::tools;
 
 /// How the engine's host shows its cgroups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -243,6 +244,41 @@ impl Engine {
         };
         command.arg(program);
         command
+    }
+
+    /// docker-compose, which only the root of Debian 13 has in a version of the day, against this engine: in the engine's
+    /// own root, with a home of its own.
+    pub fn compose(&self, home: &Path, words: &[&str]) -> Command {
+        let mut command = self.part("timeout");
+        command
+            .args(["--kill-after=5", "90", "docker-compose"])
+            .args(words)
+            .env("DOCKER_HOST", self.docker_host())
+            .env("HOME", home);
+        command
+    }
+
+    /// Has the engine's socket where everybody looks for it: `/run` is the engine's own.
+    #[track_caller]
+    pub fn socket_in_its_usual_place(&self) {
+        let mut link = self.part("ln");
+        link.args(["-sfn".as_ref(), self.socket().as_os_str()])
+            .arg("/run/docker.sock");
+        Done::of(link).ok();
+    }
+
+    /// Makes the image out of what is built, as whoever has built it outside does.
+    #[track_caller]
+    pub fn build_image(&self) {
+        let mut build = self.docker_command();
+        // The client's builder for this engine may not be installed; the engine has one itself.
+        build
+            .env("DOCKER_BUILDKIT", "0")
+            .args(["build", "--quiet", "--target", "prebuilt", "--tag", "imds-router"])
+            .args(["--build-arg", "VERSION=0.0.0-trials", "--build-arg", "REVISION=trials"])
+            .args(["--file", &tools::repository("deploy/Dockerfile")])
+            .arg(tools::image());
+        Done::of(build).ok();
     }
 
     /// A path of the machine, as the engine sees it.

@@ -24,6 +24,16 @@ pub fn directory() -> &'static Path {
     &DIRECTORY
 }
 
+/// A file of this repository.
+pub fn repository(path: &str) -> String {
+    format!("{}/{path}", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// What is in the image, as `tests/run` has built it.
+pub fn image() -> PathBuf {
+    target().join("image")
+}
+
 /// Where the examples are, outside.
 pub fn examples() -> PathBuf {
     Path::new(DAEMON).with_file_name("examples")
@@ -39,6 +49,7 @@ pub fn prepare() -> Result<(), String> {
     for (path, remedy) in [
         (directory().join("stamp"), "run tests/setup"),
         (examples().join("whoami"), "run `cargo build --examples`"),
+        (image().join("imds-router"), "run tests/run, which builds it"),
     ] {
         if !path.exists() {
             return Err(format!("there is no {}: {remedy}", path.display()));
@@ -50,6 +61,7 @@ pub fn prepare() -> Result<(), String> {
             ("whoami.py", include_str!("../../clients/whoami.py")),
             ("whoami.mjs", include_str!("../../clients/whoami.mjs")),
             ("crawl.py", include_str!("../../clients/crawl.py")),
+            ("gaps.py", include_str!("../../clients/gaps.py")),
             ("hops.py", include_str!("../../clients/hops.py")),
             ("supervisor.py", include_str!("../../clients/supervisor.py")),
             ("ec2.py", include_str!("../../clients/ec2.py")),
