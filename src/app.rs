@@ -33,8 +33,8 @@ use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
-use self::interception::{HostDoors, PORTS, guard, has_ipv6, intercept_ipv6, leave_namespaces};
-pub use self::interception::{own_plans, plans};
+use self::interception::{HostDoors, PORTS, guard, has_ipv6, intercept_ipv6, leave_namespaces, make_transparent};
+pub use self::interception::{everything, plans};
 use self::kept::Kept;
 pub use self::systemd::Inherited;
 use crate::admin::{
@@ -110,6 +110,7 @@ pub enum AppError {
     #[error(
         "{what} would take {IMDS_ADDRESS} away from this host, which has a metadata service of its own: {kept}\n\
          hint: attach = \"auto\" with full proof serves containers inside their namespaces, and leaves the host's own alone\n\
+         hint: attach = \"host\" with [serve] host_service = \"keep\" intercepts what containers on bridges ask, and nobody else\n\
          hint: [serve] host_service = \"replace\" takes the address all the same: this host's own processes then lose their \
          metadata service, and with it their role"
     )]
@@ -205,12 +206,14 @@ async fn level(settings: &Settings, kept: Option<Kept>) -> Result<Level, AppErro
         };
     }
     let lacks = lacking(&engine_host(settings)).await;
+    // Whoever says both has been told: containers on bridges are intercepted, and the host is not.
+    let meant = settings.attach == Attach::Host && kept.is_some_and(|kept| kept.meant);
     let over_the_host = match (lacks.is_empty(), settings.proof, settings.attach) {
         (_, _, Attach::Host) => Some("attach = \"host\""),
         (false, Proof::Address, Attach::Auto) => Some("attach host, which is all that is possible without full proof,"),
         _ => None,
     };
-    if let (Some(kept), Some(what)) = (kept, over_the_host) {
+    if let (Some(kept), Some(what), false) = (kept, over_the_host, meant) {
         return Err(AppError::KeepsItsOwn { what, kept });
     }
     match (lacks.is_empty(), settings.proof, settings.attach) {
@@ -249,13 +252,22 @@ pub async fn run(
         return Err(AppError::NothingOfHost);
     }
     let on_network = settings.attach == Attach::Network;
+    // What is asked over bridges is intercepted, though the host keeps its own.
+    let between = kept.is_some() && settings.attach == Attach::Host;
     // Where it listens outside of containers, and what it puts up there.
-    let (listener, plan) = match &kept {
-        Some(kept) => (None, Some(kept.plan(true))),
+    let (listener, plan) = match kept {
+        Some(kept) if !between => (None, Some(kept.plan(true))),
         None if on_network => (Some(network::listen()?), None),
-        None => {
+        kept => {
             let (listener, listening) = inherited.listen(IMDS_ADDRESS.into()).map_err(AppError::Listen)?;
-            (Some((listener, listening)), Some(Plan::host(listening)))
+            let plan = match kept {
+                Some(kept) => {
+                    make_transparent(&listener).map_err(AppError::Listen)?;
+                    kept.between(listening)
+                }
+                None => Plan::host(listening),
+            };
+            (Some((listener, listening)), Some(plan))
         }
     };
     let listener = match listener {
@@ -395,7 +407,7 @@ pub async fn run(
             return Ok(());
         };
         interception = match &kept {
-            Some(kept) => kept.complete(ours, &clock).await?,
+            Some(kept) => kept.complete(ours, between, &clock).await?,
             None => vec![ours],
         };
     }
@@ -458,6 +470,8 @@ pub async fn run(
             tasks.spawn(server::accept_on_network(listener, interfaces, host, service));
         }
         Some((listener, _)) => {
+            // Who comes in neither over a bridge nor from this host is nobody's container where the kernel tells bridges apart.
+            let level = if between { Level::Full } else { level };
             tasks.spawn(server::accept_on_host(listener, interfaces, host, level, service));
         }
         None => {}
@@ -1028,7 +1042,7 @@ impl Resolver {
                 "this host keeps its own metadata service ({kept}): containers in the host's network are its processes, and get \
                  that one, with the host's role; all others are rejected there until they are served"
             ));
-            if kept.resolves() {
+            if kept.resolves() && self.attaches() {
                 warnings.push(kept::NAMES.to_owned());
             }
         }
@@ -1314,7 +1328,9 @@ impl Observatory for Observer {
             if let Some(who) = &*self.standing_by.load() {
                 return Ok(format!("stands by: {who} serves this host"));
             }
-            probe::probe(&self.service, self.listening.map(|it| it.ip())).await?;
+            // Where the host keeps its own service, that is who would answer.
+            let at = self.listening.filter(|_| self.resolver.kept.is_none());
+            probe::probe(&self.service, at.map(|it| it.ip())).await?;
             Ok(format!("serves {} containers", self.service.index.all().len()))
         })
     }

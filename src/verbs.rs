@@ -269,7 +269,7 @@ fn intercept(what: Intercept, file: Option<&PathBuf>) -> Result<(), Failure> {
     use crate::host::apply;
     let mut plans = match what {
         // Whatever the configuration says now, and said before.
-        Intercept::Down => crate::app::own_plans(),
+        Intercept::Down => crate::app::everything(),
         Intercept::Up | Intercept::Plan => crate::app::plans(&config::load(&crate::cli::sources(file)).map_err(usage)?),
     };
     let (does, nothing): (fn(&_) -> _, _) = match what {

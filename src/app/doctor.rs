@@ -154,12 +154,12 @@ async fn proof(settings: &Settings, found: &mut Diagnosis) {
         found.fine(format!(
             "attach: namespace; answers stay inside the containers ({hosts})"
         ));
-    } else if let Some(kept) = kept {
+    } else if let Some(kept) = kept.filter(|kept| !(kept.meant && settings.attach == Attach::Host)) {
         found.add(
             Verdict::Wrong,
             format!("attach: host, and this host has a metadata service of its own: {kept}"),
             "the daemon does not start: it would take that away from the host's own processes, and their role with it",
-            Some("attach = \"auto\" with full proof; or [serve] host_service = \"replace\", if that is meant"),
+            Some("attach = \"auto\" with full proof; or [serve] host_service = \"keep\" or \"replace\", if that is meant"),
         );
     } else {
         found.add(
@@ -182,7 +182,7 @@ fn host(settings: &Settings, found: &mut Diagnosis) {
             "containers in the host's network are its processes: they get that service, with the host's role",
             Some("give them a network of their own"),
         );
-        if kept.resolves() {
+        if kept.resolves() && settings.attach != Attach::Host {
             let why = "169.254.169.254 is the container's own once it is served, and nobody answers names there";
             found.add(Verdict::Note, format!("names: {NAMES}"), why, None);
         }

@@ -52,8 +52,15 @@ pub fn plans(settings: &Settings) -> Vec<Plan> {
     }
 }
 
-/// The same where the address is ours. What these plans name is all that can ever be ours on a host.
-pub fn own_plans() -> Vec<Plan> {
+/// All that can ever be ours on a host, with whatever settings: to be taken away from the last to the first.
+pub fn everything() -> Vec<Plan> {
+    let mut all = vec![Plan::delivery(IMDS_ADDRESS.into())];
+    all.extend(own_plans());
+    all
+}
+
+/// The same where the address is ours.
+fn own_plans() -> Vec<Plan> {
     let ipv6 = has_ipv6().then_some(IMDS_ADDRESS_IPV6.into());
     let addresses = std::iter::once(IMDS_ADDRESS.into()).chain(ipv6);
     // The listener's port does not matter for what stays without a daemon.
@@ -240,6 +247,11 @@ pub(super) fn listen(address: IpAddr) -> io::Result<(std::net::TcpListener, Sock
         }
     }
     Err(taken)
+}
+
+/// Lets what it accepts answer from an address that no link of this host has (ip(7), IP_TRANSPARENT).
+pub(super) fn make_transparent(listener: &impl AsFd) -> io::Result<()> {
+    socket2::SockRef::from(listener).set_ip_transparent_v4(true)
 }
 
 /// What a listener has to be before it hears of its first connection.

@@ -2,12 +2,12 @@
 //! their namespaces only, and what is not attached (yet) is rejected, whether a daemon runs or not.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use tracing::warn;
 
 use super::interception::{has_ipv6, intercept};
-use super::{DEFAULT_PORT, IMDS_ADDRESS, IMDS_ADDRESS_IPV6};
+use super::{IMDS_ADDRESS, IMDS_ADDRESS_IPV6};
 use crate::clock::Clock;
 use crate::config::{Attach, HostService, Settings};
 use crate::host::apply::{Interception, clear};
@@ -24,6 +24,8 @@ pub const NAMES: &str = "this host asks for names at 169.254.169.254, too: conta
 pub struct Kept {
     /// Whose machine this is, if the firmware says so.
     cloud: Option<Cloud>,
+    /// The configuration says so itself: whoever wrote it knows.
+    pub(super) meant: bool,
 }
 
 impl Kept {
@@ -33,12 +35,10 @@ impl Kept {
             // The address is the container's own, wherever its host is.
             return None;
         }
-        let cloud = || Cloud::find(&settings.dmi_dir);
-        match settings.host_service {
-            HostService::Replace => None,
-            HostService::Keep => Some(Self { cloud: cloud() }),
-            HostService::Auto => cloud().map(|cloud| Self { cloud: Some(cloud) }),
-        }
+        let cloud = Cloud::find(&settings.dmi_dir);
+        let meant = settings.host_service == HostService::Keep;
+        let kept = meant || (settings.host_service == HostService::Auto && cloud.is_some());
+        kept.then_some(Self { cloud, meant })
     }
 
     /// EC2's own service, if it is that: this daemon can ask it, as any process of the host.
@@ -64,19 +64,35 @@ impl Kept {
         Plan::rejecting(&addresses, &resolvers)
     }
 
+    /// The same, with a listener for what comes in over bridges: that is intercepted.
+    pub(super) fn between(&self, listener: SocketAddr) -> Plan {
+        let (addresses, resolvers) = services(self.cloud, listener.is_ipv4());
+        Plan::between(listener, &addresses, &resolvers)
+    }
+
     /// What follows the first plan, once that is up: the rest, and away with whatever still takes the address from the host.
+    /// `between`: whether the first one is [`Kept::between`].
     ///
     /// # Errors
     /// What the kernel refused. What rejects is left up.
-    pub(super) async fn complete(&self, first: Interception, clock: &Clock) -> Result<Vec<Interception>, HostError> {
+    pub(super) async fn complete(
+        &self,
+        first: Interception,
+        between: bool,
+        clock: &Clock,
+    ) -> Result<Vec<Interception>, HostError> {
         let mut up = vec![first];
         let rest = async {
             if has_ipv6() {
                 up.push(intercept(&self.plan(false), clock).await?);
             }
-            for address in [IpAddr::from(IMDS_ADDRESS), IMDS_ADDRESS_IPV6.into()] {
-                let ours = Plan::host(SocketAddr::new(address, DEFAULT_PORT)).without_tables();
-                for step in clear(&ours)? {
+            let mut old = vec![
+                Plan::ways_to(IMDS_ADDRESS.into()),
+                Plan::ways_to(IMDS_ADDRESS_IPV6.into()),
+            ];
+            old.extend((!between).then(|| Plan::delivery(IMDS_ADDRESS.into())));
+            for plan in old {
+                for step in clear(&plan)? {
                     warn!(%step, "left by an earlier daemon; the host's own metadata service is to be reached again");
                 }
             }

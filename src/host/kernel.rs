@@ -9,11 +9,12 @@ use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 
 use netlink_bindings::traits::NetlinkRequest;
-use netlink_bindings::{nftables, rt_addr, rt_link, rt_route};
+use netlink_bindings::{nftables, rt_addr, rt_link, rt_route, rt_rule};
 use netlink_socket2::NetlinkSocket;
 use rt_addr::Ifaddrmsg;
 use rt_link::{IfinfoFlags, Ifinfomsg};
 use rt_route::{RtmType, Rtmsg};
+use rt_rule::{FibRuleHdr, FibRulePortRange, FrAct};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, Protocol, SocketFlags, SocketType, bind, netlink, socket_with};
 
@@ -29,8 +30,15 @@ const RT_TABLE_MAIN: u8 = 254;
 const RT_SCOPE_UNIVERSE: u8 = 0;
 const RT_SCOPE_LINK: u8 = 253;
 const RT_SCOPE_NOWHERE: u8 = 255;
-/// linux/rtnetlink.h: RTMGRP_LINK, and RTMGRP_*_IFADDR, RTMGRP_*_ROUTE of IPv4 and IPv6
-const ROUTE_GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x100 | 0x400;
+/// linux/rtnetlink.h: RTMGRP_LINK, and RTMGRP_*_IFADDR, RTMGRP_*_ROUTE of IPv4 and IPv6, and RTMGRP_IPV4_RULE
+const ROUTE_GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x100 | 0x400 | 0x80;
+/// The table of [`Part::Delivery`], and the priority of the rule that leads there: after the kernel's own local table (0), before
+/// everybody's (32766).
+const DELIVERY: u8 = PROTOCOL;
+/// linux/in.h
+const IPPROTO_TCP: u8 = 6;
+/// Where `lo` is: the first interface of every network namespace (`LOOPBACK_IFINDEX`, net/flow.h).
+const LOOPBACK_INDEX: u32 = 1;
 /// linux/if_addr.h, IFA_F_NODAD: nobody else on a link of ours can have the address, and it is needed at once.
 const IFA_F_NODAD: u8 = 0x2;
 /// linux/netfilter/nfnetlink.h: group n is bit n − 1 (netlink(7)), and NFNLGRP_NFTABLES is 7.
@@ -88,6 +96,10 @@ impl Kernel {
         let Some(address) = plan.address() else {
             return Ok(observed);
         };
+        if plan.parts().iter().any(|part| matches!(part, Part::Delivery { .. })) {
+            let seen = self.observe_delivery(address);
+            observed.delivery = seen.map_err(|e| HostError::failed(&"read the routing rules", e))?;
+        }
         observed.link = self.link(LINK)?.map(|(_, seen)| seen);
         self.observe_routes(address, &mut observed)
             .map_err(|e| HostError::failed(&"read the routes", e))?;
@@ -115,6 +127,69 @@ impl Kernel {
             protocol != PROTOCOL && matches!(kind, Some(Blackhole | Prohibit | Unreachable))
         });
         Ok(())
+    }
+
+    /// The port of our rule, if it is the one rule of ours, and its route is there; 0 if there is anything else of ours.
+    fn observe_delivery(&mut self, to: IpAddr) -> io::Result<Option<u16>> {
+        let all = FibRuleHdr {
+            family: family(to),
+            ..FibRuleHdr::new()
+        };
+        let mut ports = Vec::new();
+        self.ask(&rt_rule::Request::new().op_getrule_dump(&all), |(_, rule)| {
+            if rule.get_protocol().ok() == Some(PROTOCOL) && rule.get_dst().is_ok_and(|dst| dst == to) {
+                ports.push(rule.get_dport_range().map_or(0, |range| range.start));
+            }
+        })?;
+        let mut routed = false;
+        let routes = Rtmsg {
+            rtm_family: family(to),
+            ..Rtmsg::new()
+        };
+        self.ask(&rt_route::Request::new().op_getroute_dump(&routes), |(head, route)| {
+            routed |= head.rtm_table == DELIVERY && route.get_dst().is_ok_and(|dst| dst == to);
+        })?;
+        Ok(match (ports.as_slice(), routed) {
+            ([], false) => None,
+            ([port], true) => Some(*port),
+            _ => Some(0),
+        })
+    }
+
+    fn deliver(&mut self, to: IpAddr, port: u16) -> io::Result<()> {
+        let mut request = rt_route::Request::new().set_create().op_newroute_do(&delivered(to));
+        request.encode().push_dst(to).push_oif(LOOPBACK_INDEX);
+        self.ask(&request, |_| ())?;
+        let mut request = rt_rule::Request::new()
+            .set_create()
+            .set_excl()
+            .op_newrule_do(&delivery(to));
+        let range = FibRulePortRange { start: port, end: port };
+        let rule = request.encode().push_dst(to).push_priority(DELIVERY.into());
+        rule.push_ip_proto(IPPROTO_TCP)
+            .push_dport_range(range)
+            .push_protocol(PROTOCOL);
+        self.ask(&request, |_| ())
+    }
+
+    /// All of ours, whichever port it is for.
+    fn deliver_no_more(&mut self, to: IpAddr) -> io::Result<()> {
+        let gone = [Errno::NOENT, Errno::SRCH];
+        loop {
+            let mut request = rt_rule::Request::new().op_delrule_do(&delivery(to));
+            let rule = request.encode().push_dst(to).push_priority(DELIVERY.into());
+            rule.push_protocol(PROTOCOL);
+            match self.ask(&request, |_| ()) {
+                Err(error) if is(&error, &gone) => break,
+                done => done?,
+            }
+        }
+        let mut request = rt_route::Request::new().op_delroute_do(&delivered(to));
+        request.encode().push_dst(to);
+        match self.ask(&request, |_| ()) {
+            Err(error) if is(&error, &gone) => Ok(()),
+            done => done,
+        }
     }
 
     fn observe_addresses(&mut self, local: IpAddr, observed: &mut Observed) -> io::Result<()> {
@@ -182,6 +257,7 @@ impl Kernel {
                 request.encode().push_dst(*to);
                 self.ask(&request, |_| ())
             }
+            Part::Delivery { address, port } => self.deliver(*address, *port),
             Part::Link(name) => {
                 let request = rt_link::Request::new().set_create().set_excl();
                 let mut request = request.op_newlink_do(&link_up(0));
@@ -211,6 +287,10 @@ impl Kernel {
                 let (index, _) = self.link_as_io(name)?.ok_or(Errno::NODEV)?;
                 self.ask(&rt_link::Request::new().op_newlink_do(&link_up(index)), |_| ())
             }
+            Part::Delivery { address, port } => {
+                self.deliver_no_more(*address)?;
+                self.deliver(*address, *port)
+            }
             Part::Table(_) | Part::Route(_) | Part::Address { .. } => self.add(part),
         }
     }
@@ -224,6 +304,7 @@ impl Kernel {
                 request.encode().push_dst(*to);
                 self.ask(&request, |_| ())
             }
+            Part::Delivery { address, .. } => self.deliver_no_more(*address),
             Part::Link(name) => {
                 let mut request = rt_link::Request::new().op_dellink_do(&Ifinfomsg::new());
                 request.encode().push_ifname_bytes(name.as_bytes());
@@ -341,6 +422,29 @@ fn unreachable(to: IpAddr, rtm_scope: u8) -> Rtmsg {
         rtm_scope,
         rtm_type: RtmType::Unreachable as u8,
         ..Rtmsg::new()
+    }
+}
+
+/// The route of [`Part::Delivery`].
+fn delivered(to: IpAddr) -> Rtmsg {
+    /// linux/rtnetlink.h, RT_SCOPE_HOST
+    const RT_SCOPE_HOST: u8 = 254;
+    Rtmsg {
+        rtm_table: DELIVERY,
+        rtm_scope: RT_SCOPE_HOST,
+        rtm_type: RtmType::Local as u8,
+        ..unreachable(to, RT_SCOPE_HOST)
+    }
+}
+
+/// Its rule.
+fn delivery(to: IpAddr) -> FibRuleHdr {
+    FibRuleHdr {
+        family: family(to),
+        dst_len: whole(to),
+        table: DELIVERY,
+        action: FrAct::ToTbl as u8,
+        ..FibRuleHdr::new()
     }
 }
 

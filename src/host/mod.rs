@@ -6,6 +6,8 @@
 //! Three promises hold between any two steps, and after a crash at any of them:
 //! the rules are there before the address, so no publisher of port 80 ever answers for it; what stays behind when the
 //! daemon dies refuses connections; and nothing that somebody else made is replaced or removed.
+//!
+//! A host that has a real service there ([`cloud`]) keeps it: then only what it passes on to others is refused.
 
 pub mod apply;
 pub mod cloud;
@@ -131,6 +133,25 @@ impl Plan {
         }
     }
 
+    /// As [`Plan::rejecting`], with a `listener` (bound by the caller, and transparent, ip(7)) for what comes in over bridges: that
+    /// is delivered here, though this host does not have the address. What the host itself sends goes where it went.
+    pub fn between(listener: impl Into<SocketAddr>, addresses: &[IpAddr], resolvers: &[IpAddr]) -> Self {
+        let (address, port) = split(listener);
+        let mut plan = Self::rejecting(addresses, resolvers);
+        for part in &mut plan.parts {
+            if let Part::Table(table) = part
+                && table.owned
+            {
+                table.chains = vec![
+                    Chain::swapping("pre", Hook::Prerouting, vec![Rule::request(address, port)]),
+                    Chain::swapping("out", Hook::Output, vec![Rule::answer(address, port)]),
+                ];
+            }
+        }
+        plan.parts.push(Part::Delivery { address, port });
+        plan
+    }
+
     /// A container's namespace: it dies with the container, so there is nothing to guard and nothing to lock.
     /// `nested`: containers inside the container are to reach the listener, too, over bridges in there.
     pub fn namespace(listener: impl Into<SocketAddr>, nested: bool) -> Self {
@@ -175,22 +196,29 @@ impl Plan {
 
     /// What may stay without a daemon: everything but what a daemon owns. Who asks is refused.
     pub fn persistent(mut self) -> Self {
-        self.parts
-            .retain(|part| !matches!(part, Part::Table(Table { owned: true, .. })));
+        self.parts.retain(|part| !part.is_the_daemons());
         self
     }
 
     /// What is over when a daemon ends cleanly.
     fn ending(mut self) -> Self {
-        self.parts
-            .retain(|part| !self.stays || matches!(part, Part::Table(Table { owned: true, .. })));
+        self.parts.retain(|part| !self.stays || part.is_the_daemons());
         self
     }
 
-    /// What is no table: what leads to the address, or keeps others from being led there.
-    pub fn without_tables(mut self) -> Self {
-        self.parts.retain(|part| !matches!(part, Part::Table(_)));
-        self
+    /// What [`Plan::host`] has beside tables: to be taken away.
+    pub fn ways_to(address: IpAddr) -> Self {
+        let mut plan = Self::host(SocketAddr::new(address, 0));
+        plan.parts.retain(|part| !matches!(part, Part::Table(_)));
+        plan
+    }
+
+    /// What [`Plan::between`] has beside tables: to be taken away.
+    pub fn delivery(address: IpAddr) -> Self {
+        Self {
+            parts: vec![Part::Delivery { address, port: 0 }],
+            stays: false,
+        }
     }
 
     /// In the order in which they are put up.
@@ -223,7 +251,7 @@ impl Plan {
 
     fn address(&self) -> Option<IpAddr> {
         self.parts.iter().find_map(|part| match part {
-            Part::Address { address, .. } => Some(*address),
+            Part::Address { address, .. } | Part::Delivery { address, .. } => Some(*address),
             _ => None,
         })
     }
@@ -280,6 +308,13 @@ pub enum Part {
     /// An `unreachable` route to this one address: without it, packets leave through the default route, to whatever
     /// answers there, whenever the address is gone.
     Route(IpAddr),
+    /// A rule and a route by which TCP packets to this port of this address are delivered here, though no link has it.
+    Delivery {
+        /// Which.
+        address: IpAddr,
+        /// Where the listener is.
+        port: u16,
+    },
     /// A dummy link.
     Link(&'static str),
     /// The address itself, as a /32 or /128.
@@ -291,11 +326,23 @@ pub enum Part {
     },
 }
 
+impl Part {
+    /// Of no use without a daemon.
+    fn is_the_daemons(&self) -> bool {
+        matches!(self, Self::Table(Table { owned: true, .. }) | Self::Delivery { .. })
+    }
+}
+
 impl fmt::Display for Part {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Table(table) => write!(f, "table {} {}", table.family, table.name),
             Self::Route(to) => write!(f, "unreachable route {to}/{}", whole(*to)),
+            Self::Delivery { address, .. } => write!(
+                f,
+                "delivery of {address}/{} (rule and table {PROTOCOL})",
+                whole(*address)
+            ),
             Self::Link(name) => write!(f, "link {name} (dummy)"),
             Self::Address { address, link } => write!(f, "address {address}/{} on {link}", whole(*address)),
         }
@@ -504,6 +551,8 @@ pub struct Observed {
     pub tables: Vec<TableSeen>,
     /// Our unreachable route is there.
     pub own_route: bool,
+    /// Our rule of [`Part::Delivery`] is there, for this port. Port 0: there is something of it, but not all.
+    pub delivery: Option<u16>,
     /// Somebody else's blackhole, prohibit or unreachable route to exactly our address is there and comes first.
     pub foreign_closed_route: bool,
     /// The link [`LINK`].
@@ -579,6 +628,7 @@ pub fn diff(plan: &Plan, observed: &Observed) -> Vec<Step> {
                 let there = observed.own_route || observed.foreign_closed_route;
                 (there, there)
             }
+            Part::Delivery { port, .. } => (observed.delivery.is_some(), observed.delivery == Some(*port)),
             Part::Link(_) => match observed.link {
                 Some(link) => (true, link.up),
                 // Only there to carry the address: not needed where something else does.
@@ -602,6 +652,7 @@ pub fn teardown(plan: &Plan, observed: &Observed) -> Vec<Step> {
         let there = match part {
             Part::Table(table) => observed.tables.iter().any(|seen| seen.name == table.name),
             Part::Route(_) => observed.own_route,
+            Part::Delivery { .. } => observed.delivery.is_some(),
             Part::Link(_) => observed.link.is_some_and(|link| link.ours),
             Part::Address { address, .. } => {
                 let ours = observed.addresses.iter().filter(|seen| seen.ours);

@@ -28,6 +28,7 @@ fn complete() -> Observed {
         tables: vec![table(GUARD_TABLE, None), table(RULES_TABLE, Some(4711))],
         own_route: true,
         foreign_closed_route: false,
+        delivery: None,
         link: Some(LinkSeen { ours: true, up: true }),
         addresses: vec![seen(LINK, true)],
     }
@@ -230,6 +231,50 @@ fn what_a_host_keeps_for_itself_is_refused_to_whom_it_passes_on() {
         other
             .tables()
             .any(|table| table.to_string().contains("reject with icmpv6 admin-prohibited"))
+    );
+}
+
+#[test]
+fn between_containers_and_a_kept_service_only_what_is_passed_on_is_ours() {
+    let plan = Plan::between(LISTENER, &[ADDRESS.into()], &[]);
+    let text: Vec<String> = plan.tables().map(Table::to_string).collect();
+    assert!(
+        text[0].contains("hook forward") && !text[0].contains("hook output"),
+        "{}",
+        text[0]
+    );
+    assert!(text[1].contains("hook prerouting"), "{}", text[1]);
+    let (_, out) = text[1].split_once("hook output").expect("a chain");
+    let rules: Vec<_> = out
+        .lines()
+        .filter(|line| line.contains("169.254.169.254"))
+        .map(str::trim)
+        .collect();
+    let answers = "ip saddr 169.254.169.254 tcp sport 51254 notrack tcp sport set 80";
+    assert_eq!(rules, [answers], "the host's own requests go where they went");
+    let seen = |delivery| Observed {
+        tables: complete().tables,
+        delivery,
+        ..Observed::default()
+    };
+    assert_eq!(told(&diff(&plan, &seen(Some(51254)))), [""; 0]);
+    let delivery = "delivery of 169.254.169.254/32 (rule and table 169)";
+    assert_eq!(told(&diff(&plan, &seen(None))), [format!("add {delivery}")]);
+    // That of an earlier daemon, on another port.
+    assert_eq!(told(&diff(&plan, &seen(Some(51255)))), [format!("repair {delivery}")]);
+    // Only what refuses stays after a clean end, and is there without a daemon.
+    let ending = told(&teardown(&plan.clone().ending(), &seen(Some(51254))));
+    assert_eq!(
+        ending,
+        [format!("remove {delivery}"), "remove table ip imds_router".to_owned()]
+    );
+    assert_eq!(
+        told(&diff(&plan.persistent(), &Observed::default())),
+        ["add table ip imds_router_guard"]
+    );
+    assert_eq!(
+        told(&teardown(&Plan::delivery(ADDRESS.into()), &seen(Some(0)))),
+        [format!("remove {delivery}")]
     );
 }
 

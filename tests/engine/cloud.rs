@@ -29,7 +29,10 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
             "cloud::what_the_host_is_is_seen_and_no_path_leads_to_what_is_its_own",
             what_the_host_is_is_seen,
         ),
-        rig.once("cloud::attach_host_is_refused_and_says_why", attach_host_is_refused),
+        rig.once(
+            "cloud::attach_host_is_for_whoever_means_it",
+            attach_host_is_for_whoever_means_it,
+        ),
     ]
 }
 
@@ -436,7 +439,7 @@ fn what_the_host_is_is_seen(engine: &Arc<Engine>) {
     daemon.stop();
 }
 
-fn attach_host_is_refused(engine: &Arc<Engine>) {
+fn attach_host_is_for_whoever_means_it(engine: &Arc<Engine>) {
     let ec2 = Ec2::start(engine);
     // Addresses of IPv6 settle by themselves, a while later.
     let at_rest = || engine.network_at_rest().without_ipv6_of("ec2");
@@ -468,7 +471,55 @@ fn attach_host_is_refused(engine: &Arc<Engine>) {
     is_itself(&app);
     ec2.the_host_has_its_own();
     daemon.stop();
+
+    // Whoever keeps it by intent has what comes over bridges intercepted, and nothing else.
+    daemon_between(engine, &ec2, &app, &format!("{config}host_service = \"keep\"\n"));
     drop(app);
     ec2.cli(&["intercept", "down"]).ok();
     before.assert_same(&at_rest());
+    assert_eq!(engine.host("ip", &["rule"]).matches("169").count(), 0);
+}
+
+/// A daemon between containers and a service that the host keeps.
+fn daemon_between(engine: &Arc<Engine>, ec2: &Ec2, app: &Container, config: &str) {
+    let polls = polling(engine, "polls");
+    let unlabelled = engine.run("unlabelled").start();
+    let told = |status: u16| {
+        let told = || {
+            unlabelled
+                .request("GET", LIST, &[])
+                .is_ok_and(|reply| reply.status == status && reply.body.is_empty())
+        };
+        poll(SOON, "an answer without a label", || told().then_some(()));
+    };
+    let daemon = Daemon::start(engine, config, &ec2.environment());
+    is_itself(app);
+    comes(&polls, "got polls");
+    told(403);
+    ec2.the_host_has_its_own();
+    let status = daemon.status();
+    assert_eq!(
+        (&status["attach"], &status["proof"]),
+        (&json!("host"), &json!("full")),
+        "{status}"
+    );
+    assert!(daemon.cli(&["health"]).ok().starts_with("serves "));
+    // What is removed is put back.
+    engine.host("ip", &["rule", "del", "priority", "169"]);
+    poll(SOON, "the rule", || {
+        engine.host("ip", &["rule"]).contains("169.254.169.254").then_some(())
+    });
+    is_itself(app);
+    let directory = daemon.directory().to_owned();
+    daemon.kill();
+    comes(&polls, REFUSED);
+    ec2.the_host_has_its_own();
+    // The next one takes over, and ends cleanly: then they are refused as before it.
+    let daemon = Daemon::start_in(engine, directory, config, &ec2.environment());
+    is_itself(app);
+    comes(&polls, "got polls");
+    daemon.stop();
+    comes(&polls, REFUSED);
+    ec2.the_host_has_its_own();
+    assert_eq!(leaked(&polls), 0, "{:?}", counts(&polls));
 }
