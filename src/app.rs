@@ -6,8 +6,10 @@ mod base;
 pub mod doctor;
 mod freeze;
 mod interception;
+mod kept;
 mod metrics;
 mod network;
+mod of_host;
 mod probe;
 mod standby;
 mod systemd;
@@ -31,8 +33,9 @@ use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
-pub use self::interception::plans;
 use self::interception::{HostDoors, PORTS, guard, has_ipv6, intercept_ipv6, leave_namespaces};
+pub use self::interception::{own_plans, plans};
+use self::kept::Kept;
 pub use self::systemd::Inherited;
 use crate::admin::{
     self, BaseStatus, ClockStatus, ContainerStatus, CredentialStatus, EngineStatus, Explanation, Judgement,
@@ -61,6 +64,7 @@ use crate::credentials::{Session, offline};
 use crate::host::apply::Interception;
 use crate::host::{HostError, LINK, Plan};
 use crate::instance::{At, FALLBACK_REGION, Instance, Ordered, Role, Surroundings, resolve, resolve_sparingly};
+use crate::metadata::catalogue::REGION;
 use crate::metadata::events::{Event, Kind};
 use crate::metadata::identity::Signer;
 use crate::orders::{Orders, Stops, to_stop};
@@ -117,6 +121,24 @@ pub enum AppError {
         /// What to do.
         hint: &'static str,
     },
+    /// Host attach would take the host's own metadata service away.
+    #[error(
+        "{what} would take {IMDS_ADDRESS} away from this host, which has a metadata service of its own: {kept}\n\
+         hint: attach = \"auto\" with full proof serves containers inside their namespaces, and leaves the host's own alone\n\
+         hint: [serve] host_service = \"replace\" takes the address all the same: this host's own processes then lose their \
+         metadata service, and with it their role"
+    )]
+    KeepsItsOwn {
+        /// What was asked for, or is all that is possible.
+        what: &'static str,
+        /// Whose machine this is.
+        kept: Kept,
+    },
+    /// There is nobody to ask about this host.
+    #[error(
+        "{NOTHING_OF_HOST}\nhint: it takes a machine of EC2 (its firmware says so), whose own service is left to it: [serve] host_service"
+    )]
+    NothingOfHost,
     /// No sock_diag.
     #[error("the kernel cannot be asked about connections (sock_diag)\nhint: modprobe -a inet_diag tcp_diag")]
     Diag(#[source] io::Error),
@@ -161,20 +183,41 @@ pub const DOCKER_RUN: &str = "docker run -d --name imds-router --restart unless-
     -v /var/run/docker.sock:/var/run/docker.sock -v /sys/fs/cgroup:/sys/fs/cgroup:ro -v imds-router:/var/lib/imds-router \
     -v ~/.aws:/aws:ro -e IMDS_ROUTER_CREDENTIALS_AWS_DIR=/aws imds-router";
 
+/// What is said where containers are to see what nobody says.
+const NOTHING_OF_HOST: &str = "[metadata] base = \"host\": this host has no metadata service of EC2's that is its own, so that containers \
+    see what is derived";
+
+/// What is said of a container in the host's network where the host keeps its own metadata service.
+const GETS_THE_HOSTS: &str = "it is in the host's network, where it gets the host's own metadata service, with the host's role, and \
+    not this one: give it a network of its own";
+
 fn listed(lacks: &[Lack]) -> String {
     let all: Vec<_> = lacks.iter().map(ToString::to_string).collect();
     all.join("; ")
 }
 
 /// What callers are proven by here, with these settings.
-async fn level(settings: &Settings) -> Result<Level, AppError> {
+async fn level(settings: &Settings, kept: Option<Kept>) -> Result<Level, AppError> {
     if settings.attach == Attach::Network {
-        return match settings.proof {
-            Proof::Address => Ok(Level::Address),
-            Proof::Full => Err(AppError::NetworkProof),
+        return match (kept, settings.proof) {
+            // To the host's processes, too, the address would be that of the daemon's container.
+            (Some(kept), _) => Err(AppError::KeepsItsOwn {
+                what: "attach = \"network\"",
+                kept,
+            }),
+            (None, Proof::Address) => Ok(Level::Address),
+            (None, Proof::Full) => Err(AppError::NetworkProof),
         };
     }
     let lacks = lacking(&engine_host(settings)).await;
+    let over_the_host = match (lacks.is_empty(), settings.proof, settings.attach) {
+        (_, _, Attach::Host) => Some("attach = \"host\""),
+        (false, Proof::Address, Attach::Auto) => Some("attach host, which is all that is possible without full proof,"),
+        _ => None,
+    };
+    if let (Some(kept), Some(what)) = (kept, over_the_host) {
+        return Err(AppError::KeepsItsOwn { what, kept });
+    }
     match (lacks.is_empty(), settings.proof, settings.attach) {
         (true, ..) => Ok(Level::Full),
         (false, Proof::Full, _) => Err(AppError::Lacking(lacks)),
@@ -204,13 +247,27 @@ pub async fn run(
     let tokens = token_authority(&settings.state_dir, &clock)?;
     let signer = Arc::new(signer(&settings.state_dir)?);
     let orders = Arc::new(orders(&settings.state_dir)?);
-    let level = level(&settings).await?;
+    let kept = Kept::here(&settings);
+    let level = level(&settings, kept).await?;
+    let ec2 = kept.and_then(|kept| kept.ec2());
+    if settings.metadata_of_host && ec2.is_none() {
+        return Err(AppError::NothingOfHost);
+    }
     let on_network = settings.attach == Attach::Network;
-    let (listener, listening) = match on_network {
-        true => network::listen()?,
-        false => inherited.listen(IMDS_ADDRESS.into()).map_err(AppError::Listen)?,
+    let (at_address, plan) = match &kept {
+        Some(kept) => (None, Some(kept.plan(true))),
+        None => {
+            let (listener, listening) = match on_network {
+                true => network::listen()?,
+                false => inherited.listen(IMDS_ADDRESS.into()).map_err(AppError::Listen)?,
+            };
+            let listener = TcpListener::from_std(listener).map_err(AppError::Listen)?;
+            (
+                Some((listener, listening)),
+                (!on_network).then(|| Plan::host(listening)),
+            )
+        }
     };
-    let listener = TcpListener::from_std(listener).map_err(AppError::Listen)?;
 
     let sts = match settings.source {
         CredentialSource::Sts => {
@@ -240,6 +297,8 @@ pub async fn run(
     let resolver = Arc::new(Resolver {
         settings: ArcSwap::from_pointee(settings),
         level,
+        kept,
+        of_host_problem: ArcSwapOption::empty(),
         around: ArcSwap::from_pointee(around),
         orders,
         clock: clock.clone(),
@@ -297,7 +356,7 @@ pub async fn run(
         resolver: resolver.clone(),
         service: service.clone(),
         clock: clock.clone(),
-        listening,
+        listening: at_address.as_ref().map(|(_, listening)| *listening),
         standing_by: ArcSwapOption::empty(),
         lag,
     });
@@ -324,8 +383,7 @@ pub async fn run(
     // From here on the host is changed; what fails takes its own part down again. The address is there first, since its
     // rules are the lock of this host; nobody is answered before the rest is.
     let mut interception = Vec::new();
-    if !on_network {
-        let plan = Plan::host(listening);
+    if let Some(plan) = plan {
         let ours = standby::our_turn(&plan, &clock, shutdown.as_mut(), |who| {
             if let Some(who) = &who {
                 // It is as it should be, and whoever waits for it goes on.
@@ -339,7 +397,10 @@ pub async fn run(
         let Some(ours) = ours.await? else {
             return Ok(());
         };
-        interception.push(ours);
+        interception = match &kept {
+            Some(kept) => kept.complete(ours, &clock).await?,
+            None => vec![ours],
+        };
     }
     if admin_is_anothers {
         tasks.spawn(take_over_admin(path, observer.clone()));
@@ -359,7 +420,7 @@ pub async fn run(
         false => None,
     };
     let interfaces = Arc::new(Interfaces::new(LINK));
-    if settings.ipv6 && !on_network && has_ipv6() {
+    if kept.is_none() && settings.ipv6 && !on_network && has_ipv6() {
         match intercept_ipv6(&mut inherited, &clock).await {
             Ok((also, listener)) => {
                 interception.push(also);
@@ -375,16 +436,32 @@ pub async fn run(
         }
     }
     for useless in inherited.left() {
-        warn!(listening = %useless, "the listener that the service manager holds is not at an address of the service; not used");
+        match kept {
+            Some(_) => {
+                info!(listening = %useless, "the listener that the service manager holds is not needed: this host keeps its own service")
+            }
+            None => {
+                warn!(listening = %useless, "the listener that the service manager holds is not at an address of the service; not used")
+            }
+        }
     }
-    for part in interception.iter().flat_map(Interception::taken_over) {
+    let taken_over = interception.iter().flat_map(Interception::taken_over);
+    // What rejects is meant to have stayed.
+    for part in taken_over.filter(|_| kept.is_none()) {
         warn!(%part, "was there already: an earlier daemon did not end cleanly; taken over");
     }
+    if let Some(service) = ec2 {
+        // Before anybody is looked at: nobody is to see one instance first and then another.
+        let pause = of_host::learn(&service, &resolver).await;
+        tasks.spawn(of_host::keep(service, resolver.clone(), pause));
+    }
     tasks.spawn(Watcher::new(ports, index.clone(), misses, clock.clone()).run());
-    match on_network {
-        true => tasks.spawn(server::accept_on_network(listener, interfaces, host, service)),
-        false => tasks.spawn(server::accept_on_host(listener, interfaces, host, level, service)),
-    };
+    if let Some((listener, _)) = at_address {
+        match on_network {
+            true => tasks.spawn(server::accept_on_network(listener, interfaces, host, service)),
+            false => tasks.spawn(server::accept_on_host(listener, interfaces, host, level, service)),
+        };
+    }
     if let Some(frozen) = frozen {
         tasks.spawn(freeze::keep_frozen(frozen, index.clone()));
     }
@@ -396,7 +473,7 @@ pub async fn run(
         tasks.spawn(base::learn(sts, bases, resolver.clone(), index.clone()));
     }
     info!(
-        version = env!("CARGO_PKG_VERSION"), attach = resolver.attach(), proof = resolver.proof(), %listening, engine,
+        version = env!("CARGO_PKG_VERSION"), attach = resolver.attach(), proof = resolver.proof(), listening = observer.listening(), engine,
         admin = %settings.admin_socket.display(), "serving"
     );
     for warning in resolver.warnings() {
@@ -550,6 +627,17 @@ impl Checker {
             base::note(&mut around, None, base);
         }
         text.push_str(&rules(&settings));
+        if settings.metadata_of_host {
+            let service = Kept::here(&settings).and_then(|kept| kept.ec2());
+            let found = match service {
+                Some(service) => of_host::gather(&service).await,
+                None => Err(NOTHING_OF_HOST.to_owned()),
+            };
+            match found {
+                Ok(found) => around.instance = Arc::new(found),
+                Err(why) => text.push_str(&format!("warning: what EC2 says of this host: {why}\n")),
+            }
+        }
         Self {
             settings,
             around,
@@ -862,6 +950,10 @@ fn kept_secret(
 struct Resolver {
     settings: ArcSwap<Settings>,
     level: Level,
+    /// The host has its own metadata service, and keeps it.
+    kept: Option<Kept>,
+    /// Why EC2 says nothing of this host, though containers are to see that.
+    of_host_problem: ArcSwapOption<String>,
     around: ArcSwap<Surroundings>,
     orders: Arc<Orders>,
     clock: Clock,
@@ -875,12 +967,14 @@ struct Resolver {
 
 impl Resolver {
     fn region(&self) -> String {
-        let base = || self.around.load().base.region.clone();
+        let around = self.around.load();
+        let of_host = || around.instance.get(REGION).cloned();
         self.settings
             .load()
             .region
             .clone()
-            .or_else(base)
+            .or_else(of_host)
+            .or_else(|| around.base.region.clone())
             .unwrap_or_else(|| FALLBACK_REGION.to_owned())
     }
 
@@ -922,10 +1016,25 @@ impl Resolver {
                     .to_owned(),
             );
         }
-        if self.settings.load().region.is_none() && self.around.load().base.region.is_none() {
+        let around = self.around.load();
+        let known = around.base.region.is_some() || around.instance.contains_key(REGION);
+        if self.settings.load().region.is_none() && !known {
             warnings.push(format!(
                 "no region is configured; {FALLBACK_REGION} is a guess: --region, AWS_REGION or region = \"…\""
             ));
+        }
+        if let Some(kept) = self.kept {
+            warnings.push(format!(
+                "this host keeps its own metadata service ({kept}): containers in the host's network are its processes, and get \
+                 that one, with the host's role; all others are rejected there until they are served"
+            ));
+            if kept.resolves() {
+                warnings.push(kept::NAMES.to_owned());
+            }
+        }
+        warnings.extend(self.of_host_problem.load().as_deref().cloned());
+        if self.settings.load().metadata_of_host && self.kept.is_none_or(|kept| kept.ec2().is_none()) {
+            warnings.push(NOTHING_OF_HOST.to_owned());
         }
         if self.level == Level::Address {
             warnings.push(
@@ -990,7 +1099,8 @@ struct Observer {
     resolver: Arc<Resolver>,
     service: Arc<Service>,
     clock: Clock,
-    listening: SocketAddr,
+    /// Where, on the host; `None`: nowhere, since that has its own.
+    listening: Option<SocketAddr>,
     /// Who serves this host instead.
     standing_by: ArcSwapOption<String>,
     lag: Arc<Lag>,
@@ -1020,7 +1130,7 @@ impl Observatory for Observer {
             attach: self.resolver.attach().to_owned(),
             proof: self.resolver.proof().to_owned(),
             source: source.to_owned(),
-            listening: self.listening.to_string(),
+            listening: self.listening(),
             engine: EngineStatus {
                 state: state.to_owned(),
                 reason,
@@ -1204,7 +1314,7 @@ impl Observatory for Observer {
             if let Some(who) = &*self.standing_by.load() {
                 return Ok(format!("stands by: {who} serves this host"));
             }
-            probe::probe(&self.service, self.listening.ip()).await?;
+            probe::probe(&self.service, self.listening.map(|it| it.ip())).await?;
             Ok(format!("serves {} containers", self.service.index.all().len()))
         })
     }
@@ -1214,6 +1324,13 @@ impl Observatory for Observer {
 const MOST_AHEAD: u64 = 365 * 24 * 3600;
 
 impl Observer {
+    fn listening(&self) -> String {
+        match self.listening {
+            Some(at) => at.to_string(),
+            None => format!("{IMDS_ADDRESS}, inside containers only"),
+        }
+    }
+
     /// Orders something for a container, and has it looked at again.
     fn order(&self, record: &Record, change: impl FnOnce(&mut Ordered)) -> Result<Ordered, admin::NotDone> {
         let index = &self.service.index;
@@ -1344,9 +1461,14 @@ impl Observer {
             ),
         }
         let addresses = status.addresses.join(" ");
+        let in_the_hosts_network = record.definition.network_mode == NetworkMode::Host;
         match (&record.not_attached, self.resolver.attaches() && instance.endpoint) {
+            _ if self.resolver.kept.is_some() && in_the_hosts_network => {
+                step("attach", false, GETS_THE_HOSTS.to_owned())
+            }
+            (Some(why), _) if self.resolver.kept.is_some() => step("attach", false, format!("nowhere: {why}")),
             (Some(why), _) => step("attach", true, format!("over the host, because inside: {why}")),
-            (None, true) if record.definition.network_mode == NetworkMode::Host => {
+            (None, true) if in_the_hosts_network => {
                 step("attach", true, "over the host, whose network it has".to_owned());
             }
             (None, true) => step("attach", true, "inside its network namespace".to_owned()),
@@ -1433,11 +1555,17 @@ impl Observer {
             problems.push(why.clone());
         }
         problems.extend(record.no_life.clone());
+        let kept = self.resolver.kept.is_some();
         problems.extend(record.not_attached.as_ref().map(|why| {
-            format!(
-                "the service does not listen inside it: {why}; it is served over the host, if its network leads there"
-            )
+            let instead = match kept {
+                true => "it is rejected: this host has a metadata service of its own, and keeps it",
+                false => "it is served over the host, if its network leads there",
+            };
+            format!("the service does not listen inside it: {why}; {instead}")
         }));
+        if kept && instance.endpoint && record.definition.network_mode == NetworkMode::Host {
+            problems.push(GETS_THE_HOSTS.to_owned());
+        }
         problems.extend(record.left_alone.iter().cloned());
         problems.extend(self.shares(record));
         problems.extend(self.not_on_the_network(record).filter(|_| instance.endpoint));

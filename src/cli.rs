@@ -45,11 +45,14 @@ pub enum Verb {
         #[command(flatten)]
         common: Common,
     },
-    /// Put the address, routes and rules up or down by themselves
+    /// Put up or down by itself what refuses containers without a daemon: address, routes, rules
     Intercept {
         /// up: callers are refused until a daemon serves; down: removes what is ours; plan: says what up would do
         #[arg(value_enum)]
         what: Intercept,
+        /// Configuration [default: /etc/imds-router/config.toml, if it is there]
+        #[arg(long, value_name = "FILE", env = "IMDS_ROUTER_CONFIG")]
+        config: Option<PathBuf>,
     },
     /// Show every container: addresses, role, credentials until, last request, why not
     Status {
@@ -282,17 +285,25 @@ impl Common {
             ("--default-role", "credentials.default_role", text(&self.default_role)),
             ("--metadata-file", "metadata.file", text(&self.metadata_file)),
         ];
+        let flags = flags.into_iter();
         Sources {
-            file: self.config.clone(),
-            // Variables that are no text are none of ours.
-            variables: std::env::vars_os()
-                .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-                .collect(),
             flags: flags
-                .into_iter()
                 .filter_map(|(flag, key, value)| Some((flag, key, value?)))
                 .collect(),
+            ..sources(self.config.as_ref())
         }
+    }
+}
+
+/// A configuration file, if one was typed, together with the environment.
+pub fn sources(file: Option<&PathBuf>) -> Sources {
+    Sources {
+        file: file.cloned(),
+        // Variables that are no text are none of ours.
+        variables: std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+            .collect(),
+        flags: Vec::new(),
     }
 }
 

@@ -25,6 +25,8 @@ use crate::metadata::file::{self, Given, MOST_USER_DATA};
 pub const DEFAULT_FILE: &str = "/etc/imds-router/config.toml";
 /// Where the admin socket is when nothing else is said.
 pub const DEFAULT_ADMIN_SOCKET: &str = "/run/imds-router/admin.sock";
+/// Where the kernel shows what the firmware says of this machine.
+pub const DEFAULT_DMI_DIR: &str = "/sys/class/dmi/id";
 /// What variables of ours start with.
 pub const ENV_PREFIX: &str = "IMDS_ROUTER_";
 /// Variables with our prefix that are not configuration keys: they belong to the log and to the client verbs.
@@ -42,6 +44,17 @@ pub enum Attach {
     /// The daemon is a container, and the address its own on a network of the engine's: without any right, and with the
     /// engine's word on who is at which address.
     Network,
+}
+
+/// What becomes of the metadata service that the host itself has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum HostService {
+    /// [`HostService::Keep`] on a machine of a cloud, else [`HostService::Replace`].
+    Auto,
+    /// The host's processes go on with it; containers are rejected there, and served inside their namespaces only.
+    Keep,
+    /// Its address is ours, for everybody on this host.
+    Replace,
 }
 
 /// The least that a caller must be proven by.
@@ -128,6 +141,10 @@ pub struct Settings {
     pub unknown_labels_are_errors: bool,
     /// `serve.attach`
     pub attach: Attach,
+    /// `serve.host_service`
+    pub host_service: HostService,
+    /// `serve.dmi_dir`: where the firmware's own words are.
+    pub dmi_dir: PathBuf,
     /// `serve.proof`
     pub proof: Proof,
     /// `serve.nested`
@@ -190,6 +207,8 @@ pub struct Settings {
     pub compose_tags: bool,
     /// `imds.user_data`, `imds.user_data_base64`, `imds.user_data_file`
     pub user_data: Option<Bytes>,
+    /// `metadata.base`: whether containers see what EC2 says of this host.
+    pub metadata_of_host: bool,
     /// `metadata.file`
     pub metadata_file: Option<PathBuf>,
     /// What is in it.
@@ -210,6 +229,8 @@ impl Default for Settings {
             image_labels: false,
             unknown_labels_are_errors: true,
             attach: Attach::Auto,
+            host_service: HostService::Auto,
+            dmi_dir: DEFAULT_DMI_DIR.into(),
             proof: Proof::Full,
             nested: Nested::Refuse,
             freeze_links: false,
@@ -241,6 +262,7 @@ impl Default for Settings {
             triggers_may_stop: false,
             compose_tags: false,
             user_data: None,
+            metadata_of_host: false,
             metadata_file: None,
             from_file: Given::default(),
             metadata: BTreeMap::new(),
@@ -272,6 +294,7 @@ impl Settings {
             triggers_may_stop: new.triggers_may_stop,
             compose_tags: new.compose_tags,
             user_data: new.user_data.clone(),
+            metadata_of_host: new.metadata_of_host,
             metadata_file: new.metadata_file.clone(),
             from_file: new.from_file.clone(),
             metadata: new.metadata.clone(),
@@ -478,6 +501,27 @@ pub const KEYS: &[Key] = &[
             ])
             .map(|it| s.attach = it)
         },
+    },
+    Key {
+        path: "serve.host_service",
+        default: "auto",
+        expected: "\"auto\", \"keep\" or \"replace\"",
+        about: "What becomes of a metadata service that the host itself has. `keep`: its processes go on with it, and containers are rejected there. `replace`: its address is ours, for everybody on this host. `auto`: `keep` on a machine of a cloud.",
+        read: |s, v| {
+            v.one_of(&[
+                ("auto", HostService::Auto),
+                ("keep", HostService::Keep),
+                ("replace", HostService::Replace),
+            ])
+            .map(|it| s.host_service = it)
+        },
+    },
+    Key {
+        path: "serve.dmi_dir",
+        default: DEFAULT_DMI_DIR,
+        expected: "an absolute path",
+        about: "Where the firmware says whose machine this is (sys_vendor, product_name …), for serve.host_service.",
+        read: |s, v| absolute(v).map(|it| s.dmi_dir = it),
     },
     Key {
         path: "serve.proof",
@@ -731,6 +775,16 @@ pub const KEYS: &[Key] = &[
         about: "Whether a role that STS denies is listed, with EC2's own error document in place of credentials; some SDKs \
                 abort on it. Else there is no role, which all of them survive.",
         read: |s, v| v.boolean().map(|it| s.ec2_error_documents = it),
+    },
+    Key {
+        path: "metadata.base",
+        default: "none",
+        expected: "\"none\" or \"host\"",
+        about: "What containers see where nothing else is given. `host`: what EC2 says of this host, but for its credentials, signatures, keys and user data.",
+        read: |s, v| {
+            v.one_of(&[("none", false), ("host", true)])
+                .map(|it| s.metadata_of_host = it)
+        },
     },
     Key {
         path: "metadata.file",

@@ -5,7 +5,7 @@ mod client;
 use std::error::Error;
 use std::io::{self, Read as _, Write as _};
 #[cfg(target_os = "linux")]
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::ValueEnum as _;
 
@@ -55,7 +55,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         #[cfg(target_os = "linux")]
         Verb::Doctor { common } => block_on(doctor(&common))?,
         #[cfg(target_os = "linux")]
-        Verb::Intercept { what } => intercept(what),
+        Verb::Intercept { what, config } => intercept(what, config.as_ref()),
         #[cfg(not(target_os = "linux"))]
         Verb::Serve(_) | Verb::Check { .. } | Verb::Doctor { .. } | Verb::Intercept { .. } => Err(Failure::Failed(Box::new(Said(
             "containers run in a Linux VM on this system: run the image imds-router there \
@@ -265,9 +265,13 @@ async fn doctor(flags: &Common) -> Result<(), Failure> {
 }
 
 #[cfg(target_os = "linux")]
-fn intercept(what: Intercept) -> Result<(), Failure> {
+fn intercept(what: Intercept, file: Option<&PathBuf>) -> Result<(), Failure> {
     use crate::host::apply;
-    let mut plans = crate::app::plans();
+    let mut plans = match what {
+        // Whatever the configuration says now, and said before.
+        Intercept::Down => crate::app::own_plans(),
+        Intercept::Up | Intercept::Plan => crate::app::plans(&config::load(&crate::cli::sources(file)).map_err(usage)?),
+    };
     let (does, nothing): (fn(&_) -> _, _) = match what {
         Intercept::Up => (apply::install, "everything is there already"),
         Intercept::Down => (apply::clear, "nothing of ours is there"),

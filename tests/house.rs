@@ -22,8 +22,10 @@ const MAP: &[(&str, &[&str])] = &[
             "credentials::*",
             "host::*",
             "instance",
+            "metadata::catalogue",
             "metadata::events",
             "metadata::identity",
+            "metadata::real",
             "orders",
             "server",
             "telemetry",
@@ -60,6 +62,7 @@ const MAP: &[(&str, &[&str])] = &[
     ("credentials", &[]),
     ("credentials::base", &["clock", "telemetry"]),
     ("credentials::broker", &["clock"]),
+    ("credentials::instance_profile", &["telemetry"]),
     // How a role is typed is settled by the settings' aliases.
     ("credentials::naming", &["config"]),
     ("credentials::offline", &["clock"]),
@@ -119,7 +122,10 @@ const MAP: &[(&str, &[&str])] = &[
         "verbs",
         &["admin", "app", "app::doctor", "cli", "config", "host::*", "telemetry"],
     ),
-    ("verbs::client", &["clock", "metadata::file", "telemetry"]),
+    (
+        "verbs::client",
+        &["clock", "metadata::file", "metadata::real", "telemetry"],
+    ),
     ("wire", &[]),
     // A credentials document is written as all documents are.
     ("wire::imds", &["clock", "credentials", "metadata"]),

@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
@@ -249,11 +249,11 @@ impl Witness for Witnessed {
         Ok(Vec::new())
     }
 
-    fn listens_inside(&self) -> bool {
+    fn listens_inside(&self, _at: IpAddr) -> bool {
         false
     }
 
-    fn attach(&self) -> Result<Vec<String>, String> {
+    fn attach(&self, _settled: bool) -> Result<Vec<String>, String> {
         Ok(Vec::new())
     }
 

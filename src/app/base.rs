@@ -10,6 +10,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use tracing::{info, warn};
 
 use super::Resolver;
+use super::kept::Kept;
 use crate::admin::{BaseStatus, Handover, Trust};
 use crate::clock::{Clock, rfc3339_seconds};
 use crate::config::Settings;
@@ -40,6 +41,7 @@ pub(super) fn bases(settings: &Settings, clock: &Clock) -> Arc<Bases> {
         region: settings.region.clone(),
         files,
         allow_process: settings.allow_process,
+        instance_metadata: Kept::here(settings).and_then(|kept| kept.ec2()),
         variables,
     };
     Bases::new(setup, clock.clone())
@@ -156,10 +158,14 @@ async fn learn_one(sts: Sts, resolver: Arc<Resolver>, index: Arc<Index>, name: N
 impl Resolver {
     /// Takes in what is known of a base, and has every container looked at again if that is new.
     fn note(&self, name: Option<&str>, base: Base) -> bool {
-        let mut around = Surroundings::clone(&self.around.load());
-        let new = note(&mut around, name, base);
+        let mut new = false;
+        // Others learn at the same time.
+        self.around.rcu(|around| {
+            let mut around = Surroundings::clone(around);
+            new = note(&mut around, name, base.clone());
+            around
+        });
         if new {
-            self.around.store(Arc::new(around));
             self.changed.send_modify(|version| *version += 1);
         }
         new
@@ -167,9 +173,11 @@ impl Resolver {
 
     fn forget(&self, name: &Name) {
         if let Some(profile) = name {
-            let mut around = Surroundings::clone(&self.around.load());
-            around.profiles.remove(profile);
-            self.around.store(Arc::new(around));
+            self.around.rcu(|around| {
+                let mut around = Surroundings::clone(around);
+                around.profiles.remove(profile);
+                around
+            });
         }
         self.wanted.send_if_modified(|wanted| wanted.remove(name));
     }

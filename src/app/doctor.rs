@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use super::kept::{Kept, NAMES};
 use super::{ATTACH_HOST, DOCKER_RUN, IMDS_ADDRESS, engine_host, plans};
 use crate::admin;
 use crate::caller::level::{Lack, lacking};
@@ -10,7 +11,7 @@ use crate::config::{Attach, Proof, Settings};
 use crate::containers::docker::Engine;
 use crate::containers::watcher::ContainerEngine as _;
 use crate::host::apply::{Survey, survey};
-use crate::host::{HostError, LINK, RULES_TABLE};
+use crate::host::{GUARD_TABLE, HostError, LINK, RULES_TABLE};
 use crate::telemetry::{printable, with_causes};
 
 /// How it stands with one thing.
@@ -144,9 +145,21 @@ async fn proof(settings: &Settings, found: &mut Diagnosis) {
         );
     }
     let inside = lacks.is_empty() && settings.attach != Attach::Host;
+    let kept = Kept::here(settings);
     if inside {
-        found.fine(
-            "attach: namespace; answers stay inside the containers (those in the host's network are answered over the host)",
+        let hosts = match &kept {
+            Some(_) => "those in the host's network are not served",
+            None => "those in the host's network are answered over the host",
+        };
+        found.fine(format!(
+            "attach: namespace; answers stay inside the containers ({hosts})"
+        ));
+    } else if let Some(kept) = kept {
+        found.add(
+            Verdict::Wrong,
+            format!("attach: host, and this host has a metadata service of its own: {kept}"),
+            "the daemon does not start: it would take that away from the host's own processes, and their role with it",
+            Some("attach = \"auto\" with full proof; or [serve] host_service = \"replace\", if that is meant"),
         );
     } else {
         found.add(
@@ -159,8 +172,24 @@ async fn proof(settings: &Settings, found: &mut Diagnosis) {
 }
 
 fn host(settings: &Settings, found: &mut Diagnosis) {
-    for plan in plans() {
+    let kept = Kept::here(settings);
+    if let Some(kept) = &kept {
+        found.add(
+            Verdict::Note,
+            format!(
+                "host: its own metadata service is kept ({kept}); containers are rejected there, and served inside"
+            ),
+            "containers in the host's network are its processes: they get that service, with the host's role",
+            Some("give them a network of their own"),
+        );
+        if kept.resolves() {
+            let why = "169.254.169.254 is the container's own once it is served, and nobody answers names there";
+            found.add(Verdict::Note, format!("names: {NAMES}"), why, None);
+        }
+    }
+    for plan in plans(settings) {
         match survey(&plan) {
+            Ok(survey) if kept.is_some() => of_rejection(&survey, found),
             Ok(survey) => of_survey(settings, &survey, found),
             Err(error) => {
                 let text = with_causes(&error);
@@ -178,6 +207,23 @@ fn host(settings: &Settings, found: &mut Diagnosis) {
                 );
             }
         }
+    }
+}
+
+/// Where the host keeps its own service.
+fn of_rejection(survey: &Survey, found: &mut Diagnosis) {
+    let family = survey.family;
+    if survey.guarded {
+        found.fine(format!(
+            "rules: table {family} {GUARD_TABLE} rejects containers at the host's own metadata service"
+        ));
+    } else {
+        found.add(
+            Verdict::Wrong,
+            format!("rules: there is no table {family} {GUARD_TABLE}"),
+            "containers reach the host's own metadata service, and have its role",
+            Some("imds-router intercept up; or imds-router serve, which puts it up, too"),
+        );
     }
 }
 

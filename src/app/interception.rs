@@ -11,11 +11,13 @@ use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 use tracing::{error, warn};
 
+use super::kept::Kept;
 use super::systemd::Inherited;
 use super::{DEFAULT_PORT, IMDS_ADDRESS, IMDS_ADDRESS_IPV6};
 use crate::caller::connection::{Interfaces, remember_ingress};
 use crate::caller::kernel::{Doors, Opened};
 use crate::clock::Clock;
+use crate::config::Settings;
 use crate::containers::NamespaceId;
 use crate::containers::index::Index;
 use crate::host::apply::{Interception, clear};
@@ -42,8 +44,16 @@ pub(super) async fn intercept_ipv6(
     Ok((interception.map_err(|error| with_causes(&error))?, listener))
 }
 
-/// What interception is on the host, without a daemon: one plan an address.
-pub fn plans() -> Vec<Plan> {
+/// What is on the host with these settings, without a daemon: one plan an address family.
+pub fn plans(settings: &Settings) -> Vec<Plan> {
+    match Kept::here(settings) {
+        Some(kept) => kept.plans(),
+        None => own_plans(),
+    }
+}
+
+/// The same where the address is ours. What these plans name is all that can ever be ours on a host.
+pub fn own_plans() -> Vec<Plan> {
     let ipv6 = has_ipv6().then_some(IMDS_ADDRESS_IPV6.into());
     let addresses = std::iter::once(IMDS_ADDRESS.into()).chain(ipv6);
     // The listener's port does not matter for what stays without a daemon.

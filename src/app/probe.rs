@@ -16,16 +16,18 @@ use crate::server::{IMDS_PORT, Service};
 /// The longest that it takes; an answer takes half a second at most.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Asks the daemon itself at `address`.
+/// Asks the daemon itself at `address`. Without one there is nothing on the host to ask: it serves inside containers, and what
+/// answers on the host is somebody else.
 ///
 /// # Errors
 /// What does not work.
-pub async fn probe(service: &Arc<Service>, address: IpAddr) -> Result<(), String> {
+pub async fn probe(service: &Arc<Service>, address: Option<IpAddr>) -> Result<(), String> {
     match &*service.index.engine() {
         EngineState::Away(why) => return Err(format!("the engine is away: {why}")),
         EngineState::Synchronising => return Err("what runs here is still being looked up".to_owned()),
         EngineState::Synchronised => {}
     }
+    let Some(address) = address else { return Ok(()) };
     let asked = timeout(PATIENCE, ask(service, address)).await;
     match asked.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
         Ok(true) => Ok(()),

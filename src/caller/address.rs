@@ -5,7 +5,7 @@
 
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::time::SystemTime;
 
@@ -116,11 +116,11 @@ impl Witness for EngineWitness {
         Ok(Vec::new())
     }
 
-    fn listens_inside(&self) -> bool {
+    fn listens_inside(&self, _at: IpAddr) -> bool {
         false
     }
 
-    fn attach(&self) -> Result<Vec<String>, String> {
+    fn attach(&self, _settled: bool) -> Result<Vec<String>, String> {
         Err("its network namespace cannot be entered".to_owned())
     }
 

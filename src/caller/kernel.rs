@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 use dashmap::DashMap;
 use tokio::io::Interest;
@@ -43,6 +44,11 @@ pub trait Doors: Send + Sync + 'static {
     /// Serves what the listeners accept, until aborted.
     fn serve(&self, opened: Opened, namespace: NamespaceId) -> AbortHandle;
 }
+
+/// How often, and how many times, is looked for what the engine takes away while it sets a namespace's network up: for two
+/// seconds after the life's first process is there, at most.
+const LOOKED_FOR: Duration = Duration::from_millis(5);
+const TIMES: u32 = 400;
 
 /// The service, open inside a network namespace.
 #[derive(Default)]
@@ -124,6 +130,7 @@ impl HostKernel {
             doors: self.doors.clone(),
             door: Mutex::default(),
             listens: AtomicBool::new(false),
+            settled: AtomicBool::new(false),
         });
         // Two births at once in one namespace: the second finds the first one's.
         let mut entry = self.namespaces.entry(first.namespace).or_default();
@@ -168,6 +175,7 @@ impl Kernel for HostKernel {
                 pidfd,
                 namespace,
                 attached: AtomicBool::new(false),
+                calls: AtomicU64::new(0),
             }),
         })
     }
@@ -183,6 +191,9 @@ struct Namespace {
     door: Mutex<Door>,
     /// Whether the door is open, or being opened: from then on nobody in it is heard over a bridge.
     listens: AtomicBool,
+    /// Whether the engine is done with its network. Before that its IPv6 address comes and goes, and who asks there may be led
+    /// to the host instead.
+    settled: AtomicBool,
 }
 
 /// The service inside a namespace: there while somebody in it wants it.
@@ -209,6 +220,8 @@ struct KernelWitness {
     namespace: Arc<Namespace>,
     /// Whether this very witness has attached: a life may be found twice, and the second finding is dropped at once.
     attached: AtomicBool,
+    /// How often it was to attach or to detach: the last call has the say.
+    calls: AtomicU64,
 }
 
 impl Drop for KernelWitness {
@@ -234,6 +247,29 @@ impl KernelWitness {
             }
             what(namespace.doors.as_ref())
         })
+    }
+
+    /// Has the service listen, unless another call for this life came after the one with this number.
+    fn attach_now(&self, number: u64) -> Result<Vec<String>, String> {
+        let mut door = self.namespace.door.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.calls.load(Ordering::Acquire) != number {
+            return Ok(door.left_alone.clone());
+        }
+        let listened = self.namespace.listens.swap(true, Ordering::AcqRel);
+        let open = door.open.clone();
+        let mut opened = self.inside(|doors| doors.open(&open)).map_err(|error| {
+            self.namespace.listens.store(listened, Ordering::Release);
+            with_causes(&error)
+        })?;
+        door.left_alone.append(&mut opened.left_alone);
+        if !opened.listeners.is_empty() {
+            let local = opened.listeners.iter().filter_map(|(it, _)| it.local_addr().ok());
+            door.open.extend(local);
+            door.serving.push(self.namespace.doors.serve(opened, self.namespace.id));
+        }
+        door.wanted_by.insert(self.cgroup);
+        self.attached.store(true, Ordering::Release);
+        Ok(door.left_alone.clone())
     }
 }
 
@@ -267,35 +303,35 @@ impl Witness for KernelWitness {
         self.namespace.diag.links()
     }
 
-    fn listens_inside(&self) -> bool {
-        self.namespace.listens.load(Ordering::Acquire)
+    fn listens_inside(&self, at: IpAddr) -> bool {
+        let namespace = &self.namespace;
+        namespace.listens.load(Ordering::Acquire) && (at.is_ipv4() || namespace.settled.load(Ordering::Acquire))
     }
 
-    fn attach(&self) -> Result<Vec<String>, String> {
+    fn attach(&self, settled: bool) -> Result<Vec<String>, String> {
         // The host's own listener serves who is in the host's network.
         if self.namespace.is_host {
             return Ok(Vec::new());
         }
-        let mut door = self.namespace.door.lock().unwrap_or_else(PoisonError::into_inner);
-        let listened = self.namespace.listens.swap(true, Ordering::AcqRel);
-        let open = door.open.clone();
-        let mut opened = self.inside(|doors| doors.open(&open)).map_err(|error| {
-            self.namespace.listens.store(listened, Ordering::Release);
-            with_causes(&error)
-        })?;
-        door.left_alone.append(&mut opened.left_alone);
-        if !opened.listeners.is_empty() {
-            let local = opened.listeners.iter().filter_map(|(it, _)| it.local_addr().ok());
-            door.open.extend(local);
-            door.serving.push(self.namespace.doors.serve(opened, self.namespace.id));
+        let number = self.calls.fetch_add(1, Ordering::AcqRel) + 1;
+        let mut left_alone = self.attach_now(number)?;
+        let superseded = || self.calls.load(Ordering::Acquire) != number || !self.alive();
+        if !settled {
+            for _ in 0..TIMES {
+                std::thread::sleep(LOOKED_FOR);
+                if superseded() {
+                    return Ok(left_alone);
+                }
+                left_alone = self.attach_now(number)?;
+            }
         }
-        door.wanted_by.insert(self.cgroup);
-        self.attached.store(true, Ordering::Release);
-        Ok(door.left_alone.clone())
+        self.namespace.settled.store(true, Ordering::Release);
+        Ok(left_alone)
     }
 
     fn detach(&self) -> Result<(), String> {
         let mut door = self.namespace.door.lock().unwrap_or_else(PoisonError::into_inner);
+        self.calls.fetch_add(1, Ordering::AcqRel);
         if !door.wanted_by.remove(&self.cgroup) || !door.wanted_by.is_empty() {
             return Ok(());
         }

@@ -362,7 +362,7 @@ pub fn other_end(caller: &Caller, connection: Connection, own: &dyn OwnEnds) -> 
             .map_err(|error| unasked(error.to_string()))?;
         counters.ok_or_else(|| unasked("our end is gone".to_owned()))
     };
-    if caller.life.witness.listens_inside() {
+    if caller.life.witness.listens_inside(connection.server.ip()) {
         return Err(Refusal::HeardInside { container: container() });
     }
     // Bytes may be on their way meanwhile. Counters only grow: what must be less is read before, what must be more after.
@@ -478,7 +478,7 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
             continue;
         };
         // A socket inside such a namespace leads to the listener there: it proves nothing of what crosses a bridge.
-        if matches!(connection.via, Via::Bridge(_)) && life.witness.listens_inside() {
+        if matches!(connection.via, Via::Bridge(_)) && life.witness.listens_inside(connection.server.ip()) {
             refusal = Refusal::HeardInside { container };
             continue;
         }

@@ -301,16 +301,18 @@ pub trait Witness: Send + Sync + 'static {
     /// When the kernel cannot be asked.
     fn links(&self) -> std::io::Result<Vec<LinkSeen>>;
 
-    /// Whether the service listens inside the namespace now: then whoever lives there is heard there and nowhere else.
-    fn listens_inside(&self) -> bool;
+    /// Whether the service listens inside the namespace now, at that address of its: then whoever lives there is heard there and
+    /// nowhere else.
+    fn listens_inside(&self, at: IpAddr) -> bool;
 
-    /// Has the service listen inside the container's network namespace, for this life. Blocks for a moment; done again it
-    /// adds what the namespace could not have before. In the host's namespace there is nothing to be done. Returns what another program had put there and
-    /// was left alone, for `status`.
+    /// Has the service listen inside the container's network namespace, for this life. Blocks for a moment; done again it adds
+    /// what the namespace could not have before. Unless the network is `settled`, it goes on for a while to put back what the
+    /// engine takes away, until it is called again. In the host's namespace there is nothing to be done. Returns what another
+    /// program had put there and was left alone, for `status`.
     ///
     /// # Errors
     /// Why not; the text is shown in `status`.
-    fn attach(&self) -> Result<Vec<String>, String>;
+    fn attach(&self, settled: bool) -> Result<Vec<String>, String>;
 
     /// Takes that away again, when no other life of the namespace wants it.
     ///

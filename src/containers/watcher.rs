@@ -1043,7 +1043,8 @@ impl Watcher {
                 let life = life.clone();
                 self.attachings.push(blocking(move || {
                     let done = match wanted {
-                        Attach::Yes { .. } => life.witness.attach(),
+                        // While the engine sets a network up, it turns IPv6 off and on, and addresses go.
+                        Attach::Yes { ipv6, running } => life.witness.attach(running || !ipv6),
                         Attach::No => life.witness.detach().map(|()| Vec::new()),
                     };
                     (life.container.clone(), life.cgroup, done)

@@ -1,7 +1,7 @@
 //! Base credentials: whose credentials ask STS, for the daemon itself and for every profile that a container names.
 //!
-//! The usual chain, in the SDK's order: variables, profile, web identity, container endpoint; never the instance metadata
-//! service, which is us. The files are read anew whenever they have changed, by one caller at a time for each profile, and
+//! The usual chain, in the SDK's order: variables, profile, web identity, container endpoint; the instance metadata service,
+//! which is us, only where the host has one of its own and keeps it. The files are read anew whenever they have changed, by one caller at a time for each profile, and
 //! [`Bases::changes`] tells of it. What `imds-router login` hands over comes before all of it, as long as it lives.
 
 use std::collections::{BTreeMap, HashMap};
@@ -24,6 +24,7 @@ use tracing::{info, warn};
 use super::Secret;
 use super::broker::ProviderError;
 use super::files::{AwsFiles, FileError, Stamp};
+use super::instance_profile;
 use super::profile::{self, Allowed, Keys, Plan, ProfileError, Source};
 use super::sso::SsoTokens;
 use super::sts::{MESSAGE_CHARACTERS, assume_step, exchange_web_identity};
@@ -135,6 +136,8 @@ pub struct Setup {
     pub files: AwsFiles,
     /// Whether files may run programs and name endpoints.
     pub allow_process: bool,
+    /// The host's own instance metadata service, where there is one that is not us.
+    pub instance_metadata: Option<String>,
     /// The environment.
     pub variables: HashMap<String, String>,
 }
@@ -477,6 +480,7 @@ impl Bases {
     fn allowed(&self) -> Allowed<'_> {
         Allowed {
             process: self.setup.allow_process,
+            instance_profile: self.setup.instance_metadata.is_some(),
             directory: &self.setup.files.directory,
         }
     }
@@ -543,14 +547,7 @@ impl Bases {
         let (name, uri) = match (relative, full) {
             (Some(_), _) => ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "http://169.254.170.2/"),
             (None, Some(uri)) => ("AWS_CONTAINER_CREDENTIALS_FULL_URI", uri),
-            (None, None) => {
-                return Err(ProviderError::NoBase(format!(
-                    "there are none: no variables AWS_ACCESS_KEY_ID …, and no default profile in {} or {}; \
-                     --profile names another, [credentials] aws_dir another directory",
-                    self.setup.files.config.display(),
-                    self.setup.files.credentials.display()
-                )));
-            }
+            (None, None) => return self.instance_profile().await,
         };
         if leads_to_us(uri) {
             return Err(ProviderError::NoBase(format!(
@@ -566,6 +563,23 @@ impl Bases {
             ))
         })?;
         Ok((credentials, "container credentials endpoint".to_owned()))
+    }
+
+    /// What the host itself has, where that is somebody else's to give.
+    async fn instance_profile(&self) -> Result<(aws_credential_types::Credentials, String), ProviderError> {
+        let none = |rest: &str| {
+            ProviderError::NoBase(format!(
+                "there are none: no variables AWS_ACCESS_KEY_ID …, and no default profile in {} or {}{rest}; \
+                 --profile names another, [credentials] aws_dir another directory",
+                self.setup.files.config.display(),
+                self.setup.files.credentials.display()
+            ))
+        };
+        let Some(service) = &self.setup.instance_metadata else {
+            return Err(none(""));
+        };
+        let found = instance_profile::credentials(service).await?;
+        found.ok_or_else(|| none(", and this host has no instance profile"))
     }
 
     /// Goes the way to a profile's credentials.
@@ -592,6 +606,7 @@ impl Bases {
                     )));
                 }
             },
+            Source::InstanceProfile => (self.instance_profile().await?.0, "instance profile of this host"),
             Source::Sso(sso) => (self.sso.credentials(sdk, sso, name).await?, "sso"),
             Source::WebIdentity {
                 role_arn,

@@ -28,6 +28,8 @@ pub enum Source {
     Keys(Keys),
     /// The daemon's environment.
     Environment,
+    /// The instance profile of the host.
+    InstanceProfile,
     /// `aws sso login`.
     Sso(Sso),
     /// A token of another identity provider, in a file.
@@ -165,6 +167,8 @@ pub async fn parse(files: &EnvConfigFiles) -> Result<ProfileSet, ProfileError> {
 pub struct Allowed<'a> {
     /// Whether it may run programs, name endpoints, and read token files anywhere.
     pub process: bool,
+    /// Whether there is an instance profile of the host to be had, from somebody else than this daemon.
+    pub instance_profile: bool,
     /// Where token files may be otherwise.
     pub directory: &'a Path,
 }
@@ -210,7 +214,7 @@ pub fn plan(set: &ProfileSet, name: &str, allowed: Allowed<'_>) -> Result<Plan, 
                 roles.push(step(profile, role_arn)?);
                 match (get("source_profile"), get("credential_source")) {
                     (Some(source), None) => name = source,
-                    (None, Some(source)) => return Ok(finish(named_source(profile, source)?, roles)),
+                    (None, Some(source)) => return Ok(finish(named_source(profile, source, allowed)?, roles)),
                     _ => {
                         return Err(wrong(
                             profile,
@@ -309,9 +313,12 @@ fn step(profile: &Profile, role_arn: &str) -> Result<Step, ProfileError> {
     })
 }
 
-fn named_source(profile: &Profile, source: &str) -> Result<Source, ProfileError> {
+fn named_source(profile: &Profile, source: &str, allowed: Allowed<'_>) -> Result<Source, ProfileError> {
     if source.eq_ignore_ascii_case("Environment") {
         return Ok(Source::Environment);
+    }
+    if allowed.instance_profile && source.eq_ignore_ascii_case("Ec2InstanceMetadata") {
+        return Ok(Source::InstanceProfile);
     }
     let leads_to_us = ["Ec2InstanceMetadata", "EcsContainer"];
     if leads_to_us.iter().any(|it| it.eq_ignore_ascii_case(source)) {
@@ -334,7 +341,7 @@ fn source(
     allowed: Allowed<'_>,
 ) -> Result<Option<Source>, ProfileError> {
     if let Some(source) = profile.get("credential_source") {
-        return named_source(profile, source).map(Some);
+        return named_source(profile, source, allowed).map(Some);
     }
     if let Some((role_arn, token_file)) = web_identity {
         let token_file = PathBuf::from(token_file);
@@ -452,6 +459,7 @@ credential_source = Environment
             .map_err(|error| error.to_string())?;
         let allowed = Allowed {
             process,
+            instance_profile: false,
             directory: Path::new("/aws"),
         };
         plan(&set, name, allowed).map_err(|error| error.to_string())

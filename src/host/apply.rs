@@ -100,13 +100,15 @@ impl Interception {
         drain(netfilter.get_ref())
     }
 
-    /// Takes everything of ours down, in the reverse order. What is gone already is fine.
+    /// Takes everything of ours down, in the reverse order, but for what stays without a daemon by design
+    /// ([`Plan::rejecting`]). What is gone already is fine.
     ///
     /// # Errors
     /// Everything that could not be removed.
     pub fn down(mut self) -> Result<(), HostError> {
-        let observed = self.kernel.observe(&self.plan)?;
-        all(&mut self.kernel, teardown(&self.plan, &observed)).map(drop)
+        let plan = self.plan.ending();
+        let observed = self.kernel.observe(&plan)?;
+        all(&mut self.kernel, teardown(&plan, &observed)).map(drop)
     }
 }
 

@@ -8,6 +8,7 @@
 //! daemon dies refuses connections; and nothing that somebody else made is replaced or removed.
 
 pub mod apply;
+pub mod cloud;
 pub mod freeze;
 mod kernel;
 mod tables;
@@ -32,13 +33,17 @@ pub const PROTOCOL: u8 = 169;
 
 /// Before connection tracking and before any NAT: `NF_IP_PRI_RAW` (−300, `linux/netfilter_ipv4.h`) less ten.
 const RULES_PRIORITY: i32 = -310;
+/// Where names are asked for.
+const DNS_PORT: u16 = 53;
 /// After the rules, so that it meets only what they did not take; still before everybody else.
 const GUARD_PRIORITY: i32 = -305;
 
 /// What shall be there, in the order in which it is put up.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Plan {
     parts: Vec<Part>,
+    /// Whether what no daemon owns is there for good, until somebody asks for its end.
+    stays: bool,
 }
 
 impl Plan {
@@ -80,7 +85,50 @@ impl Plan {
             address,
             link: LINK.to_owned(),
         });
-        Self { parts }
+        Self { parts, stays: false }
+    }
+
+    /// The host's own namespace where 169.254.169.254 is a real service that its processes go on using: whoever asks for
+    /// `addresses` (of one family) by way of this host, as containers on bridges do, is rejected. Of those in `resolvers`
+    /// names are asked, too, and that goes through.
+    ///
+    /// Nothing of the host's own is touched. A reject is the end wherever it stands, so it wins over everybody's accept. It
+    /// stays when the daemon ends, however that ends: without it, containers would have the host's own role.
+    pub fn rejecting(addresses: &[IpAddr], resolvers: &[IpAddr]) -> Self {
+        let Some(family) = addresses.first().map(|address| Family::of(*address)) else {
+            return Self::default();
+        };
+        let names = |address: &IpAddr| {
+            let name = |protocol| Rule {
+                protocol,
+                ..Rule::to(*address, Some(DNS_PORT), Action::Accept)
+            };
+            [Protocol::Tcp, Protocol::Udp].map(name)
+        };
+        let rejected = |address: &IpAddr| [Action::Reset, Action::Prohibit].map(|how| Rule::to(*address, None, how));
+        let names = resolvers.iter().filter(|it| addresses.contains(it)).flat_map(names);
+        let forward = Chain {
+            name: "forward",
+            hook: Hook::Forward,
+            priority: GUARD_PRIORITY,
+            rules: names.chain(addresses.iter().flat_map(rejected)).collect(),
+        };
+        let table = |name, owned, chains| {
+            Part::Table(Table {
+                family,
+                name,
+                owned,
+                chains,
+            })
+        };
+        Self {
+            // The second one has nothing but its owner: it is the lock of the host.
+            parts: vec![
+                table(GUARD_TABLE, false, vec![forward]),
+                table(RULES_TABLE, true, Vec::new()),
+            ],
+            stays: true,
+        }
     }
 
     /// A container's namespace: it dies with the container, so there is nothing to guard and nothing to lock.
@@ -121,6 +169,7 @@ impl Plan {
                     link: LOOPBACK.to_owned(),
                 },
             ],
+            stays: false,
         }
     }
 
@@ -128,6 +177,19 @@ impl Plan {
     pub fn persistent(mut self) -> Self {
         self.parts
             .retain(|part| !matches!(part, Part::Table(Table { owned: true, .. })));
+        self
+    }
+
+    /// What is over when a daemon ends cleanly.
+    fn ending(mut self) -> Self {
+        self.parts
+            .retain(|part| !self.stays || matches!(part, Part::Table(Table { owned: true, .. })));
+        self
+    }
+
+    /// What is no table: what leads to the address, or keeps others from being led there.
+    pub fn without_tables(mut self) -> Self {
+        self.parts.retain(|part| !matches!(part, Part::Table(_)));
         self
     }
 
@@ -154,7 +216,9 @@ impl Plan {
     }
 
     fn family(&self) -> Family {
-        self.address().map_or(Family::Ip, Family::of)
+        let address = self.address().map(Family::of);
+        let family = address.or_else(|| self.tables().next().map(|table| table.family));
+        family.unwrap_or(Family::Ip)
     }
 
     fn address(&self) -> Option<IpAddr> {
@@ -280,6 +344,8 @@ impl Chain {
 pub enum Hook {
     /// What comes in, before the routing decision.
     Prerouting = 0,
+    /// What is passed on to another host.
+    Forward = 2,
     /// What a local process sends.
     Output = 3,
 }
@@ -293,8 +359,10 @@ pub struct Rule {
     pub end: End,
     /// The address of that end.
     pub address: IpAddr,
-    /// The TCP port of that end; `None`: every protocol.
+    /// The port of that end; `None`: all there is.
     pub port: Option<u16>,
+    /// Whose port.
+    pub protocol: Protocol,
     /// What happens.
     pub action: Action,
 }
@@ -306,6 +374,7 @@ impl Rule {
             end: End::Destination,
             address,
             port,
+            protocol: Protocol::Tcp,
             action,
         }
     }
@@ -333,6 +402,15 @@ pub enum Input {
     IsNot(&'static str),
 }
 
+/// What has ports; the value is its number (linux/in.h).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// TCP.
+    Tcp = 6,
+    /// UDP.
+    Udp = 17,
+}
+
 /// An end of a packet's way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
@@ -349,8 +427,12 @@ pub enum Action {
     Untrack,
     /// The same, and puts this port in place of the one that matched.
     Port(u16),
-    /// Answers with a TCP reset: "connection refused".
+    /// Answers with a TCP reset: "connection refused". What is no TCP is not meant.
     Reset,
+    /// Answers by ICMP that this is prohibited.
+    Prohibit,
+    /// Nothing more of this chain.
+    Accept,
     /// Says nothing.
     Drop,
 }
@@ -359,11 +441,13 @@ impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "table {} {} {{", self.family, self.name)?;
         if self.owned {
-            writeln!(f, "\tflags owner\n")?;
+            let blank = if self.chains.is_empty() { "" } else { "\n" };
+            writeln!(f, "\tflags owner{blank}")?;
         }
         for (nth, chain) in self.chains.iter().enumerate() {
             let hook = match chain.hook {
                 Hook::Prerouting => "prerouting",
+                Hook::Forward => "forward",
                 Hook::Output => "output",
             };
             let blank = if nth > 0 { "\n" } else { "" };
@@ -388,6 +472,10 @@ impl fmt::Display for Rule {
             End::Source => ("saddr", "sport"),
             End::Destination => ("daddr", "dport"),
         };
+        let protocol = match self.protocol {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+        };
         match self.input {
             Input::Any => {}
             Input::Is(link) => write!(f, "iifname \"{link}\" ")?,
@@ -395,12 +483,15 @@ impl fmt::Display for Rule {
         }
         write!(f, "{} {address} {} ", Family::of(self.address), self.address)?;
         if let Some(number) = self.port {
-            write!(f, "tcp {port} {number} ")?;
+            write!(f, "{protocol} {port} {number} ")?;
         }
         match self.action {
             Action::Untrack => write!(f, "notrack"),
             Action::Port(new) => write!(f, "notrack tcp {port} set {new}"),
             Action::Reset => write!(f, "reject with tcp reset"),
+            Action::Prohibit if self.address.is_ipv4() => write!(f, "reject with icmp admin-prohibited"),
+            Action::Prohibit => write!(f, "reject with icmpv6 admin-prohibited"),
+            Action::Accept => write!(f, "accept"),
             Action::Drop => write!(f, "drop"),
         }
     }

@@ -24,8 +24,8 @@ const VERDICT: u32 = Registers::RegVerdict as u32;
 const CHECKSUM_INET: u32 = 1;
 /// Where struct tcphdr (linux/tcp.h) has its checksum, in bytes.
 const TCP_CHECKSUM_OFFSET: u32 = 16;
-/// linux/in.h
-const IPPROTO_TCP: u8 = 6;
+/// linux/icmp.h, ICMP_PKT_FILTERED, and linux/icmpv6.h, ICMPV6_ADM_PROHIBITED.
+const PROHIBITED: (u8, u8) = (13, 1);
 /// In bytes (linux/if.h). A link's name is compared with all of it.
 const IFNAMSIZ: usize = 16;
 /// More than any batch of ours has messages: tens for a table, two for a thousand elements of a set.
@@ -294,8 +294,10 @@ fn push_rule<P: Pusher>(mut list: PushExprListAttrs<P>, rule: &Rule) {
             &octets.octets(),
         ),
     };
+    if rule.port.is_some() || rule.action == Action::Reset {
+        list = equals(meta(list, MetaKeys::L4Proto, REGISTER), &[rule.protocol as u8]);
+    }
     if let Some(number) = rule.port {
-        list = equals(meta(list, MetaKeys::L4Proto, REGISTER), &[IPPROTO_TCP]);
         list = load(list, PayloadBase::TransportHeader, (port, 2), REGISTER);
         list = equals(list, &number.to_be_bytes());
     }
@@ -303,12 +305,24 @@ fn push_rule<P: Pusher>(mut list: PushExprListAttrs<P>, rule: &Rule) {
         Action::Untrack => {
             list.nested_elem().push_name(c"notrack");
         }
-        Action::Drop => {
+        Action::Drop | Action::Accept => {
+            let code = match rule.action {
+                Action::Accept => VerdictCode::Accept,
+                _ => VerdictCode::Drop,
+            };
             let verdict = list.nested_elem().nested_data_immediate().push_dreg(VERDICT);
-            verdict
-                .nested_data()
-                .nested_verdict()
-                .push_code(VerdictCode::Drop as u32);
+            verdict.nested_data().nested_verdict().push_code(code as u32);
+        }
+        Action::Prohibit => {
+            let code = if rule.address.is_ipv4() {
+                PROHIBITED.0
+            } else {
+                PROHIBITED.1
+            };
+            list.nested_elem()
+                .nested_data_reject()
+                .push_type(RejectTypes::IcmpUnreach as u32)
+                .push_icmp_code(code);
         }
         Action::Reset => {
             list.nested_elem()

@@ -196,6 +196,44 @@ fn tables_read_as_nft_writes_them() {
 }
 
 #[test]
+fn what_a_host_keeps_for_itself_is_refused_to_whom_it_passes_on() {
+    let resolver = IpAddr::from([192, 0, 2, 53]);
+    let plan = Plan::rejecting(&[ADDRESS.into(), resolver], &[resolver]);
+    let guard = "table ip imds_router_guard {
+\tchain forward {
+\t\ttype filter hook forward priority -305; policy accept;
+\t\tip daddr 192.0.2.53 tcp dport 53 accept
+\t\tip daddr 192.0.2.53 udp dport 53 accept
+\t\tip daddr 169.254.169.254 reject with tcp reset
+\t\tip daddr 169.254.169.254 reject with icmp admin-prohibited
+\t\tip daddr 192.0.2.53 reject with tcp reset
+\t\tip daddr 192.0.2.53 reject with icmp admin-prohibited
+\t}
+}";
+    let text: Vec<String> = plan.tables().map(Table::to_string).collect();
+    assert_eq!(text, [guard, "table ip imds_router {\n\tflags owner\n}"]);
+    assert_eq!(plan.parts().len(), 2, "nothing else of the host is touched");
+    let up = Observed {
+        tables: complete().tables,
+        ..Observed::default()
+    };
+    assert_eq!(told(&diff(&plan, &up)), [""; 0]);
+    // What refuses outlives a daemon that ends cleanly; asked for, all of it goes.
+    assert_eq!(
+        told(&teardown(&plan.clone().ending(), &up)),
+        ["remove table ip imds_router"]
+    );
+    assert_eq!(told(&teardown(&plan, &up)).len(), 2);
+    let other = Plan::rejecting(&["fd00:ec2::254".parse().expect("an address")], &[]);
+    assert_eq!(other.family(), Family::Ip6);
+    assert!(
+        other
+            .tables()
+            .any(|table| table.to_string().contains("reject with icmpv6 admin-prohibited"))
+    );
+}
+
+#[test]
 fn several_failures_are_all_told() {
     let failed = |attempt: &str| HostError::Failed {
         attempt: attempt.into(),

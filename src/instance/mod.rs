@@ -24,6 +24,8 @@ use crate::metadata::events::{self, Event, Kind};
 pub const FALLBACK_REGION: &str = "us-east-1";
 const INSTANCE_TYPE: &str = "t3.micro";
 const ZONE_LETTER: char = 'a';
+/// Where the instance id stands.
+const INSTANCE_ID: &str = "meta-data/instance-id";
 /// What compose writes on its containers that is true of them.
 const COMPOSE_TAGS: [&str; 3] = [
     "com.docker.compose.project",
@@ -40,7 +42,7 @@ pub struct Instance {
     pub endpoint: bool,
     /// Whether that is not decided yet: without a label only a role makes it find one, and it may turn out to have none.
     pub endpoint_open: bool,
-    /// Its id, which no other container that runs may have.
+    /// Its id, which no other container that runs may have; where that is the host's, which all have, the one that is its own.
     pub id: String,
     /// Whether it must use IMDSv2.
     pub tokens_required: bool,
@@ -99,6 +101,8 @@ pub struct Surroundings {
     pub profiles: BTreeMap<String, Base>,
     /// This host's name.
     pub host: String,
+    /// What EC2 says of this host, where containers are to see that: by path.
+    pub instance: Arc<BTreeMap<String, String>>,
 }
 
 /// What is known of base credentials.
@@ -269,7 +273,7 @@ pub fn resolve(
     let options = &ordered.options;
     let (spec, errors) = labels::read(&container.labels, container.environment.as_ref(), settings);
     let mut problems: Vec<String> = errors.iter().map(ToString::to_string).collect();
-    let overrides = overrides(&spec, settings);
+    let overrides = overrides(&spec, settings, around);
     let given = |path: &str| overrides.get(path).cloned();
     let region = given(catalogue::REGION)
         .or_else(|| settings.region.clone())
@@ -322,7 +326,9 @@ pub fn resolve(
     let account = account(listed.as_ref(), settings, around);
     let events = events(&spec, started, &ordered);
     let (told, again) = events::told(&events, container.id.as_str(), seconds(now));
-    let id = given("meta-data/instance-id").unwrap_or_else(|| derived_id("i-", container.id.as_str()));
+    let own_id = derived_id("i-", container.id.as_str());
+    let id = given(INSTANCE_ID).unwrap_or_else(|| own_id.clone());
+    let shared = around.instance.get(INSTANCE_ID) == Some(&id);
     let facts = Facts {
         container: container.id.as_str().to_owned(),
         instance_id: id.clone(),
@@ -350,7 +356,7 @@ pub fn resolve(
     Instance {
         tags: facts.tags.is_some(),
         view: View::of(facts),
-        id,
+        id: if shared { own_id } else { id },
         endpoint: by_labels(&role),
         endpoint_open: open && by_labels(&role) && !by_labels(&Role::None),
         tokens_required: options
@@ -370,29 +376,37 @@ pub fn resolve(
 }
 
 /// Values that take the place of what is derived, the most particular first: the label of the path, the label of its own, the
-/// configuration.
-fn overrides(spec: &ContainerSpec, settings: &Settings) -> BTreeMap<String, String> {
+/// configuration, the host.
+fn overrides(spec: &ContainerSpec, settings: &Settings, around: &Surroundings) -> BTreeMap<String, String> {
     let own = [
         (catalogue::REGION, &spec.region),
         (catalogue::ZONE, &spec.availability_zone),
         ("meta-data/instance-type", &spec.instance_type),
-        ("meta-data/instance-id", &spec.instance_id),
+        (INSTANCE_ID, &spec.instance_id),
         ("meta-data/ami-id", &spec.ami_id),
     ];
     let own = own
         .into_iter()
         .filter_map(|(path, value)| Some((path.to_owned(), value.clone()?)));
     let labels: BTreeMap<String, String> = own.chain(spec.metadata.clone()).collect();
-    let mut all = settings.from_file.values.clone();
-    all.extend(settings.metadata.clone());
-    // The configuration's zone is one of the configuration's region.
-    if labels
-        .get(catalogue::REGION)
-        .is_some_and(|region| all.get(catalogue::REGION) != Some(region))
-    {
-        all.retain(|path, _| !path.starts_with("meta-data/placement/availability-zone"));
+    let mut configured = settings.from_file.values.clone();
+    configured.extend(settings.metadata.clone());
+    let mut all = BTreeMap::clone(&around.instance);
+    if let (Some(region), false) = (&settings.region, all.is_empty()) {
+        configured
+            .entry(catalogue::REGION.to_owned())
+            .or_insert_with(|| region.clone());
     }
-    all.extend(labels);
+    for layer in [configured, labels] {
+        // Whose region is another's, its zone is not.
+        if layer
+            .get(catalogue::REGION)
+            .is_some_and(|region| all.get(catalogue::REGION) != Some(region))
+        {
+            all.retain(|path, _| !path.starts_with("meta-data/placement/availability-zone"));
+        }
+        all.extend(layer);
+    }
     all
 }
 

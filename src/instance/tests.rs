@@ -123,12 +123,16 @@ fn said(instance: &Instance) -> String {
 }
 
 fn instance(labels: &[(&str, &str)], settings: &Settings) -> Instance {
+    instance_among(labels, settings, &around())
+}
+
+fn instance_among(labels: &[(&str, &str)], settings: &Settings, around: &Surroundings) -> Instance {
     resolve(
         &container(labels),
         &attachments(),
         SystemTime::UNIX_EPOCH,
         settings,
-        &around(),
+        around,
     )
 }
 
@@ -383,17 +387,83 @@ fn the_length_of_a_session() {
 }
 
 #[test]
+fn what_the_host_is_is_seen_where_nothing_else_is_given() {
+    const ZONE: &str = "meta-data/placement/availability-zone";
+    let host = [
+        ("meta-data/instance-id", "i-0bbbbbbbbbbbbbbbb"),
+        ("meta-data/ami-id", "ami-0aaaaaaaaaaaaaaaa"),
+        ("meta-data/mac", "0e:49:61:0f:c3:11"),
+        ("meta-data/network/interfaces/macs/{mac}/vpc-id", "vpc-0"),
+        (ZONE, "eu-central-1b"),
+        (catalogue::REGION, "eu-central-1"),
+        ("meta-data/tags/instance/Name", "big"),
+    ];
+    let around = Surroundings {
+        instance: Arc::new(host.map(|(path, value)| (path.to_owned(), value.to_owned())).into()),
+        ..around()
+    };
+    let seen = |toml: &str, labels: &[(&str, &str)], path: &str| {
+        let settings = configured(toml);
+        let instance = instance_among(labels, &settings, &around);
+        match instance.view.get(path) {
+            Some(Node::Text(text)) => String::from_utf8_lossy(text).into_owned(),
+            None => "nothing".to_owned(),
+            other => panic!("{path}: {other:?}"),
+        }
+    };
+    let of_link = "meta-data/network/interfaces/macs/0e:49:61:0f:c3:11/vpc-id";
+    for (toml, labels, path, value) in [
+        ("", &[][..], "meta-data/instance-id", "i-0bbbbbbbbbbbbbbbb"),
+        ("", &[], of_link, "vpc-0"),
+        ("", &[], ZONE, "eu-central-1b"),
+        ("", &[], "meta-data/placement/region", "eu-central-1"),
+        // What it does not say is derived, from what it does.
+        ("", &[], "meta-data/placement/availability-zone-id", "euc1-az2"),
+        ("", &[], "meta-data/hostname", "web-1"),
+        // Tags are an option.
+        ("", &[], "meta-data/tags/instance/Name", "nothing"),
+        (
+            "[imds]\ninstance_metadata_tags = \"enabled\"",
+            &[],
+            "meta-data/tags/instance/Name",
+            "big",
+        ),
+        // Labels and configuration win, and a zone is one of its region.
+        (
+            "",
+            &[("imds.ami-id", "ami-0123456789abcdef0")],
+            "meta-data/ami-id",
+            "ami-0123456789abcdef0",
+        ),
+        ("[metadata]\n\"ami-id\" = \"ami-1\"", &[], "meta-data/ami-id", "ami-1"),
+        ("region = \"eu-west-1\"", &[], "meta-data/placement/region", "eu-west-1"),
+        ("region = \"eu-west-1\"", &[], ZONE, "eu-west-1a"),
+        ("region = \"eu-central-1\"", &[], ZONE, "eu-central-1b"),
+        (
+            "region = \"eu-west-1\"",
+            &[("imds.region", "eu-west-2")],
+            ZONE,
+            "eu-west-2a",
+        ),
+        ("", &[("imds.region", "eu-west-2")], ZONE, "eu-west-2a"),
+    ] {
+        assert_eq!(seen(toml, labels, path), value, "{toml} {labels:?} {path}");
+    }
+    // All have the host's id; what keeps containers apart is their own.
+    let id = |labels: &[(&str, &str)]| instance_among(labels, &Settings::default(), &around).id;
+    assert_eq!(id(&[]), "i-0123456789abcdef0");
+    assert_eq!(
+        id(&[("imds.instance-id", "i-0fffffffffffffff0")]),
+        "i-0fffffffffffffff0"
+    );
+}
+
+#[test]
 fn a_profile_is_a_base_or_served_as_it_is() {
     let mut around = around();
     let resolved = |labels: &[(&str, &str)], around: &Surroundings| {
         let settings = configured("account_id = \"999900001111\"\n[credentials]\ndefault_role = \"other\"");
-        resolve(
-            &container(labels),
-            &attachments(),
-            SystemTime::UNIX_EPOCH,
-            &settings,
-            around,
-        )
+        instance_among(labels, &settings, around)
     };
     let (dev, app) = (("imds.profile", "dev"), ("imds.role", "app"));
     // Until STS has said whose it is, there is no role by name, and the profile is the one to be read.

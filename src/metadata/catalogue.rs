@@ -340,7 +340,7 @@ pub const REGION: &str = "meta-data/placement/region";
 /// Where the availability zone stands.
 pub const ZONE: &str = "meta-data/placement/availability-zone";
 /// Where public keys stand, listed with their names.
-const PUBLIC_KEYS: &str = "meta-data/public-keys";
+pub const PUBLIC_KEYS: &str = "meta-data/public-keys";
 /// Where links stand.
 pub const MACS: &str = "meta-data/network/interfaces/macs/";
 /// Where tags stand.
@@ -602,9 +602,11 @@ fn view(facts: &Facts) -> InstanceView {
         }
     }
     for (path, value) in &facts.overrides {
-        // Tags are what the option shows, whoever gives them.
-        if !path.starts_with(TAGS) || facts.tags.is_some() {
-            values.insert(of_first(path, &facts.links), value.clone());
+        let path = of_first(path, &facts.links);
+        // Tags are what the option shows, whoever gives them; and what is of a link is nowhere without one.
+        let hidden = (path.starts_with(TAGS) && facts.tags.is_none()) || path.contains(MAC);
+        if !hidden {
+            values.insert(path, value.clone());
         }
     }
     values.extend(facts.events.clone());

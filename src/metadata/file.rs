@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::catalogue::{self, MACS, PathError};
+use super::real::is_of_another_link;
 
 /// What a file gives.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -168,27 +169,13 @@ pub fn read(text: &str) -> Result<Given, String> {
 /// The most that user data may be, raw (EC2 user guide, "Run commands at launch using user data").
 pub const MOST_USER_DATA: usize = 16 * 1024;
 
-/// Whether what stands at a path (`meta-data/iam/`) may be in a file at all: nothing that is a secret, or signed, is even asked
-/// for.
-pub fn is_recorded(path: &str) -> bool {
-    const LEFT_OUT: [&str; 3] = [
-        catalogue::IAM,
-        "meta-data/identity-credentials",
-        "meta-data/managed-ssh-keys",
-    ];
-    !LEFT_OUT.iter().any(|it| path.starts_with(it))
-}
-
 /// Writes a file that [`read`] reads, and AEMM, too: of what stood at these paths, all that can be given. Of several links, the
 /// first one's.
 pub fn write(found: &BTreeMap<String, String>, user_data: Option<&[u8]>) -> String {
     let mut file = File::default();
-    let first = found.get("meta-data/mac");
     for (path, value) in found {
         let value = value.trim_end_matches('\n');
-        let of = path.strip_prefix(MACS).and_then(|rest| rest.split('/').next());
-        let of_another = of.is_some_and(|mac| first.is_none_or(|first| first != mac));
-        if of_another || !is_recorded(path) || catalogue::known(path, value).is_err() {
+        if is_of_another_link(path, found) || catalogue::known(path, value).is_err() {
             continue;
         }
         let (section, key) = match path.strip_prefix("meta-data/") {

@@ -4,6 +4,7 @@ pub mod catalogue;
 pub mod events;
 pub mod file;
 pub mod identity;
+pub mod real;
 
 use std::collections::{BTreeMap, HashMap};
 

@@ -1,6 +1,5 @@
 //! The verbs that are clients of the metadata service, for inside containers: they need nothing but the address.
 
-use std::collections::BTreeMap;
 use std::io::{self, Write as _};
 use std::time::Duration;
 
@@ -10,7 +9,7 @@ use tokio::time::{sleep, timeout_at};
 
 use super::{Failure, Said, usage};
 use crate::clock::Clock;
-use crate::metadata::file;
+use crate::metadata::{file, real};
 use crate::telemetry;
 
 /// The longest that `get` waits for one answer.
@@ -122,9 +121,6 @@ async fn until_ready(
     }
 }
 
-/// The most directories and values that `record` asks for: no instance has so many.
-const MOST_PATHS: usize = 10_000;
-
 /// Writes what stands below `meta-data/` here, but for secrets, to a file that `--metadata-file` serves.
 pub(super) async fn record(path: &std::path::Path, with_user_data: bool) -> Result<(), Failure> {
     let silent = |error: io::Error| {
@@ -145,28 +141,12 @@ pub(super) async fn record(path: &std::path::Path, with_user_data: bool) -> Resu
         let answer = ask(&format!("GET /latest/{path}"), &header).await.map_err(silent)?;
         Ok((answer.status == 200).then_some(answer.body))
     };
-    let mut found = BTreeMap::new();
-    let mut dirs = vec!["meta-data/".to_owned(), "dynamic/fws/".to_owned()];
-    let mut asked = 0;
-    while let Some(dir) = dirs.pop() {
-        let listing = get(&dir).await?.unwrap_or_default();
-        for name in String::from_utf8_lossy(&listing).lines() {
-            // Public keys are listed with their names: `0=me`.
-            let path = match name.split_once('=') {
-                Some((number, _)) => format!("{dir}{number}/"),
-                None => format!("{dir}{name}"),
-            };
-            asked += 1;
-            if asked > MOST_PATHS || !path.bytes().all(|b| b.is_ascii_graphic()) || !file::is_recorded(&path) {
-                continue;
-            }
-            if path.ends_with('/') {
-                dirs.push(path);
-            } else if let Some(value) = get(&path).await? {
-                found.insert(path, String::from_utf8_lossy(&value).into_owned());
-            }
-        }
-    }
+    let text = async |path: String| -> Result<Option<String>, Failure> {
+        Ok(get(&path)
+            .await?
+            .map(|value| String::from_utf8_lossy(&value).into_owned()))
+    };
+    let found = real::gather(text).await?;
     let user_data = if with_user_data { get("user-data").await? } else { None };
     let text = file::write(&found, user_data.as_deref());
     let mut options = std::fs::OpenOptions::new();

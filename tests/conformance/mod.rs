@@ -3,6 +3,8 @@
 //! The numbers are those of the table that the project was specified with (EC2's behaviour, from captures and
 //! documentation); rows of later features join when these exist.
 
+pub mod tricks;
+
 /// Which token a request carries.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Token {

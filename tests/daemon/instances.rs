@@ -1,5 +1,7 @@
 //! The whole instance, per container: its tree, what is given in it, its identity, its options.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
 use std::pin::Pin;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -12,14 +14,80 @@ use imds_router::caller::{Connection, Via};
 use imds_router::config::Settings;
 use imds_router::containers::SocketEvidence;
 use imds_router::metadata::events::{Event, Kind, Run};
+use imds_router::metadata::real;
 use imds_router::orders::{StopError, to_stop};
 use imds_router::server::{self, Wire};
 use imds_router::wire::imds::VERSIONS;
 
 use crate::conformance::Reply;
+use crate::conformance::tricks::{CLOSED, tricks};
 use crate::script::{Client, Daemon, id, settings};
 
 const ROLE_LIST: &str = "/latest/meta-data/iam/security-credentials/";
+
+/// What containers are to see of a host that has all that an instance can have.
+async fn host() -> BTreeMap<String, String> {
+    let open = [
+        ("meta-data/instance-id", "i-0bbbbbbbbbbbbbbbb"),
+        ("meta-data/tags/instance/iam", "a tag"),
+    ];
+    let closed = CLOSED.map(|path| (path, "of the host alone"));
+    let values: BTreeMap<_, _> = open.into_iter().chain(closed).collect();
+    let get = |path: String| {
+        let value = values.get(path.as_str()).map(|value| (*value).to_owned());
+        let below = values
+            .keys()
+            .filter_map(|it| it.strip_prefix(&path)?.split_inclusive('/').next());
+        let listed: BTreeSet<_> = below.filter(|_| path.ends_with('/')).collect();
+        let listing = listed.into_iter().collect::<Vec<_>>().join("\n");
+        let answer = value.or(Some(listing).filter(|listing| !listing.is_empty()));
+        async move { Ok::<_, Infallible>(answer) }
+    };
+    let Ok(found) = real::gather(get).await;
+    real::for_another(&found)
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_path_leads_to_what_is_the_hosts_alone() {
+    let daemon = Daemon::start(Settings {
+        instance_metadata_tags: true,
+        ..settings()
+    });
+    daemon.host_is(host().await);
+    daemon.synchronised().await;
+    let address = daemon.run(1, &[("imds.role", "app")]).await;
+    let other = daemon.run(2, &[("imds.role", "app")]).await;
+    daemon.settle().await;
+    // All have the id of the host, and their own role.
+    for (number, address) in [(1, address), (2, other)] {
+        let mut client = daemon.connect(number, address);
+        let id = client.get("/latest/meta-data/instance-id").await.unwrap();
+        assert_eq!(id.text(), "i-0bbbbbbbbbbbbbbbb");
+        assert_eq!(client.get(ROLE_LIST).await.unwrap().text(), "app");
+        assert_eq!(
+            client.get("/latest/meta-data/tags/instance/iam").await.unwrap().text(),
+            "a tag"
+        );
+    }
+    let tricks = tricks();
+    assert!(tricks.len() > 200, "{}", tricks.len());
+    for path in tricks {
+        // A connection of its own: some of them end it.
+        let reply = daemon.connect(1, address).get(&path).await;
+        let text = reply
+            .map(|reply| String::from_utf8_lossy(&reply.body).into_owned())
+            .unwrap_or_default();
+        assert!(
+            !text.contains("of the host") && !text.contains("of-the-host"),
+            "{path}: {text}"
+        );
+    }
+    let all = crawl(&mut daemon.connect(1, address), "/latest/").await;
+    assert!(all.len() > 20);
+    for (path, reply) in all {
+        assert!(!String::from_utf8_lossy(&reply.body).contains("of the host"), "{path}");
+    }
+}
 
 /// Everything that is listed below `root`, with its answers.
 async fn crawl(client: &mut Client, root: &str) -> Vec<(String, Reply)> {

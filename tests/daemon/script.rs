@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::future::Future;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU16, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -353,7 +353,7 @@ impl Witness for ScriptedWitness {
         self.namespace
     }
 
-    fn listens_inside(&self) -> bool {
+    fn listens_inside(&self, _at: IpAddr) -> bool {
         self.lives.lock().unwrap().inside.contains(&self.namespace)
     }
 
@@ -361,7 +361,7 @@ impl Witness for ScriptedWitness {
         Ok(Vec::new())
     }
 
-    fn attach(&self) -> Result<Vec<String>, String> {
+    fn attach(&self, _settled: bool) -> Result<Vec<String>, String> {
         Ok(Vec::new())
     }
 
@@ -424,6 +424,7 @@ impl CredentialProvider for ScriptedSts {
 
 struct Resolver {
     settings: Arc<Mutex<Settings>>,
+    of_host: Arc<Mutex<Arc<BTreeMap<String, String>>>>,
     broker: Arc<Broker>,
     orders: Arc<Orders>,
     clock: Clock,
@@ -443,6 +444,7 @@ impl Instances for Resolver {
     fn resolve(&self, container: &Arc<Definition>, attachments: &Arc<Attachments>, started: SystemTime) -> Instance {
         let around = Surroundings {
             host: "h".into(),
+            instance: self.of_host.lock().unwrap().clone(),
             ..Surroundings::default()
         };
         let at = At {
@@ -482,6 +484,7 @@ pub struct Daemon {
     pub changed: watch::Sender<u64>,
     pub orders: Arc<Orders>,
     settings: Arc<Mutex<Settings>>,
+    of_host: Arc<Mutex<Arc<BTreeMap<String, String>>>>,
     next_port: AtomicU16,
     next_address: AtomicU64,
     _tasks: [tokio::task::JoinHandle<()>; 3],
@@ -533,11 +536,13 @@ impl Daemon {
         let orders = Arc::new(Orders::new(&[], Box::new(|_| Ok(()))).unwrap());
         let (changed, changes) = watch::channel(0);
         let settings = Arc::new(Mutex::new(settings));
+        let of_host = Arc::new(Mutex::new(Arc::default()));
         let ports = Ports {
             engine: Arc::new(engine.clone()),
             kernel: Arc::new(kernel.clone()),
             instances: Arc::new(Resolver {
                 settings: settings.clone(),
+                of_host: of_host.clone(),
                 broker: broker.clone(),
                 orders: orders.clone(),
                 clock: clock.clone(),
@@ -573,6 +578,7 @@ impl Daemon {
             changed,
             orders,
             settings,
+            of_host,
             next_port: AtomicU16::new(40_000),
             next_address: AtomicU64::new(0),
             _tasks: [tokio::spawn(watcher.run()), clocks, tokio::spawn(stops.run())],
@@ -582,6 +588,12 @@ impl Daemon {
     /// Other settings from now on, as after a reload.
     pub fn configure(&self, change: impl FnOnce(&mut Settings)) {
         change(&mut self.settings.lock().unwrap());
+        self.changed.send_modify(|version| *version += 1);
+    }
+
+    /// What EC2 says of the host, from now on.
+    pub fn host_is(&self, instance: BTreeMap<String, String>) {
+        *self.of_host.lock().unwrap() = Arc::new(instance);
         self.changed.send_modify(|version| *version += 1);
     }
 

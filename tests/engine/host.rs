@@ -27,7 +27,7 @@ type Case = (&'static str, fn() -> Outcome);
 
 /// All of them.
 pub fn trials() -> Vec<Trial> {
-    let all: [Case; 22] = [
+    let all: [Case; 23] = [
         ("up_is_what_the_documentation_lists", up_is_what_the_documentation_lists),
         (
             "clients_reach_the_listener_and_keep_their_address",
@@ -43,6 +43,10 @@ pub fn trials() -> Vec<Trial> {
         (
             "a_real_service_is_reached_only_without_us",
             a_real_service_is_reached_only_without_us,
+        ),
+        (
+            "a_real_service_stays_the_hosts_and_is_nobody_elses",
+            a_real_service_stays_the_hosts_and_is_nobody_elses,
         ),
         ("the_next_daemon_takes_over", the_next_daemon_takes_over),
         ("what_is_removed_is_put_back", what_is_removed_is_put_back),
@@ -239,6 +243,83 @@ fn a_real_service_is_reached_only_without_us() -> Outcome {
     assert_eq!(host.enter(|| clear(&Plan::host(LISTENER)))?.len(), 1);
     reached().map_err(|e| format!("{e:?} afterwards"))?;
     real.accept()?;
+    Ok(())
+}
+
+/// Between a container and EC2: the host reaches what it reached before, and passes nobody on to it, without a daemon, too.
+fn a_real_service_stays_the_hosts_and_is_nobody_elses() -> Outcome {
+    let (ec2, host, guest) = (Namespace::new(), Namespace::new(), Namespace::new());
+    ec2.bridge_to(&host);
+    host.bridge_to_at(&guest, "10.9.1");
+    ec2.run("ip", &["route", "add", "10.9.1.0/24", "via", "10.9.0.2"]);
+    host.run("sysctl", &["-qw", "net.ipv4.ip_forward=1"]);
+    ec2.run("ip", &["addr", "add", "169.254.169.254/32", "dev", "lo"]);
+    let real = ec2.listen(SocketAddrV4::new(ADDRESS, 80), false);
+    let reaches = |who: &Namespace| -> Result<(), ErrorKind> {
+        who.connect().map_err(|e| e.kind())?;
+        real.accept().map(drop).map_err(|e| e.kind())
+    };
+    let listing = || {
+        (
+            host.run("ip", &["-4", "-j", "route", "show", "table", "all"]),
+            host.rules(),
+        )
+    };
+    let before = listing();
+    assert_eq!((reaches(&host), reaches(&guest)), (Ok(()), Ok(())), "both, without us");
+
+    let addresses = ["169.254.169.254", "169.254.170.2"].map(|it| it.parse().expect("an address"));
+    let plan = || Plan::rejecting(&addresses, &[]);
+    let refused = || {
+        assert_eq!(reaches(&host), Ok(()));
+        assert_eq!(reaches(&guest), Err(ErrorKind::ConnectionRefused));
+    };
+    let (first, second, third) = (plan(), plan(), plan());
+    // Somebody else's accept, before and after ours, is none.
+    host.run(
+        "nft",
+        &["add table ip other; add chain ip other f { type filter hook forward priority -400; policy accept; }; add rule ip other f accept"],
+    );
+    assert_eq!(host.enter(move || install(&first))?.len(), 1, "without a daemon");
+    refused();
+    // What is no TCP is told, too.
+    let datagram = guest.enter(|| {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+        socket.connect((ADDRESS, 80))?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.send(b"?")?;
+        socket.recv(&mut [0; 8])
+    });
+    assert!(datagram.is_err_and(|e| e.kind() == ErrorKind::HostUnreachable || e.kind() == ErrorKind::PermissionDenied));
+    let up = host.enter(move || Interception::up(second))?;
+    assert_eq!(
+        host.rules()
+            .iter()
+            .filter(|table| table.contains("imds_router"))
+            .cloned()
+            .collect::<Vec<_>>(),
+        sorted(plan().parts().iter().filter_map(text))
+    );
+    refused();
+    let other = plan();
+    assert!(matches!(
+        host.enter(move || Interception::up(other)).map(drop),
+        Err(HostError::Busy { .. })
+    ));
+    host.crash(up);
+    refused();
+    let mut up = host.enter(move || Interception::up(third))?;
+    host.run("nft", &["delete", "table", "ip", "imds_router_guard"]);
+    assert_eq!(up.verify()?.len(), 1);
+    refused();
+    // A clean end does not open it.
+    up.down()?;
+    refused();
+    assert!(!host.has_owned_table());
+    host.run("nft", &["delete", "table", "ip", "other"]);
+    assert_eq!(host.enter(|| clear(&Plan::host(LISTENER)))?.len(), 1, "intercept down");
+    assert_eq!(listing(), before);
+    assert_eq!((reaches(&host), reaches(&guest)), (Ok(()), Ok(())));
     Ok(())
 }
 
@@ -652,6 +733,12 @@ impl Namespace {
 
     /// A pair of links to `guest`, which has its default route here. Returns the address there.
     fn bridge_to(&self, guest: &Self) -> Ipv4Addr {
+        self.bridge_to_at(guest, "10.9.0")
+    }
+
+    /// The same, on another network.
+    fn bridge_to_at(&self, guest: &Self, network: &str) -> Ipv4Addr {
+        let (near, far) = (format!("{network}.1"), format!("{network}.2"));
         self.run(
             "ip",
             &[
@@ -667,12 +754,12 @@ impl Namespace {
                 &guest.name,
             ],
         );
-        self.run("ip", &["addr", "add", "10.9.0.1/24", "dev", "veth0"]);
+        self.run("ip", &["addr", "add", &format!("{near}/24"), "dev", "veth0"]);
         self.run("ip", &["link", "set", "veth0", "up"]);
-        guest.run("ip", &["addr", "add", "10.9.0.2/24", "dev", "eth0"]);
+        guest.run("ip", &["addr", "add", &format!("{far}/24"), "dev", "eth0"]);
         guest.run("ip", &["link", "set", "eth0", "up"]);
-        guest.run("ip", &["route", "add", "default", "via", "10.9.0.1"]);
-        Ipv4Addr::new(10, 9, 0, 2)
+        guest.run("ip", &["route", "add", "default", "via", &near]);
+        far.parse().expect("an address")
     }
 
     fn try_run(&self, program: &str, arguments: &[&str]) -> std::process::Output {

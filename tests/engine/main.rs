@@ -10,6 +10,8 @@ mod cases;
 #[cfg(target_os = "linux")]
 mod churn;
 #[cfg(target_os = "linux")]
+mod cloud;
+#[cfg(target_os = "linux")]
 #[path = "../conformance/mod.rs"]
 mod conformance;
 #[cfg(target_os = "linux")]
@@ -60,6 +62,7 @@ fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
     trials.extend(churn::trials(rig));
     trials.extend(deploy::trials(rig));
     trials.extend(image::trials(rig));
+    trials.extend(cloud::trials(rig));
     // Looks at what all the others have left in their logs.
     trials.extend(secrecy::trials(rig));
     trials

@@ -9,6 +9,8 @@ use crate::cases::{LIST, daemon, is_itself};
 use crate::rig::{Client, Container, Daemon, Done, Engine, Identity, Kind, Rig, http, poll};
 
 const ACCOUNT: &str = "111122223333";
+/// Lives whose first act is a request over IPv6.
+const FIRST_ACTS: usize = 8;
 const IPV6: &str = "http://[fd00:ec2::254]";
 
 pub fn trials(rig: &Rig) -> Vec<Trial> {
@@ -57,12 +59,10 @@ fn ipv6(engine: &Arc<Engine>, attach: &str) {
     let containers = [run("six-a"), run("six-b")];
     for container in &containers {
         is_itself(container);
-        // The engine gives a namespace IPv6 with its network, and the service follows a moment later.
-        let reply = poll(Duration::from_secs(5), "an answer over IPv6", || {
-            let reply = container.request("GET", &format!("{IPV6}{LIST}"), &[]).ok()?;
-            (reply.status == 200).then_some(reply)
-        });
-        assert_eq!(reply.body, container.name());
+        let reply = container
+            .request("GET", &format!("{IPV6}{LIST}"), &[])
+            .expect("an answer");
+        assert_eq!((reply.status, reply.body.as_str()), (200, container.name()));
         let host = engine.host("hostname", &[]);
         let expected = Identity::of_role(
             ACCOUNT,
@@ -74,6 +74,20 @@ fn ipv6(engine: &Arc<Engine>, attach: &str) {
             assert_eq!(client.whoami(container, moto, &[mode]), expected, "{client:?}");
         }
     }
+    // As the first act of a life.
+    let first: Vec<String> = (0..FIRST_ACTS)
+        .map(|number| {
+            let name = format!("six-first-{number}");
+            let run = engine.run(&name).label("imds.role", &name).network(network.name());
+            let url = format!("{IPV6}{LIST}");
+            let act = run.command(&["/usr/bin/curl", "-sS", "-w", " %{http_code}", "--max-time", "3", &url]);
+            act.to_its_end().stdout
+        })
+        .collect();
+    let expected: Vec<_> = (0..FIRST_ACTS)
+        .map(|number| format!("six-first-{number} 200"))
+        .collect();
+    assert_eq!(first, expected);
     // A process of the host, and one that has moved into a namespace.
     let url = format!("{IPV6}{LIST}");
     let process = engine.request("GET", &url, &[]).expect("a refusal");

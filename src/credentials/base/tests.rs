@@ -55,6 +55,9 @@ impl Amazon {
 
     async fn answer(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
         let (parts, body) = request.into_parts();
+        if parts.uri.path().starts_with("/latest/") {
+            return self.as_ec2(&parts);
+        }
         let body = String::from_utf8(body.collect().await.unwrap().to_bytes().to_vec()).unwrap();
         let action = match parts.uri.path() {
             "/token" => "CreateToken",
@@ -111,6 +114,39 @@ impl Amazon {
             ),
         };
         Response::builder().status(status).body(Full::new(body.into())).unwrap()
+    }
+
+    /// The host's own metadata service, by IMDSv2.
+    fn as_ec2(&self, parts: &hyper::http::request::Parts) -> Response<Full<Bytes>> {
+        const ROLE: &str = "/latest/meta-data/iam/security-credentials/";
+        self.asked
+            .lock()
+            .unwrap()
+            .push(format!("{} {}", parts.method, parts.uri.path()));
+        let fails = self.fails.lock().unwrap().get("ec2").copied();
+        let with_token = parts
+            .headers
+            .get("x-aws-ec2-metadata-token")
+            .is_some_and(|it| it == "host-token");
+        let (status, body) = match (parts.uri.path(), fails) {
+            ("/latest/api/token", _) => (200, "host-token".to_owned()),
+            _ if !with_token => (401, String::new()),
+            (ROLE, Some((404, _))) => (404, String::new()),
+            (ROLE, _) => (200, "app".to_owned()),
+            (_, Some((status, body))) => (status, body.to_owned()),
+            (path, None) if path == format!("{ROLE}app") => {
+                let until = rfc3339_seconds(SystemTime::now() + HOUR);
+                let document = serde_json::json!({
+                    "Code": "Success", "Type": "AWS-HMAC", "AccessKeyId": "ASIAHOST", "SecretAccessKey": "host-secret",
+                    "Token": "host-session", "Expiration": until, "LastUpdated": until,
+                });
+                (200, document.to_string())
+            }
+            _ => (404, String::new()),
+        };
+        let answer = Response::builder().status(status);
+        let answer = answer.header("x-aws-ec2-metadata-token-ttl-seconds", "21600");
+        answer.body(Full::new(body.into())).unwrap()
     }
 
     fn fail(&self, action: &'static str, status: u16, body: &'static str) {
@@ -174,6 +210,7 @@ impl Desk {
             region: None,
             files: AwsFiles::find(Some(self.directory.path()), |_| None),
             allow_process: true,
+            instance_metadata: None,
             variables: variables
                 .iter()
                 .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
@@ -227,6 +264,63 @@ fn keys(id: &str, token: Option<&str>) -> Keys {
         access_key_id: id.into(),
         secret_access_key: Secret::new("handed-secret"),
         session_token: token.map(Secret::new),
+    }
+}
+
+#[tokio::test]
+async fn what_the_host_itself_has_comes_last_and_only_where_it_is_not_ours_to_give() {
+    let desk = Desk::new().await;
+    let on_ec2 = |variables: &[(&str, &str)]| {
+        let setup = Setup {
+            instance_metadata: Some(format!("http://{}", desk.amazon.address)),
+            ..desk.setup(variables)
+        };
+        Bases::new(setup, desk.clock.clone())
+    };
+    let bases = on_ec2(&[]);
+    let found = base(&bases, None).await.unwrap();
+    assert_eq!(
+        found,
+        (
+            "ASIAHOST".to_owned(),
+            "instance profile of this host, role app".to_owned()
+        )
+    );
+    assert!(bases.states()[&None].until.is_some());
+    assert!(desk.amazon.asked().iter().all(|asked| asked.contains("/latest/")));
+    // Whatever else there is comes first.
+    let environment = [("AWS_ACCESS_KEY_ID", "AKIAENV"), ("AWS_SECRET_ACCESS_KEY", "s")];
+    assert_eq!(base(&on_ec2(&environment), None).await.unwrap().0, "AKIAENV");
+    assert_eq!(desk.amazon.asked(), [""; 0]);
+
+    desk.config("[profile p]\nrole_arn = arn:aws:iam::111122223333:role/p\ncredential_source = Ec2InstanceMetadata\n");
+    let (key, origin) = base(&on_ec2(&[]), Some("p")).await.unwrap();
+    assert_eq!(key, "ASIAAssumeRole");
+    assert_eq!(
+        origin,
+        "profile p (instance profile of this host, role arn:aws:iam::111122223333:role/p)"
+    );
+    let ours = base(&desk.bases(), Some("p")).await.unwrap_err().to_string();
+    assert!(ours.contains("cannot be its own base"), "{ours}");
+
+    for (status, body, said) in [
+        (404, "", "and this host has no instance profile"),
+        (
+            200,
+            r#"{"Code": "AssumeRoleUnauthorizedAccess", "Message": "m"}"#,
+            "AssumeRoleUnauthorizedAccess: m",
+        ),
+        (200, "<html>", "role app: no credentials document"),
+        (
+            200,
+            r#"{"Code": "Success", "AccessKeyId": "A"}"#,
+            "role app: no credentials document",
+        ),
+        (403, "", "the host's own instance metadata service"),
+    ] {
+        desk.amazon.fail("ec2", status, body);
+        let error = base(&on_ec2(&[]), None).await.unwrap_err().to_string();
+        assert!(error.contains(said), "{error}");
     }
 }
 
@@ -342,6 +436,7 @@ async fn files_that_are_not_trusted_stop_who_needs_them() {
     assert_eq!(bases.get(None, RENEW_BEFORE).await.unwrap().sdk.endpoint_url(), None);
     let strict = Setup {
         allow_process: false,
+        instance_metadata: None,
         ..desk.setup(&variables)
     };
     std::fs::set_permissions(desk.path("config"), std::fs::Permissions::from_mode(0o600)).unwrap();
@@ -406,6 +501,7 @@ async fn changes_of_files_are_seen() {
         region: None,
         files: AwsFiles::find(Some(directory.path()), |_| None),
         allow_process: false,
+        instance_metadata: None,
         variables: HashMap::new(),
     };
     let bases = Bases::new(setup, Clock::scripted(SystemTime::UNIX_EPOCH + HOUR * 1_000));

@@ -175,6 +175,11 @@ impl Engine {
         engine
     }
 
+    /// Its host's network namespace, as `ip netns` knows it.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
     /// The engine's socket, as a path.
     pub fn socket(&self) -> PathBuf {
         self.directory.join("docker.sock")
@@ -621,7 +626,9 @@ fn nsenter(namespace: &str, mounts: &Child) -> Command {
         .arg(format!("--net={}", run::namespace_file(namespace)))
         .arg(format!("--mount=/proc/{}/ns/mnt", mounts.id()))
         .env_clear()
-        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        // Whosever machine this is, the trials' own hosts are nobody's unless a trial says so.
+        .env("IMDS_ROUTER_SERVE_DMI_DIR", "/nonexistent");
     command
 }
 

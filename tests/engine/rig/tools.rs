@@ -64,6 +64,9 @@ pub fn prepare() -> Result<(), String> {
             ("gaps.py", include_str!("../../clients/gaps.py")),
             ("hops.py", include_str!("../../clients/hops.py")),
             ("supervisor.py", include_str!("../../clients/supervisor.py")),
+            ("ec2.py", include_str!("../../clients/ec2.py")),
+            ("poll.py", include_str!("../../clients/poll.py")),
+            ("ask.py", include_str!("../../clients/ask.py")),
             ("attacks/divert.py", include_str!("../../clients/attacks/divert.py")),
             ("attacks/frames.py", include_str!("../../clients/attacks/frames.py")),
             (

@@ -1,0 +1,97 @@
+//! A host that has a metadata service of its own, and keeps it: its processes go on with theirs, containers are served inside
+//! their namespaces only, and what is not attached (yet) is rejected, whether a daemon runs or not.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+
+use tracing::warn;
+
+use super::interception::{has_ipv6, intercept};
+use super::{DEFAULT_PORT, IMDS_ADDRESS, IMDS_ADDRESS_IPV6};
+use crate::clock::Clock;
+use crate::config::{HostService, Settings};
+use crate::host::apply::{Interception, clear};
+use crate::host::cloud::{Cloud, services};
+use crate::host::{HostError, Plan};
+use crate::telemetry::with_causes;
+
+/// What a container that is served cannot do where [`Kept::resolves`].
+pub const NAMES: &str = "this host asks for names at 169.254.169.254, too: containers that are served there must ask somebody else, \
+    such as a resolver on the host: \"dns\": [\"172.17.0.1\"] in /etc/docker/daemon.json";
+
+/// The host's own service is kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Kept {
+    /// Whose machine this is, if the firmware says so.
+    cloud: Option<Cloud>,
+}
+
+impl Kept {
+    /// Whether it is, by these settings, on this host.
+    pub fn here(settings: &Settings) -> Option<Self> {
+        let cloud = || Cloud::find(&settings.dmi_dir);
+        match settings.host_service {
+            HostService::Replace => None,
+            HostService::Keep => Some(Self { cloud: cloud() }),
+            HostService::Auto => cloud().map(|cloud| Self { cloud: Some(cloud) }),
+        }
+    }
+
+    /// EC2's own service, if it is that: this daemon can ask it, as any process of the host.
+    pub fn ec2(&self) -> Option<String> {
+        let is_ec2 = self.cloud.is_some_and(|cloud| cloud.is_ec2());
+        is_ec2.then(|| format!("http://{IMDS_ADDRESS}"))
+    }
+
+    /// Whether this host asks for names at the same address: then a container that is served cannot.
+    pub fn resolves(&self) -> bool {
+        self.cloud.is_some_and(|cloud| cloud.resolves())
+    }
+
+    /// What is there on the host without a daemon, and stays.
+    pub fn plans(&self) -> Vec<Plan> {
+        let families = if has_ipv6() { &[true, false][..] } else { &[true] };
+        families.iter().map(|ipv4| self.plan(*ipv4)).collect()
+    }
+
+    /// The same, of one family.
+    pub(super) fn plan(&self, ipv4: bool) -> Plan {
+        let (addresses, resolvers) = services(self.cloud, ipv4);
+        Plan::rejecting(&addresses, &resolvers)
+    }
+
+    /// What follows the first plan, once that is up: the rest, and away with whatever still takes the address from the host.
+    ///
+    /// # Errors
+    /// What the kernel refused. What rejects is left up.
+    pub(super) async fn complete(&self, first: Interception, clock: &Clock) -> Result<Vec<Interception>, HostError> {
+        let mut up = vec![first];
+        let rest = async {
+            if has_ipv6() {
+                up.push(intercept(&self.plan(false), clock).await?);
+            }
+            for address in [IpAddr::from(IMDS_ADDRESS), IMDS_ADDRESS_IPV6.into()] {
+                let ours = Plan::host(SocketAddr::new(address, DEFAULT_PORT)).without_tables();
+                for step in clear(&ours)? {
+                    warn!(%step, "left by an earlier daemon; the host's own metadata service is to be reached again");
+                }
+            }
+            Ok(())
+        };
+        let Err(error) = rest.await else { return Ok(up) };
+        for failed in up.into_iter().filter_map(|it| it.down().err()) {
+            // Why it failed is the more important of two errors.
+            warn!(error = with_causes(&failed), "interception is not taken down whole");
+        }
+        Err(error)
+    }
+}
+
+impl fmt::Display for Kept {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.cloud {
+            Some(cloud) => write!(f, "a machine of {cloud}"),
+            None => write!(f, "[serve] host_service = \"keep\""),
+        }
+    }
+}
