@@ -106,21 +106,6 @@ pub enum AppError {
         listed(.0)
     )]
     NoNamespaces(Vec<Lack>),
-    /// By the address alone, and nobody has said that this is enough.
-    #[error(
-        "attach network proves callers by their address only\n\
-         hint: [serve] proof = \"address\" says that this is meant; a neighbour with NET_RAW (Docker's default) can then take \
-         another's credentials"
-    )]
-    NetworkProof,
-    /// The address is not this container's.
-    #[error("attach network: cannot listen on {IMDS_ADDRESS}:{IMDS_PORT}\nhint: {hint}")]
-    Network {
-        /// Why.
-        source: io::Error,
-        /// What to do.
-        hint: &'static str,
-    },
     /// Host attach would take the host's own metadata service away.
     #[error(
         "{what} would take {IMDS_ADDRESS} away from this host, which has a metadata service of its own: {kept}\n\
@@ -139,6 +124,21 @@ pub enum AppError {
         "{NOTHING_OF_HOST}\nhint: it takes a machine of EC2 (its firmware says so), whose own service is left to it: [serve] host_service"
     )]
     NothingOfHost,
+    /// By the address alone, and nobody has said that this is enough.
+    #[error(
+        "attach network proves callers by their address only\n\
+         hint: [serve] proof = \"address\" says that this is meant; a neighbour with NET_RAW (Docker's default) can then take \
+         another's credentials"
+    )]
+    NetworkProof,
+    /// The address is not this container's.
+    #[error("attach network: cannot listen on {IMDS_ADDRESS}:{IMDS_PORT}\nhint: {hint}")]
+    Network {
+        /// Why.
+        source: io::Error,
+        /// What to do.
+        hint: &'static str,
+    },
     /// No sock_diag.
     #[error("the kernel cannot be asked about connections (sock_diag)\nhint: modprobe -a inet_diag tcp_diag")]
     Diag(#[source] io::Error),
@@ -200,7 +200,7 @@ fn listed(lacks: &[Lack]) -> String {
 async fn level(settings: &Settings, kept: Option<Kept>) -> Result<Level, AppError> {
     if settings.attach == Attach::Network {
         return match (kept, settings.proof) {
-            // To the host's processes, too, the address would be that of the daemon's container.
+            // Docker's network with that address takes it away from the host's processes, too.
             (Some(kept), _) => Err(AppError::KeepsItsOwn {
                 what: "attach = \"network\"",
                 kept,
@@ -254,19 +254,21 @@ pub async fn run(
         return Err(AppError::NothingOfHost);
     }
     let on_network = settings.attach == Attach::Network;
-    let (at_address, plan) = match &kept {
+    // Where it listens outside of containers, and what it puts up there.
+    let (listener, plan) = match &kept {
         Some(kept) => (None, Some(kept.plan(true))),
+        None if on_network => (Some(network::listen()?), None),
         None => {
-            let (listener, listening) = match on_network {
-                true => network::listen()?,
-                false => inherited.listen(IMDS_ADDRESS.into()).map_err(AppError::Listen)?,
-            };
-            let listener = TcpListener::from_std(listener).map_err(AppError::Listen)?;
-            (
-                Some((listener, listening)),
-                (!on_network).then(|| Plan::host(listening)),
-            )
+            let (listener, listening) = inherited.listen(IMDS_ADDRESS.into()).map_err(AppError::Listen)?;
+            (Some((listener, listening)), Some(Plan::host(listening)))
         }
+    };
+    let listener = match listener {
+        Some((listener, listening)) => {
+            let listener = TcpListener::from_std(listener).map_err(AppError::Listen)?;
+            Some((listener, listening))
+        }
+        None => None,
     };
 
     let sts = match settings.source {
@@ -356,7 +358,7 @@ pub async fn run(
         resolver: resolver.clone(),
         service: service.clone(),
         clock: clock.clone(),
-        listening: at_address.as_ref().map(|(_, listening)| *listening),
+        listening: listener.as_ref().map(|(_, listening)| *listening),
         standing_by: ArcSwapOption::empty(),
         lag,
     });
@@ -420,7 +422,7 @@ pub async fn run(
         false => None,
     };
     let interfaces = Arc::new(Interfaces::new(LINK));
-    if kept.is_none() && settings.ipv6 && !on_network && has_ipv6() {
+    if kept.is_none() && !on_network && settings.ipv6 && has_ipv6() {
         match intercept_ipv6(&mut inherited, &clock).await {
             Ok((also, listener)) => {
                 interception.push(also);
@@ -456,11 +458,14 @@ pub async fn run(
         tasks.spawn(of_host::keep(service, resolver.clone(), pause));
     }
     tasks.spawn(Watcher::new(ports, index.clone(), misses, clock.clone()).run());
-    if let Some((listener, _)) = at_address {
-        match on_network {
-            true => tasks.spawn(server::accept_on_network(listener, interfaces, host, service)),
-            false => tasks.spawn(server::accept_on_host(listener, interfaces, host, level, service)),
-        };
+    match listener {
+        Some((listener, _)) if on_network => {
+            tasks.spawn(server::accept_on_network(listener, interfaces, host, service));
+        }
+        Some((listener, _)) => {
+            tasks.spawn(server::accept_on_host(listener, interfaces, host, level, service));
+        }
+        None => {}
     }
     if let Some(frozen) = frozen {
         tasks.spawn(freeze::keep_frozen(frozen, index.clone()));

@@ -61,8 +61,8 @@ fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
     trials.extend(attacks::trials(rig));
     trials.extend(churn::trials(rig));
     trials.extend(deploy::trials(rig));
-    trials.extend(image::trials(rig));
     trials.extend(cloud::trials(rig));
+    trials.extend(image::trials(rig));
     // Looks at what all the others have left in their logs.
     trials.extend(secrecy::trials(rig));
     trials
