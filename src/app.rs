@@ -200,9 +200,14 @@ fn listed(lacks: &[Lack]) -> String {
 /// What callers are proven by here, with these settings.
 async fn level(settings: &Settings, kept: Option<Kept>) -> Result<Level, AppError> {
     if settings.attach == Attach::Network {
-        return match settings.proof {
-            Proof::Address => Ok(Level::Address),
-            Proof::Full => Err(AppError::NetworkProof),
+        return match (kept, settings.proof) {
+            // Docker's network with that address takes it away from the host's processes, too.
+            (Some(kept), _) => Err(AppError::KeepsItsOwn {
+                what: "attach = \"network\"",
+                kept,
+            }),
+            (None, Proof::Address) => Ok(Level::Address),
+            (None, Proof::Full) => Err(AppError::NetworkProof),
         };
     }
     let lacks = lacking(&engine_host(settings)).await;

@@ -1,6 +1,6 @@
 //! What the daemon says of itself: the log, and how foreign text gets into it.
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
@@ -37,17 +37,14 @@ pub enum LogFormat {
 }
 
 /// The filter for a level as typed; `None` when it is not one.
-fn filter(level: &str) -> Option<EnvFilter> {
+fn filter(level: &str) -> Option<Targets> {
     // Anything else that is one word would be taken for the name of a crate, and silence all others.
     const LEVELS: &[&str] = &["error", "warn", "info", "debug", "trace", "off"];
     if !level.contains('=') && !LEVELS.contains(&level) {
         return None;
     }
-    let mut filter = EnvFilter::builder().parse(level).ok()?;
-    for name in CAPPED {
-        filter = filter.add_directive(format!("{name}=info").parse().ok()?);
-    }
-    Some(filter)
+    let filter: Targets = level.parse().ok()?;
+    Some(filter.with_targets(CAPPED.iter().map(|name| (*name, LevelFilter::INFO))))
 }
 
 /// Starts the log on stderr.
@@ -119,5 +116,15 @@ mod tests {
         assert!(filter("imds_router=loud").is_none());
         assert!(filter("loud").is_none());
         assert!(filter("").is_none());
+    }
+
+    #[test]
+    fn no_level_makes_crates_that_know_secrets_say_more() {
+        let filter = filter("trace").unwrap();
+        assert!(filter.would_enable("imds_router::server", &tracing::Level::TRACE));
+        for name in ["hyper::proto", "aws_config", "rustls::client"] {
+            assert!(filter.would_enable(name, &tracing::Level::INFO), "{name}");
+            assert!(!filter.would_enable(name, &tracing::Level::DEBUG), "{name}");
+        }
     }
 }

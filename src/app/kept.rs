@@ -9,7 +9,7 @@ use tracing::warn;
 use super::interception::{has_ipv6, intercept};
 use super::{IMDS_ADDRESS, IMDS_ADDRESS_IPV6};
 use crate::clock::Clock;
-use crate::config::{Attach, HostService, Settings};
+use crate::config::{HostService, Settings};
 use crate::host::apply::{Interception, clear};
 use crate::host::cloud::{Cloud, services};
 use crate::host::{HostError, Plan};
@@ -31,10 +31,6 @@ pub struct Kept {
 impl Kept {
     /// Whether it is, by these settings, on this host.
     pub fn here(settings: &Settings) -> Option<Self> {
-        if settings.attach == Attach::Network {
-            // The address is the container's own, wherever its host is.
-            return None;
-        }
         let cloud = Cloud::find(&settings.dmi_dir);
         let meant = settings.host_service == HostService::Keep;
         let kept = meant || (settings.host_service == HostService::Auto && cloud.is_some());

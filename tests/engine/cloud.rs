@@ -445,14 +445,19 @@ fn attach_host_is_for_whoever_means_it(engine: &Arc<Engine>) {
     let at_rest = || engine.network_at_rest().without_ipv6_of("ec2");
     let before = at_rest();
     let config = format!("{OFFLINE}[serve]\nattach = \"host\"\n");
-    let (code, output) = Daemon::start_in_vain(engine, &config, &ec2.environment());
-    assert_eq!(code, Some(1), "{output}");
-    for said in [
-        "attach = \"host\" would take 169.254.169.254 away from this host, which has a metadata service of its own: \
-         a machine of EC2 (firmware, sys_vendor: Amazon EC2)",
-        "[serve] host_service = \"replace\"",
-    ] {
-        assert!(output.contains(said), "{said} is not in {output}");
+    let on_network = format!("{OFFLINE}[serve]\nattach = \"network\"\nproof = \"address\"\n");
+    for (attach, config) in [("host", &config), ("network", &on_network)] {
+        let (code, output) = Daemon::start_in_vain(engine, config, &ec2.environment());
+        assert_eq!(code, Some(1), "{output}");
+        for said in [
+            &format!(
+                "attach = \"{attach}\" would take 169.254.169.254 away from this host, which has a metadata service of its own"
+            ),
+            "a machine of EC2 (firmware, sys_vendor: Amazon EC2)",
+            "[serve] host_service = \"replace\"",
+        ] {
+            assert!(output.contains(said), "{said} is not in {output}");
+        }
     }
     before.assert_same(&at_rest());
     ec2.the_host_has_its_own();
