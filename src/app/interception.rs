@@ -17,7 +17,7 @@ use super::{DEFAULT_PORT, IMDS_ADDRESS, IMDS_ADDRESS_IPV6};
 use crate::caller::connection::{Interfaces, remember_ingress};
 use crate::caller::kernel::{Doors, Opened};
 use crate::clock::Clock;
-use crate::config::Settings;
+use crate::config::{Attach, Settings};
 use crate::containers::NamespaceId;
 use crate::containers::index::Index;
 use crate::host::apply::{Interception, clear};
@@ -48,6 +48,8 @@ pub(super) async fn intercept_ipv6(
 pub fn plans(settings: &Settings) -> Vec<Plan> {
     match Kept::here(settings) {
         Some(kept) => kept.plans(),
+        // The address is a container's own, by the engine.
+        None if settings.attach == Attach::Network => Vec::new(),
         None => own_plans(),
     }
 }
