@@ -45,13 +45,13 @@ use crate::caller::address::EngineWord;
 use crate::caller::cgroup::Cgroups;
 use crate::caller::connection::Interfaces;
 use crate::caller::kernel::{HostKernel, KernelError};
-use crate::caller::level::{Lack, lacking};
+use crate::caller::level::{Lack, emulated, lacking};
 use crate::caller::socket::DiagSocket;
 use crate::clock::{Clock, rfc3339_seconds};
 use crate::config::{Attach, Compat, CredentialSource, Nested, Proof, RELOADED, Settings};
 use crate::containers::compat;
 use crate::containers::compose::{self, ComposeError};
-use crate::containers::docker::{DEFAULT_HOST, Engine, Lag};
+use crate::containers::docker::{DEFAULT_HOST, Engine, Lag, architecture};
 use crate::containers::index::{EngineState, Index};
 use crate::containers::watcher::{
     ContainerEngine, EngineError, Hold, Instances, Kernel, Ports, Watcher, own_environment,
@@ -197,6 +197,14 @@ fn listed(lacks: &[Lack]) -> String {
     all.join("; ")
 }
 
+/// What is lacking here for the kernel's word.
+async fn lacks(settings: &Settings) -> Vec<Lack> {
+    let engine = engine_host(settings);
+    let mut lacks = lacking(&engine).await;
+    lacks.extend(architecture(&engine).await.and_then(|engines| emulated(&engines)));
+    lacks
+}
+
 /// What callers are proven by here, with these settings.
 async fn level(settings: &Settings, kept: Option<Kept>) -> Result<Level, AppError> {
     if settings.attach == Attach::Network {
@@ -210,7 +218,7 @@ async fn level(settings: &Settings, kept: Option<Kept>) -> Result<Level, AppErro
             (None, Proof::Full) => Err(AppError::NetworkProof),
         };
     }
-    let lacks = lacking(&engine_host(settings)).await;
+    let lacks = lacks(settings).await;
     // Whoever says both has been told: containers on bridges are intercepted, and the host is not.
     let meant = settings.attach == Attach::Host && kept.is_some_and(|kept| kept.meant);
     let over_the_host = match (lacks.is_empty(), settings.proof, settings.attach) {

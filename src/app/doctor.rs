@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use super::kept::{Kept, NAMES};
 use super::{ATTACH_HOST, DOCKER_RUN, IMDS_ADDRESS, engine_host, plans};
 use crate::admin;
-use crate::caller::level::{Lack, lacking};
+use crate::caller::level::Lack;
 use crate::clock::Clock;
 use crate::config::{Attach, Proof, Settings};
 use crate::containers::docker::Engine;
@@ -123,7 +123,7 @@ fn network(found: &mut Diagnosis) {
 }
 
 async fn proof(settings: &Settings, found: &mut Diagnosis) {
-    let lacks = lacking(&engine_host(settings)).await;
+    let lacks = super::lacks(settings).await;
     if lacks.is_empty() {
         found.fine("proof: full; the kernel says who made a connection");
     }
@@ -134,7 +134,7 @@ async fn proof(settings: &Settings, found: &mut Diagnosis) {
                 "mount -t cgroup2 none /sys/fs/cgroup/unified (in a container: -v /sys/fs/cgroup:/sys/fs/cgroup:ro)"
             }
             Lack::Remote(_) => "run imds-router on the engine's own host",
-            Lack::Capabilities(_) | Lack::Processes | Lack::Network => DOCKER_RUN,
+            Lack::Capabilities(_) | Lack::Processes | Lack::Network | Lack::Emulated { .. } => DOCKER_RUN,
         };
         let verdict = if accepted { Verdict::Note } else { Verdict::Wrong };
         found.add(

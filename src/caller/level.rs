@@ -24,6 +24,17 @@ pub enum Lack {
         "the engine is in another network namespace than this process (rootless Docker, or a container without the host's network)"
     )]
     Network,
+    /// A processor of its own.
+    #[error(
+        "this is an {ours} program on an {engines} machine, and the kernel cannot be asked through an emulator: take the image for that \
+         (docker pull --platform linux/{engines}, and docker run with it)"
+    )]
+    Emulated {
+        /// What this program was built for.
+        ours: &'static str,
+        /// What the engine's machine is.
+        engines: String,
+    },
     /// The engine itself.
     #[error("the engine at {0} is another machine's: the kernel to ask is there")]
     Remote(String),
@@ -62,6 +73,21 @@ pub async fn lacking(engine: &str) -> Vec<Lack> {
     lacks
 }
 
+/// Whether this program is run by an emulator, where the engine's machine is of this architecture, in Docker's words. The
+/// emulator itself would say that all is well.
+pub fn emulated(engines: &str) -> Option<Lack> {
+    let ours = match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        // Docker has other words for these, too, and nobody emulates them.
+        _ => return None,
+    };
+    (engines != ours).then(|| Lack::Emulated {
+        ours,
+        engines: engines.to_owned(),
+    })
+}
+
 /// What the process that listens on the engine's socket tells of where this process sits.
 async fn of_peer(socket: &Path) -> Option<Lack> {
     let peer = tokio::net::UnixStream::connect(socket).await.ok()?.peer_cred().ok()?;
@@ -74,5 +100,26 @@ async fn of_peer(socket: &Path) -> Option<Lack> {
         (Ok(theirs), Ok(ours)) if theirs != ours => Some(Lack::Network),
         // Without the right to look that is what is lacking, and said already.
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_for_another_machine_says_so() {
+        let (ours, other) = match std::env::consts::ARCH {
+            "x86_64" => ("amd64", "arm64"),
+            "aarch64" => ("arm64", "amd64"),
+            _ => return,
+        };
+        assert!(emulated(ours).is_none());
+        let said = emulated(other).map(|lack| lack.to_string());
+        let expected = format!("this is an {ours} program on an {other} machine");
+        assert!(
+            said.as_ref().is_some_and(|said| said.starts_with(&expected)),
+            "{said:?}"
+        );
     }
 }

@@ -121,6 +121,18 @@ impl Engine {
     }
 }
 
+/// How long an engine that is there takes at most to say what it is.
+const SOON: Duration = Duration::from_secs(2);
+
+/// The architecture of the engine's host, in the engine's words (`arm64`). An engine that is not there yet says nothing.
+pub async fn architecture(host: &str) -> Option<String> {
+    let asked = async {
+        let client = Docker::connect_with_host(host).ok()?.negotiate_version().await.ok()?;
+        client.version().await.ok()?.arch
+    };
+    tokio::time::timeout(SOON, asked).await.ok().flatten()
+}
+
 fn failed(error: Error) -> EngineError {
     EngineError(printable(&with_causes(&error), 300))
 }
@@ -529,6 +541,17 @@ mod tests {
     fn version(path: &str) -> Option<String> {
         path.ends_with("/version")
             .then(|| "{\"ApiVersion\":\"1.41\"}".to_owned())
+    }
+
+    #[tokio::test]
+    async fn the_engine_says_what_machine_it_is_on() {
+        let (dir, _engine) = engine(|path| {
+            let version = "{\"ApiVersion\":\"1.41\",\"Arch\":\"arm64\"}";
+            path.ends_with("/version").then(|| version.to_owned())
+        });
+        let socket = |name: &str| format!("unix://{}/{name}", dir.path().display());
+        assert_eq!(architecture(&socket("docker.sock")).await.as_deref(), Some("arm64"));
+        assert_eq!(architecture(&socket("nobody.sock")).await, None);
     }
 
     #[tokio::test]
