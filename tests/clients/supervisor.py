@@ -22,6 +22,7 @@ listener = socket.socket()
 assert listener.fileno() == FIRST
 listener.set_inheritable(True)
 listener.setsockopt(socket.SOL_IP, IP_FREEBIND, 1)
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as systemd does
 listener.bind(("169.254.169.254", 51254))
 listener.listen(1024)
 HEARS_AT = f"{tempfile.mkdtemp()}/notify"

@@ -31,12 +31,14 @@ const CONFIGURATION: &str = "
 ";
 
 pub fn trials(rig: &Rig) -> Vec<Trial> {
-    let mut trials = rig.in_each_view("podman::two_containers_two_roles", |engine| {
-        two_containers_two_roles(engine, "auto");
-    });
-    trials.push(rig.once("podman::two_containers_two_roles::host", |engine| {
-        two_containers_two_roles(engine, "host");
-    }));
+    let mut trials = Vec::new();
+    for view in rig.views().to_vec() {
+        for attach in ["auto", "host"] {
+            // On a host of its own: its rules stay there.
+            let name = format!("podman::two_containers_two_roles::{attach}::{}", view.name());
+            trials.push(rig.alone(&name, move || two_containers_two_roles(&Engine::start(view), attach)));
+        }
+    }
     trials
 }
 
@@ -136,24 +138,16 @@ impl Podman {
 
 impl Drop for Podman {
     fn drop(&mut self) {
-        let _ = Done::of(self.command(&["rm", "--all", "--force", "--time", "0"]));
-        drop(self.service.take());
-        // Its bridge stays otherwise.
-        let _ = Done::of(self.engine.command("ip").args(["link", "del", "podman0"]).take());
-        for mount in ["root/overlay", "root"] {
-            let _ = Done::of(self.engine.command("umount").arg(self.home.join(mount)).take());
+        // One that lends its network to another goes after that.
+        for _ in 0..2 {
+            let _ = Done::of(self.command(&["rm", "--all", "--force", "--time", "0"]));
         }
-    }
-}
-
-/// A command that was put together in place.
-trait Take {
-    fn take(&mut self) -> Command;
-}
-
-impl Take for Command {
-    fn take(&mut self) -> Command {
-        std::mem::replace(self, Command::new("false"))
+        drop(self.service.take());
+        for mount in ["root/overlay", "root"] {
+            let mut umount = self.engine.command("umount");
+            umount.arg(self.home.join(mount));
+            let _ = Done::of(umount);
+        }
     }
 }
 

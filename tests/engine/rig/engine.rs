@@ -313,7 +313,8 @@ impl Engine {
     pub fn network_at_rest(&self) -> Snapshot {
         poll(Duration::from_secs(5), "the last container's link to go", || {
             let now = self.snapshot_network();
-            let rests = now.lines_with("veth").is_empty() && now.lines_with("NO-CARRIER").len() == 2;
+            let docker0 = now.lines_with("\"ifname\":\"docker0\"");
+            let rests = now.lines_with("veth").is_empty() && docker0.iter().all(|link| link.contains("NO-CARRIER"));
             // IPv6 comes and goes on that bridge a while after its carrier; nothing of ours is ever there.
             rests.then(|| now.without_ipv6_of("docker0"))
         })
