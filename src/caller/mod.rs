@@ -37,6 +37,8 @@
 //!   divert an answer in transit while all of this is true, and one that sits in the middle of a connection can change what
 //!   is asked and answered within its lengths. It identifies who connected; it does not keep secret. Attach `namespace`,
 //!   `--cap-drop NET_RAW`, or networks of their own close that; `freeze_links` keeps neighbours from diverting (IPv4).
+//! * Attach `namespace` before it is there: what a container sends in the moment until the service listens inside (over IPv6:
+//!   until the engine is done with its network, a fraction of a second) is proven over the bridge, as with attach `host`.
 //! * Containers that share a network namespace share a boundary: whoever has `NET_RAW` in it reads along.
 
 pub mod address;
