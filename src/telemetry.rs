@@ -43,7 +43,20 @@ fn filter(level: &str) -> Option<Targets> {
     if !level.contains('=') && !LEVELS.contains(&level) {
         return None;
     }
-    let filter: Targets = level.parse().ok()?;
+    let asked: Targets = level.parse().ok()?;
+    // A part of such a crate would be more specific than the crate itself, and win.
+    let capped = asked.iter().map(|(target, level)| {
+        let is_of_capped = CAPPED.iter().any(|name| target.starts_with(name));
+        (
+            target,
+            if is_of_capped {
+                level.min(LevelFilter::INFO)
+            } else {
+                level
+            },
+        )
+    });
+    let filter = Targets::from_iter(capped).with_default(asked.default_level().unwrap_or(LevelFilter::OFF));
     Some(filter.with_targets(CAPPED.iter().map(|name| (*name, LevelFilter::INFO))))
 }
 
@@ -97,6 +110,8 @@ pub fn printable(text: &str, most: usize) -> String {
 
 #[cfg(test)]
 mod tests {
+    use tracing::Level;
+
     use super::*;
 
     #[test]
@@ -120,11 +135,22 @@ mod tests {
 
     #[test]
     fn no_level_makes_crates_that_know_secrets_say_more() {
-        let filter = filter("trace").unwrap();
-        assert!(filter.would_enable("imds_router::server", &tracing::Level::TRACE));
+        let would = |level: &str, name: &str, at| filter(level).unwrap().would_enable(name, &at);
+        assert!(would("trace", "imds_router::server", Level::TRACE));
         for name in ["hyper::proto", "aws_config", "rustls::client"] {
-            assert!(filter.would_enable(name, &tracing::Level::INFO), "{name}");
-            assert!(!filter.would_enable(name, &tracing::Level::DEBUG), "{name}");
+            assert!(would("trace", name, Level::INFO), "{name}");
+            // Whoever asks for one part of such a crate is told no more.
+            for asked in [
+                "trace".to_owned(),
+                format!("info,{name}=trace"),
+                format!("{name}::deeper=trace"),
+            ] {
+                assert!(!would(&asked, name, Level::DEBUG), "{name}, {asked}");
+                assert!(
+                    !would(&asked, &format!("{name}::deeper"), Level::DEBUG),
+                    "{name}, {asked}"
+                );
+            }
         }
     }
 }
