@@ -21,6 +21,7 @@ use std::fmt::Write as _;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -33,6 +34,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tracing::warn;
 
 use crate::telemetry::printable;
 
@@ -361,16 +363,34 @@ pub trait Observatory: Send + Sync + 'static {
 
 /// Answers on the socket until the task is dropped.
 pub async fn serve(listener: UnixListener, observatory: Arc<dyn Observatory>) {
-    while let Ok((stream, _)) = listener.accept().await {
+    loop {
+        let stream = accepted(|| listener.accept()).await;
         tokio::spawn(converse(stream, observatory.clone(), |request, observatory| {
             Box::pin(answer(request, observatory))
         }));
     }
 }
 
+/// The next connection. An error is one of the moment (out of descriptors, mostly, which come back): it ends nothing.
+async fn accepted<S, From, A>(accept: impl Fn() -> A) -> S
+where
+    A: Future<Output = io::Result<(S, From)>>,
+{
+    loop {
+        match accept().await {
+            Ok((stream, _)) => return stream,
+            Err(error) => {
+                warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
 /// Answers what Prometheus and health checks ask, and nothing else, until the task is dropped.
 pub async fn serve_metrics(listener: TcpListener, observatory: Arc<dyn Observatory>) {
-    while let Ok((stream, _)) = listener.accept().await {
+    loop {
+        let stream = accepted(|| listener.accept()).await;
         tokio::spawn(converse(stream, observatory.clone(), |request, observatory| {
             Box::pin(async move {
                 let known = matches!(request.uri().path(), "/metrics" | "/livez" | "/readyz");
@@ -920,6 +940,18 @@ fn shown_credentials(credentials: &CredentialStatus) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_cannot_be_accepted_ends_nothing() {
+        let tries = std::sync::atomic::AtomicU32::new(0);
+        let next = accepted(
+            async || match tries.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
+                0 | 1 => Err(io::Error::other("too many open files")),
+                number => Ok((number, ())),
+            },
+        );
+        assert_eq!(next.await, 2);
+    }
 
     #[test]
     fn a_status_for_people() {
