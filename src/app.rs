@@ -33,7 +33,9 @@ use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
-use self::interception::{HostDoors, PORTS, guard, has_ipv6, intercept_ipv6, leave_namespaces, make_transparent};
+use self::interception::{
+    HostDoors, PORTS, give_up, guard, has_ipv6, intercept_ipv6, leave_namespaces, make_transparent,
+};
 pub use self::interception::{everything, plans};
 use self::kept::Kept;
 pub use self::systemd::Inherited;
@@ -146,6 +148,12 @@ pub enum AppError {
     /// No port is free.
     #[error("cannot listen on {IMDS_ADDRESS}, ports {DEFAULT_PORT} to {}", DEFAULT_PORT + PORTS - 1)]
     Listen(#[source] io::Error),
+    /// What is handed over is of another kind.
+    #[error(
+        "the service manager hands over (LISTEN_FDS) what is no TCP listener\n\
+         hint: ListenStream={IMDS_ADDRESS}:{DEFAULT_PORT}, as in deploy/imds-router.socket"
+    )]
+    Inherited(#[source] io::Error),
     /// Interception cannot be put up.
     #[error("cannot make {IMDS_ADDRESS} ours on this host")]
     Host(#[from] HostError),
@@ -283,13 +291,8 @@ pub async fn run(
             (Some((listener, listening)), Some(plan))
         }
     };
-    let listener = match listener {
-        Some((listener, listening)) => {
-            let listener = TcpListener::from_std(listener).map_err(AppError::Listen)?;
-            Some((listener, listening))
-        }
-        None => None,
-    };
+    let listener = listener.map(|(listener, listening)| Ok((TcpListener::from_std(listener)?, listening)));
+    let listener = listener.transpose().map_err(AppError::Listen)?;
 
     let sts = match settings.source {
         CredentialSource::Sts => {
@@ -432,10 +435,7 @@ pub async fn run(
         true => match freeze::freeze(&clock).await {
             Ok(frozen) => Some(frozen),
             Err(error) => {
-                // A start that fails leaves nothing on the host; why it failed is the more important of two errors.
-                for failed in interception.into_iter().filter_map(|it| it.down().err()) {
-                    warn!(error = with_causes(&failed), "interception is not taken down whole");
-                }
+                give_up(interception);
                 return Err(error.into());
             }
         },

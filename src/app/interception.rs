@@ -63,12 +63,15 @@ pub fn everything() -> Vec<Plan> {
 
 /// The same where the address is ours.
 fn own_plans() -> Vec<Plan> {
-    let ipv6 = has_ipv6().then_some(IMDS_ADDRESS_IPV6.into());
-    let addresses = std::iter::once(IMDS_ADDRESS.into()).chain(ipv6);
     // The listener's port does not matter for what stays without a daemon.
-    addresses
-        .map(|address: IpAddr| Plan::host(SocketAddr::new(address, DEFAULT_PORT)))
+    addresses(has_ipv6())
+        .map(|address| Plan::host(SocketAddr::new(address, DEFAULT_PORT)))
         .collect()
+}
+
+/// The addresses of the service.
+fn addresses(ipv6: bool) -> impl Iterator<Item = IpAddr> {
+    std::iter::once(IMDS_ADDRESS.into()).chain(ipv6.then_some(IMDS_ADDRESS_IPV6.into()))
 }
 
 /// Whether the network namespace of the calling thread speaks IPv6 on its loopback (ip-sysctl, `disable_ipv6`).
@@ -116,12 +119,6 @@ impl HostDoors {
         opened.listeners.push((listener, carriers));
         Ok(())
     }
-
-    /// Those addresses of the service that this namespace can have.
-    fn addresses(&self) -> impl Iterator<Item = IpAddr> {
-        let ipv6 = (self.ipv6 && has_ipv6()).then_some(IMDS_ADDRESS_IPV6.into());
-        std::iter::once(IMDS_ADDRESS.into()).chain(ipv6)
-    }
 }
 
 impl Doors for HostDoors {
@@ -138,7 +135,8 @@ impl Doors for HostDoors {
             drop(Interception::up(Plan::namespace(*listening, self.nested)).map_err(io::Error::other)?);
         }
         let is_open = |address: &IpAddr| open.iter().any(|it| it.ip() == *address);
-        for address in self.addresses().filter(|address| !is_open(address)) {
+        // Those that this namespace can have.
+        for address in addresses(self.ipv6 && has_ipv6()).filter(|address| !is_open(address)) {
             match self.open_at(address, &mut opened) {
                 Err(error) if address.is_ipv6() => {
                     let why = with_causes(&error);
@@ -152,8 +150,7 @@ impl Doors for HostDoors {
 
     fn close(&self) -> io::Result<()> {
         // Also of a namespace that has lost IPv6 since: its rules are still there.
-        let ipv6 = self.ipv6.then_some(IMDS_ADDRESS_IPV6.into());
-        for address in std::iter::once(IMDS_ADDRESS.into()).chain(ipv6) {
+        for address in addresses(self.ipv6) {
             let plan = Plan::namespace(SocketAddr::new(address, DEFAULT_PORT), self.nested);
             clear(&plan).map_err(io::Error::other)?;
         }
@@ -186,6 +183,13 @@ pub(super) async fn intercept(plan: &Plan, clock: &Clock) -> Result<Interception
             }
             done => return done,
         }
+    }
+}
+
+/// Takes down what a start has put up that fails: why it fails is the more important of two errors.
+pub(super) fn give_up(interception: Vec<Interception>) {
+    for failed in interception.into_iter().filter_map(|it| it.down().err()) {
+        warn!(error = with_causes(&failed), "interception is not taken down whole");
     }
 }
 

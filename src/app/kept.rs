@@ -6,14 +6,13 @@ use std::net::SocketAddr;
 
 use tracing::warn;
 
-use super::interception::{has_ipv6, intercept};
+use super::interception::{give_up, has_ipv6, intercept};
 use super::{IMDS_ADDRESS, IMDS_ADDRESS_IPV6};
 use crate::clock::Clock;
 use crate::config::{HostService, Settings};
 use crate::host::apply::{Interception, clear};
 use crate::host::cloud::{Cloud, services};
 use crate::host::{HostError, Plan};
-use crate::telemetry::with_causes;
 
 /// What a container that is served cannot do where [`Kept::resolves`].
 pub const NAMES: &str = "this host asks for names at 169.254.169.254, too: containers that are served there must ask somebody else, \
@@ -95,10 +94,7 @@ impl Kept {
             Ok(())
         };
         let Err(error) = rest.await else { return Ok(up) };
-        for failed in up.into_iter().filter_map(|it| it.down().err()) {
-            // Why it failed is the more important of two errors.
-            warn!(error = with_causes(&failed), "interception is not taken down whole");
-        }
+        give_up(up);
         Err(error)
     }
 }

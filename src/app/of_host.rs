@@ -5,39 +5,30 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use aws_config::imds::Client;
-use aws_config::imds::client::error::ImdsError;
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
 use super::Resolver;
+use crate::credentials::instance_profile::HostMetadata;
 use crate::instance::Surroundings;
 use crate::metadata::real;
 use crate::telemetry::{printable, with_causes};
 
 /// How often it is asked, and how soon again after a failure.
 const AGAIN: (Duration, Duration) = (Duration::from_secs(3600), Duration::from_secs(15));
-/// EC2 answers each question at once, or is not there.
-const ANSWER: Duration = Duration::from_secs(2);
 /// All answers together.
 const ALL: Duration = Duration::from_secs(20);
 
 /// Everything that may be seen.
 pub(super) async fn gather(service: &str) -> Result<BTreeMap<String, String>, String> {
-    let client = Client::builder().endpoint(service).map_err(|error| error.to_string())?;
-    let client = client
-        .connect_timeout(ANSWER)
-        .read_timeout(ANSWER)
-        .max_attempts(2)
-        .build();
+    let host = HostMetadata::at(service)?;
     let get = |path: String| {
-        let client = client.clone();
+        let host = host.clone();
         async move {
-            match client.get(format!("/latest/{path}")).await {
-                Ok(value) => Ok(Some(value.as_ref().to_owned())),
-                Err(ImdsError::ErrorResponse(answer)) if answer.response().status().as_u16() == 404 => Ok(None),
-                Err(error) => Err(printable(&with_causes(&error), 300)),
-            }
+            let asked = host.get(&format!("/latest/{path}")).await;
+            asked
+                .map(|value| value.map(String::from))
+                .map_err(|error| printable(&with_causes(&error), 300))
         }
     };
     let found = timeout(ALL, real::gather(get)).await;

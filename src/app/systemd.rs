@@ -8,7 +8,7 @@ use listenfd::ListenFd;
 use sd_notify::NotifyState;
 use tracing::{debug, warn};
 
-use super::interception;
+use super::{AppError, interception};
 
 /// Listeners that the daemon was started with.
 #[derive(Default)]
@@ -19,10 +19,11 @@ impl Inherited {
     ///
     /// # Errors
     /// When what was handed over is not a listener.
-    pub fn from_environment() -> io::Result<Self> {
+    pub fn from_environment() -> Result<Self, AppError> {
         let mut handed = ListenFd::from_env();
         let listeners = (0..handed.len()).filter_map(|index| handed.take_tcp_listener(index).transpose());
-        listeners.collect::<io::Result<_>>().map(Self)
+        let listeners = listeners.collect::<io::Result<_>>();
+        listeners.map(Self).map_err(AppError::Inherited)
     }
 
     /// A listener at `address`: the one that was handed over, else a new one.

@@ -37,28 +37,35 @@ struct Service {
     hostname: Option<String>,
     network_mode: Option<String>,
     #[serde(default)]
-    labels: Pairs,
+    labels: MapOrList,
     #[serde(default)]
-    environment: Pairs,
+    environment: MapOrList,
     #[serde(default)]
-    networks: Names,
+    networks: MapOrList,
 }
 
-/// A mapping, or a list of `name=value`.
+/// What may be written as a mapping or as a list: of names, or of `name=value`.
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum Pairs {
+enum MapOrList {
     Map(BTreeMap<String, Value>),
     List(Vec<String>),
 }
 
-impl Default for Pairs {
+impl Default for MapOrList {
     fn default() -> Self {
         Self::List(Vec::new())
     }
 }
 
-impl Pairs {
+impl MapOrList {
+    fn into_names(self) -> Vec<String> {
+        match self {
+            Self::Map(map) => map.into_keys().collect(),
+            Self::List(list) => list,
+        }
+    }
+
     /// A variable without a value is the shell's, which is not known.
     fn into_pairs(self) -> Result<Vec<(String, String)>, ComposeError> {
         let pairs: Vec<(String, Value)> = match self {
@@ -87,20 +94,6 @@ impl Pairs {
             read.push((name, value));
         }
         Ok(read)
-    }
-}
-
-/// A list, or a mapping whose values are of no interest here.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Names {
-    Map(BTreeMap<String, Value>),
-    List(Vec<String>),
-}
-
-impl Default for Names {
-    fn default() -> Self {
-        Self::List(Vec::new())
     }
 }
 
@@ -140,10 +133,7 @@ impl Service {
         let variables = self.environment.into_pairs().map_err(of_service)?;
         let variables = variables.iter().map(|(name, value)| format!("{name}={value}"));
         let environment = Environment::of(variables);
-        let mut names = match self.networks {
-            Names::Map(map) => map.into_keys().collect(),
-            Names::List(list) => list,
-        };
+        let mut names = self.networks.into_names();
         if names.is_empty() && self.network_mode.is_none() {
             names.push("default".to_owned());
         }

@@ -126,10 +126,8 @@ const SOON: Duration = Duration::from_secs(2);
 
 /// The architecture of the engine's host, in the engine's words (`arm64`). An engine that is not there yet says nothing.
 pub async fn architecture(host: &str) -> Option<String> {
-    let asked = async {
-        let client = Docker::connect_with_host(host).ok()?.negotiate_version().await.ok()?;
-        client.version().await.ok()?.arch
-    };
+    // The one question that needs no version to be agreed on: agreeing asks the same.
+    let asked = async { Docker::connect_with_host(host).ok()?.version().await.ok()?.arch };
     tokio::time::timeout(SOON, asked).await.ok().flatten()
 }
 

@@ -6,6 +6,7 @@
 use std::time::{Duration, SystemTime};
 
 use aws_config::imds::Client;
+use aws_config::imds::client::SensitiveString;
 use aws_config::imds::client::error::ImdsError;
 use aws_credential_types::Credentials;
 
@@ -35,24 +36,45 @@ struct Document {
     expiration: Option<jiff::Timestamp>,
 }
 
+/// The host's own metadata service.
+#[derive(Clone)]
+pub struct HostMetadata(Client);
+
+impl HostMetadata {
+    /// At `service`, `http://169.254.169.254`.
+    ///
+    /// # Errors
+    /// When that is no address of a service.
+    pub fn at(service: &str) -> Result<Self, String> {
+        let client = Client::builder().endpoint(service).map_err(|error| error.to_string())?;
+        let client = client.connect_timeout(TIMEOUT).read_timeout(TIMEOUT).max_attempts(2);
+        Ok(Self(client.build()))
+    }
+
+    /// What stands at a path; `None`: nothing does.
+    ///
+    /// # Errors
+    /// When it does not say.
+    pub async fn get(&self, path: &str) -> Result<Option<SensitiveString>, ImdsError> {
+        match self.0.get(path).await {
+            Ok(value) => Ok(Some(value)),
+            Err(ImdsError::ErrorResponse(answer)) if answer.response().status().as_u16() == 404 => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
 /// Asks for them at `service`, `http://169.254.169.254`; and where they come from, for people. `None`: the host has no instance
 /// profile.
 ///
 /// # Errors
 /// Why there are none.
 pub(super) async fn credentials(service: &str) -> Result<Option<(Credentials, String)>, ProviderError> {
-    let client = Client::builder()
-        .endpoint(service)
-        .map_err(|error| {
-            ProviderError::NoBase(format!("the instance metadata service cannot be at {service}: {error}"))
-        })?
-        .connect_timeout(TIMEOUT)
-        .read_timeout(TIMEOUT)
-        .max_attempts(2)
-        .build();
-    let list = match client.get(LIST).await {
-        Err(ImdsError::ErrorResponse(response)) if response.response().status().as_u16() == 404 => return Ok(None),
-        asked => asked.map_err(failed)?,
+    let host = HostMetadata::at(service).map_err(|error| {
+        ProviderError::NoBase(format!("the instance metadata service cannot be at {service}: {error}"))
+    })?;
+    let Some(list) = host.get(LIST).await.map_err(failed)? else {
+        return Ok(None);
     };
     let role = list.as_ref().lines().next().unwrap_or_default().trim();
     if role.is_empty()
@@ -64,9 +86,10 @@ pub(super) async fn credentials(service: &str) -> Result<Option<(Credentials, St
             "instance profile: no role is listed".to_owned(),
         ));
     }
-    let document = client.get(format!("{LIST}{role}")).await.map_err(failed)?;
+    let document = host.get(&format!("{LIST}{role}")).await.map_err(failed)?;
+    let document = document.as_ref().map_or("", SensitiveString::as_ref);
     let strange = || ProviderError::Unavailable(format!("instance profile, role {role}: no credentials document"));
-    let document: Document = serde_json::from_str(document.as_ref()).map_err(|_| strange())?;
+    let document: Document = serde_json::from_str(document).map_err(|_| strange())?;
     if document.code != "Success" {
         let said = printable(&format!("{}: {}", document.code, document.message), MESSAGE_CHARACTERS);
         return Err(ProviderError::NoBase(format!("instance profile, role {role}: {said}")));

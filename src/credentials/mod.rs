@@ -10,7 +10,7 @@ pub mod broker;
 #[cfg(target_os = "linux")]
 pub mod files;
 pub mod inputs;
-mod instance_profile;
+pub mod instance_profile;
 pub mod naming;
 pub mod offline;
 pub mod policy;

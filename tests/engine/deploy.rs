@@ -114,6 +114,12 @@ fn the_listener_outlives_a_daemon_that_is_killed(engine: &Arc<Engine>) {
     assert!(nobody.as_ref().is_ok_and(|reply| reply.status == 403), "{nobody:?}");
     let log = daemon.stop();
     assert!(log.contains("supervisor: heard STOPPING=1"), "{log}");
+
+    let no_listener = ["sh", "-c", "LISTEN_FDS=1 exec \"$@\" 3</dev/null", "sh"];
+    let (code, said) = Daemon::start_in_vain_by(engine, &no_listener, OFFLINE, &[]);
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("what is no TCP listener"), "{said}");
+    assert!(said.contains("hint: ListenStream=169.254.169.254:51254"), "{said}");
 }
 
 fn who_waits_goes_on_when_it_is_known(engine: &Arc<Engine>) {
