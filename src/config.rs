@@ -756,7 +756,7 @@ pub const KEYS: &[Key] = &[
     },
     Key {
         path: "credentials.aws_dir",
-        default: "~/.aws, under sudo that of the user who called it",
+        default: "~/.aws; under sudo, that of the user who called it",
         expected: "an absolute path",
         about: "Directory of the AWS files: config, credentials, sso/cache. Its owner may own them.",
         read: |s, v| absolute(v).map(|it| s.aws_dir = Some(it)),

@@ -313,6 +313,13 @@ const LABELS: &[Label] = &[
     },
 ];
 
+/// Every label that there is, after the prefix and the dot, as the documentation writes it.
+pub fn names() -> impl Iterator<Item = String> {
+    let families = [(SESSION_TAG, "KEY"), (INSTANCE_TAG, "KEY"), (METADATA, "PATH")];
+    let families = families.into_iter().map(|(below, what)| format!("{below}{what}"));
+    LABELS.iter().map(|known| known.name.to_owned()).chain(families)
+}
+
 const HOP_LIMIT: &str = "http-put-response-hop-limit";
 const AFTER: &str = "a duration after the container's start, such as 90s, 10m or 2h";
 
