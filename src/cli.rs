@@ -59,6 +59,9 @@ pub enum Verb {
         /// As JSON, with stable names
         #[arg(long)]
         json: bool,
+        /// Again every second, until it is interrupted; with --json, one line each time
+        #[arg(long)]
+        watch: bool,
         /// The daemon's admin socket
         #[arg(long, value_name = "PATH", env = "IMDS_ROUTER_SERVE_ADMIN_SOCKET", default_value = DEFAULT_ADMIN_SOCKET)]
         admin: PathBuf,

@@ -3,9 +3,11 @@
 mod client;
 
 use std::error::Error;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, IsTerminal as _, Read as _, Write as _};
+use std::path::Path;
 #[cfg(target_os = "linux")]
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::ValueEnum as _;
 
@@ -62,7 +64,8 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
              (docker run --net=host --pid=host --privileged -v /var/run/docker.sock:/var/run/docker.sock imds-router serve)"
                 .to_owned(),
         )))),
-        Verb::Status { json, admin } => block_on(async move {
+        Verb::Status { json, watch: true, admin } => block_on(watch(json, &admin))?,
+        Verb::Status { json, admin, .. } => block_on(async move {
             let status = admin::ask_status(&admin).await?;
             let text = if json { serde_json::to_string_pretty(&status)? + "\n" } else { admin::render(&status) };
             Ok(io::stdout().write_all(text.as_bytes())?)
@@ -164,6 +167,41 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
             let said = admin::ask_readiness(&admin).await?;
             Ok(writeln!(io::stdout(), "{said}")?)
         })?,
+    }
+}
+
+/// How often `status --watch` asks.
+const WATCH: Duration = Duration::from_secs(1);
+
+/// What a daemon sees, until somebody has seen enough. One that is started again meanwhile is found again.
+async fn watch(json: bool, socket: &Path) -> Result<(), Failure> {
+    let mut out = io::stdout();
+    let screen = out.is_terminal() && !json;
+    let mut every = tokio::time::interval(WATCH);
+    let mut found = false;
+    loop {
+        every.tick().await;
+        let text = match admin::ask_status(socket).await {
+            Ok(status) if json => serde_json::to_string(&status)? + "\n",
+            Ok(status) => admin::render(&status),
+            Err(error) if !found => return Err(error.into()),
+            Err(error) if screen => telemetry::with_causes(&error) + "\n",
+            Err(error) => {
+                eprintln!("imds-router: {}", telemetry::with_causes(&error));
+                continue;
+            }
+        };
+        found = true;
+        // Written over what was there, so that it does not flicker (ECMA-048: CUP, EL, ED).
+        let text = match screen {
+            true => format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n")),
+            false => text,
+        };
+        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+            // Whoever has read it has read enough.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+            written => written?,
+        }
     }
 }
 

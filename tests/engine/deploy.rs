@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 
 use crate::cases::is_itself;
 use crate::rig::tools::{self, DAEMON};
@@ -20,6 +21,7 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
         the_listener_outlives_a_daemon_that_is_killed,
     ));
     trials.push(rig.once("deploy::what_happens_is_counted", what_happens_is_counted));
+    trials.push(rig.once("deploy::status_is_watched", status_is_watched));
     trials.push(rig.once(
         "deploy::who_waits_goes_on_when_it_is_known",
         who_waits_goes_on_when_it_is_known,
@@ -120,6 +122,48 @@ fn the_listener_outlives_a_daemon_that_is_killed(engine: &Arc<Engine>) {
     assert_eq!(code, Some(1), "{said}");
     assert!(said.contains("what is no TCP listener"), "{said}");
     assert!(said.contains("hint: ListenStream=169.254.169.254:51254"), "{said}");
+}
+
+fn status_is_watched(engine: &Arc<Engine>) {
+    let daemon = Daemon::start(engine, OFFLINE, &[]);
+    let mut command = engine.command(DAEMON);
+    command.args(["status", "--watch", "--json", "--admin"]);
+    command.arg(daemon.admin_socket());
+    let mut watch = engine.background(&mut command, "watch");
+    // What it has printed in whole lines: a status is how many containers run, a word of the program's is no JSON.
+    let seen = || {
+        let said = watch.output();
+        let lines = said
+            .lines()
+            .filter(|line| line.starts_with("imds-router: ") || line.ends_with('}'));
+        let mut seen: Vec<Option<usize>> = lines
+            .map(|line| {
+                let status: Value = serde_json::from_str(line).ok()?;
+                Some(status["containers"].as_array().expect("a list").len())
+            })
+            .collect();
+        seen.dedup();
+        seen
+    };
+    let until = |expected: &[Option<usize>]| {
+        poll(Duration::from_secs(10), &format!("{expected:?} to be seen"), || {
+            (seen() == expected).then_some(())
+        });
+    };
+    until(&[Some(0)]);
+    let container = engine.run("app").label("imds.role", "app").start();
+    until(&[Some(0), Some(1)]);
+    // Over a restart of the daemon, whose absence it tells.
+    let directory = daemon.directory().to_owned();
+    daemon.kill();
+    until(&[Some(0), Some(1), None]);
+    let daemon = Daemon::start_in(engine, directory, OFFLINE, &[]);
+    is_itself(&container);
+    poll(Duration::from_secs(10), "the next daemon to be seen", || {
+        (seen().last() == Some(&Some(1))).then_some(())
+    });
+    daemon.stop();
+    assert!(watch.ended().is_none(), "{}", watch.output());
 }
 
 fn who_waits_goes_on_when_it_is_known(engine: &Arc<Engine>) {
