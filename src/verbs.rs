@@ -259,7 +259,7 @@ fn serve(flags: &Serve) -> Result<(), Failure> {
 #[cfg(target_os = "linux")]
 async fn check(flags: &Common, compat: bool) -> Result<(), Failure> {
     let settings = config::load(&flags.sources()).map_err(usage)?;
-    report(&crate::app::check(settings, compat).await?)
+    report(&crate::app::check::containers(settings, compat).await?)
 }
 
 /// What the services of a compose file would get, without a container.
@@ -272,12 +272,12 @@ async fn check_compose(flags: &Common, file: &Path) -> Result<(), Failure> {
         std::fs::read_to_string(file)
             .map_err(|error| usage(Said(format!("cannot read {}: {error}", file.display()))))?
     };
-    let checked = crate::app::check_compose(settings, &text).await.map_err(usage)?;
+    let checked = crate::app::check::services(settings, &text).await.map_err(usage)?;
     report(&checked)
 }
 
 #[cfg(target_os = "linux")]
-fn report(checked: &crate::app::Checked) -> Result<(), Failure> {
+fn report(checked: &crate::app::check::Checked) -> Result<(), Failure> {
     io::stdout().write_all(checked.text.as_bytes())?;
     match checked.problems {
         0 => Ok(()),

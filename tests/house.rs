@@ -120,7 +120,16 @@ const MAP: &[(&str, &[&str])] = &[
     ("telemetry", &[]),
     (
         "verbs",
-        &["admin", "app", "app::doctor", "cli", "config", "host::*", "telemetry"],
+        &[
+            "admin",
+            "app",
+            "app::check",
+            "app::doctor",
+            "cli",
+            "config",
+            "host::*",
+            "telemetry",
+        ],
     ),
     (
         "verbs::client",

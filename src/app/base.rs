@@ -9,8 +9,8 @@ use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{info, warn};
 
-use super::Resolver;
 use super::kept::Kept;
+use super::resolver::Resolver;
 use crate::admin::{BaseStatus, Handover, Trust};
 use crate::clock::{Clock, rfc3339_seconds};
 use crate::config::Settings;

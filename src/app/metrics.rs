@@ -9,7 +9,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::Observer;
+use super::observer::Observer;
 use crate::containers::index::EngineState;
 
 /// The content type of what [`text`] makes (OpenMetrics 1.0, "Content-Type").

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
-use super::Resolver;
+use super::resolver::Resolver;
 use crate::credentials::instance_profile::HostMetadata;
 use crate::instance::Surroundings;
 use crate::metadata::real;

@@ -1,0 +1,239 @@
+//! What each container would get, without serving anybody.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use super::kept::Kept;
+use super::{NOTHING_OF_HOST, base, engine_host, host_name, of_host};
+use crate::clock::Clock;
+use crate::config::{Compat, CredentialSource, Settings};
+use crate::containers::compat;
+use crate::containers::compose::{self, ComposeError};
+use crate::containers::docker::Engine;
+use crate::containers::watcher::{ContainerEngine as _, EngineError, own_environment};
+use crate::containers::{Attachments, ContainerId, Definition};
+use crate::credentials::sts::Sts;
+use crate::instance::{Instance, Role, Surroundings, resolve};
+use crate::telemetry::printable;
+
+/// What `check` found.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Checked {
+    /// A line a container, for people.
+    pub text: String,
+    /// How many do not get what they ask for.
+    pub problems: usize,
+}
+
+/// What each container of this host would get, without serving anybody; with `compat`, also what it got from the settings
+/// of the programs that `[compat]` knows.
+///
+/// # Errors
+/// When the engine does not answer.
+pub async fn containers(settings: Settings, compat: bool) -> Result<Checked, EngineError> {
+    let host = engine_host(&settings);
+    let engine = Engine::new(&host, Clock::system());
+    // The subscription connects; the events themselves are not wanted.
+    drop(engine.subscribe().await?);
+    let mut checker = Checker::new(settings).await;
+    let mut attachments = attachments(&engine).await?;
+    for row in engine.containers().await? {
+        let image = engine.image(&row.image_id).await?;
+        let all = engine
+            .inspect(&row.id)
+            .await?
+            .map(|it| it.environment)
+            .unwrap_or_default();
+        let attached = attachments.remove(&row.id).unwrap_or_default();
+        let settings = &checker.settings;
+        let prefix = format!("{}.", settings.label_prefix);
+        let mut whole = row.clone().define(None, true, &prefix);
+        let mut definition = row.define(image.as_ref(), settings.image_labels, &prefix);
+        definition.environment = Some(own_environment(&all, image.as_ref(), settings.image_labels));
+        checker.look_at(&definition, &attached).await;
+        let name = printable(&definition.name, 40);
+        for label in &definition.image_labels {
+            checker.text.push_str(&format!(
+                "{name}: label {label} comes from the image and does not count\n"
+            ));
+        }
+        let settings = &checker.settings;
+        let found = compat::found(&whole.labels, &all, &settings.label_prefix);
+        if !compat || found.is_empty() {
+            continue;
+        }
+        // What the other program saw: all labels and variables, the image's among them, and none of ours.
+        whole
+            .labels
+            .retain(|label, _| !label.starts_with(&prefix) || found.contains(label));
+        whole.environment = Some(all);
+        let old = Settings {
+            compat: Compat::ALL,
+            allow: Vec::new(),
+            default_role: None,
+            ..settings.clone()
+        };
+        let new = Settings {
+            compat: Compat::ALL,
+            ..settings.clone()
+        };
+        let (by_old, by_new) = (
+            checker.gets(&whole, &attached, &old).0,
+            checker.gets(&definition, &attached, &new).0,
+        );
+        let found = found.join(", ");
+        checker.text.push_str(&format!(
+            "{name}:   by {found} alone: {by_old}\n{name}:   with all of [compat]: {by_new}\n"
+        ));
+    }
+    Ok(checker.end(&format!("containers on {host}")))
+}
+
+/// What each service of a compose file would get; the text is what `docker compose config` prints.
+///
+/// # Errors
+/// When it is not.
+pub async fn services(settings: Settings, text: &str) -> Result<Checked, ComposeError> {
+    let services = compose::services(text)?;
+    let mut checker = Checker::new(settings).await;
+    for (definition, attached) in &services {
+        checker.look_at(definition, attached).await;
+    }
+    Ok(checker.end("services"))
+}
+
+/// Finds out what containers would get.
+struct Checker {
+    settings: Settings,
+    around: Surroundings,
+    sts: Option<Sts>,
+    text: String,
+    containers: usize,
+    problems: usize,
+}
+
+impl Checker {
+    async fn new(settings: Settings) -> Self {
+        let mut around = Surroundings {
+            host: host_name(),
+            ..Surroundings::default()
+        };
+        let mut text = String::new();
+        let sts = (settings.source == CredentialSource::Sts).then(|| {
+            let clock = Clock::system();
+            Sts::new(base::bases(&settings, &clock), clock)
+        });
+        if let Some(sts) = &sts {
+            let (base, _) = base::ask(sts, None).await;
+            let said = base.arn.as_ref().or(base.problem.as_ref());
+            text.push_str(&format!(
+                "base credentials: {}\n",
+                said.map_or("unknown", String::as_str)
+            ));
+            base::note(&mut around, None, base);
+        }
+        text.push_str(&rules(&settings));
+        if settings.metadata_of_host {
+            let service = Kept::here(&settings).and_then(|kept| kept.ec2());
+            let found = match service {
+                Some(service) => of_host::gather(&service).await,
+                None => Err(NOTHING_OF_HOST.to_owned()),
+            };
+            match found {
+                Ok(found) => around.instance = Arc::new(found),
+                Err(why) => text.push_str(&format!("warning: what EC2 says of this host: {why}\n")),
+            }
+        }
+        Self {
+            settings,
+            around,
+            sts,
+            text,
+            containers: 0,
+            problems: 0,
+        }
+    }
+
+    /// One container: a line.
+    async fn look_at(&mut self, definition: &Definition, attached: &Attachments) {
+        let first = self.resolved(definition, attached, &self.settings);
+        if let (Some(sts), Some(profile)) = (&self.sts, &first.profile)
+            && !self.around.profiles.contains_key(profile)
+        {
+            let (base, _) = base::ask(sts, Some(profile)).await;
+            base::note(&mut self.around, Some(profile), base);
+        }
+        let (said, fine) = self.gets(definition, attached, &self.settings);
+        self.containers += 1;
+        self.problems += usize::from(!fine);
+        self.text
+            .push_str(&format!("{}: {said}\n", printable(&definition.name, 40)));
+    }
+
+    fn resolved(&self, definition: &Definition, attached: &Attachments, settings: &Settings) -> Instance {
+        resolve(definition, attached, SystemTime::UNIX_EPOCH, settings, &self.around)
+    }
+
+    fn gets(&self, definition: &Definition, attached: &Attachments, settings: &Settings) -> (String, bool) {
+        described(&self.resolved(definition, attached, settings))
+    }
+
+    fn end(mut self, of_what: &str) -> Checked {
+        self.text.push_str(&format!("{} {of_what}\n", self.containers));
+        Checked {
+            text: self.text,
+            problems: self.problems,
+        }
+    }
+}
+
+/// What a container gets, and whether that is what it asks for.
+fn described(instance: &Instance) -> (String, bool) {
+    let rule = instance
+        .rule
+        .as_ref()
+        .map(|rule| format!(", by {rule}"))
+        .unwrap_or_default();
+    match &instance.role {
+        _ if !instance.endpoint => (
+            "not served: no label of ours, or its endpoint is disabled".to_owned(),
+            true,
+        ),
+        Role::None => ("metadata, no role".to_owned(), true),
+        Role::Session(session) => (format!("{}{rule}", printable(&session.to_string(), 400)), true),
+        Role::Pending(why) | Role::Refused(why) => (format!("no credentials: {}", printable(why, 800)), false),
+    }
+}
+
+/// What there is to say about the rules themselves.
+fn rules(settings: &Settings) -> String {
+    let mut text = String::new();
+    if settings.allow.is_empty() {
+        text.push_str("no [[allow]] rules: any container gets any role that it names and that the base may assume\n");
+    }
+    for rule in &settings.allow {
+        if let Some(keys) = rule.rests_on_its_applicants() {
+            text.push_str(&format!(
+                "warning: {rule} rests on {keys}: whoever writes a container's role label writes that, too, so the rule \
+                 keeps mistakes out, but nobody who means it; image_id would\n"
+            ));
+        }
+    }
+    text
+}
+
+/// Which container is on which network.
+async fn attachments(engine: &Engine) -> Result<HashMap<ContainerId, Attachments>, EngineError> {
+    let mut all: HashMap<ContainerId, Attachments> = HashMap::new();
+    for id in engine.networks().await? {
+        // One that has gone meanwhile has nobody on it.
+        let Some(network) = engine.network(&id).await? else {
+            continue;
+        };
+        for (container, endpoint) in network.endpoints {
+            all.entry(container).or_default().0.insert(id.clone(), endpoint);
+        }
+    }
+    Ok(all)
+}
