@@ -1,0 +1,184 @@
+//! Answers on the socket, and what Prometheus asks on a loopback port.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Serialize;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
+use tracing::warn;
+
+use super::{Handover, NotDone, Observatory};
+
+/// Answers on the socket until the task is dropped.
+pub async fn serve(listener: UnixListener, observatory: Arc<dyn Observatory>) {
+    loop {
+        let stream = accepted(|| listener.accept()).await;
+        tokio::spawn(converse(stream, observatory.clone(), |request, observatory| {
+            Box::pin(answer(request, observatory))
+        }));
+    }
+}
+
+/// The next connection. An error is one of the moment (out of descriptors, mostly, which come back): it ends nothing.
+async fn accepted<S, From, A>(accept: impl Fn() -> A) -> S
+where
+    A: Future<Output = io::Result<(S, From)>>,
+{
+    loop {
+        match accept().await {
+            Ok((stream, _)) => return stream,
+            Err(error) => {
+                warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
+/// Answers what Prometheus and health checks ask, and nothing else, until the task is dropped.
+pub async fn serve_metrics(listener: TcpListener, observatory: Arc<dyn Observatory>) {
+    loop {
+        let stream = accepted(|| listener.accept()).await;
+        tokio::spawn(converse(stream, observatory.clone(), |request, observatory| {
+            Box::pin(async move {
+                let known = matches!(request.uri().path(), "/metrics" | "/livez" | "/readyz");
+                match known && request.method() == Method::GET {
+                    true => answer(request, observatory).await,
+                    false => reply(StatusCode::NOT_FOUND, "text/plain", Vec::new()),
+                }
+            })
+        }));
+    }
+}
+
+/// One connection.
+async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
+    observatory: Arc<dyn Observatory>,
+    answer: impl for<'a> Fn(Request<Incoming>, &'a dyn Observatory) -> BoxFuture<'a, Response<Full<Bytes>>>,
+) {
+    let observatory = observatory.as_ref();
+    let service = service_fn(|request: Request<Incoming>| {
+        let answer = answer(request, observatory);
+        async move { Ok::<_, std::convert::Infallible>(answer.await) }
+    });
+    // Whoever hangs up has seen enough.
+    let _ = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .serve_connection(TokioIo::new(stream), service)
+        .await;
+}
+
+fn reply(status: StatusCode, content_type: &'static str, body: Vec<u8>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body.into()));
+    *response.status_mut() = status;
+    let content_type = hyper::header::HeaderValue::from_static(content_type);
+    response.headers_mut().insert(hyper::header::CONTENT_TYPE, content_type);
+    response
+}
+
+/// The largest body of a request.
+const MOST_BYTES: usize = 64 * 1024;
+
+async fn answer(request: Request<Incoming>, observatory: &dyn Observatory) -> Response<Full<Bytes>> {
+    let (parts, body) = request.into_parts();
+    let path = percent_encoding::percent_decode_str(parts.uri.path())
+        .decode_utf8_lossy()
+        .into_owned();
+    let json = |value: serde_json::Result<Vec<u8>>| match value {
+        Ok(body) => (StatusCode::OK, body),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string().into_bytes()),
+    };
+    let absent = || (StatusCode::NOT_FOUND, b"{}".to_vec());
+    let (verb, of) = match path.trim_start_matches('/').split_once('/') {
+        Some((verb, of)) => (verb, Some(of)),
+        None => (path.trim_start_matches('/'), None),
+    };
+    let (status, body) = match (&parts.method, verb, of) {
+        (&Method::GET, "metrics", None) => {
+            let (content_type, text) = observatory.metrics();
+            return reply(StatusCode::OK, content_type, text.into_bytes());
+        }
+        (&Method::GET, "status", None) => json(serde_json::to_vec_pretty(&observatory.status())),
+        (&Method::GET, "explain", Some(container)) => observatory
+            .explain(container)
+            .map_or_else(absent, |it| json(serde_json::to_vec_pretty(&it))),
+        (&Method::GET, "trust-policy", Some(container)) => observatory
+            .trust(container)
+            .map_or_else(absent, |it| json(serde_json::to_vec_pretty(&it))),
+        (&Method::GET, "identity-certificate", None) => json(serde_json::to_vec(&observatory.identity_certificate())),
+        (&Method::GET, "events", Some(container)) => observatory
+            .events(container)
+            .map_or_else(absent, |it| json(serde_json::to_vec_pretty(&it))),
+        (&Method::POST, "modify", Some(container)) => {
+            let asked = serde_json::from_slice(&whole(body).await).map_err(|error| NotDone::Wrong(error.to_string()));
+            done(asked.and_then(|modify| observatory.modify(container, &modify)))
+        }
+        (&Method::POST, "trigger", Some(container)) => {
+            let asked = serde_json::from_slice(&whole(body).await).map_err(|error| NotDone::Wrong(error.to_string()));
+            done(asked.and_then(|trigger| observatory.trigger(container, &trigger)))
+        }
+        (&Method::GET, "livez", None) => (StatusCode::OK, b"alive".to_vec()),
+        (&Method::GET, "readyz", None) => match observatory.readiness().await {
+            Ok(said) => (StatusCode::OK, said.into_bytes()),
+            Err(why) => (StatusCode::SERVICE_UNAVAILABLE, why.into_bytes()),
+        },
+        (&Method::POST, "login", profile) => {
+            let text = whole(body).await;
+            let taken = Handover::read(&String::from_utf8_lossy(&text))
+                .map_err(str::to_owned)
+                .and_then(|handover| observatory.login(profile, &handover));
+            match taken {
+                Ok(said) => (StatusCode::OK, said.into_bytes()),
+                Err(why) => (StatusCode::BAD_REQUEST, why.into_bytes()),
+            }
+        }
+        _ => absent(),
+    };
+    reply(status, "application/json", body)
+}
+
+/// A body, or nothing where it is too large or breaks off.
+async fn whole(body: Incoming) -> Bytes {
+    let body = Limited::new(body, MOST_BYTES).collect().await;
+    body.map(|body| body.to_bytes()).unwrap_or_default()
+}
+
+fn done<T: Serialize>(done: Result<T, NotDone>) -> (StatusCode, Vec<u8>) {
+    match done {
+        Ok(done) => match serde_json::to_vec_pretty(&done) {
+            Ok(body) => (StatusCode::OK, body),
+            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string().into_bytes()),
+        },
+        Err(NotDone::NoContainer) => (StatusCode::NOT_FOUND, b"{}".to_vec()),
+        Err(NotDone::Wrong(why)) => (StatusCode::BAD_REQUEST, why.into_bytes()),
+        Err(NotDone::Failed(why)) => (StatusCode::INTERNAL_SERVER_ERROR, why.into_bytes()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_cannot_be_accepted_ends_nothing() {
+        let tries = std::sync::atomic::AtomicU32::new(0);
+        let next = accepted(
+            async || match tries.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
+                0 | 1 => Err(io::Error::other("too many open files")),
+                number => Ok((number, ())),
+            },
+        );
+        assert_eq!(next.await, 2);
+    }
+}

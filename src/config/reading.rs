@@ -1,0 +1,760 @@
+//! File, variables and flags → [`Settings`]; what means nothing is told with its place.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use toml::de::{DeTable, DeValue};
+
+use super::keys::{Form, KEYS, Key, RULE_KEYS, TABLES, Typed, is_public_key};
+use super::{Settings, metadata_path};
+use crate::credentials::RoleArn;
+use crate::credentials::policy::Rule;
+use crate::metadata::file;
+
+/// Where the configuration is read from when `--config` does not say.
+pub const DEFAULT_FILE: &str = "/etc/imds-router/config.toml";
+/// What variables of ours start with.
+pub const ENV_PREFIX: &str = "IMDS_ROUTER_";
+/// Variables with our prefix that are not configuration keys: they belong to the log and to the client verbs.
+const OTHER_VARIABLES: &[&str] = &["IMDS_ROUTER_LOG", "IMDS_ROUTER_CONFIG"];
+
+/// Where a value was typed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Origin {
+    /// In a file, at a line (from 1).
+    File(PathBuf, usize),
+    /// In an environment variable.
+    Variable(String),
+    /// In a flag.
+    Flag(String),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path, line) => write!(f, "{}, line {line}", path.display()),
+            Self::Variable(name) => write!(f, "variable {name}"),
+            Self::Flag(name) => write!(f, "flag {name}"),
+        }
+    }
+}
+
+/// Why what was typed means nothing. The text has where, what was there, and what was expected.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {}\nhint: --config names another file; without one, all defaults hold", path.display())]
+    Unreadable {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not TOML.
+    #[error("{origin}: not TOML: {message}")]
+    NotToml {
+        /// Where.
+        origin: Origin,
+        /// The parser's words.
+        message: String,
+    },
+    /// A key that does not exist.
+    #[error("{origin}: unknown key {key}{nearest}")]
+    UnknownKey {
+        /// Where.
+        origin: Origin,
+        /// What was typed.
+        key: String,
+        /// `; did you mean …?`, or nothing.
+        nearest: Nearest,
+    },
+    /// The file of values.
+    #[error("the file of metadata {}: {what}", path.display())]
+    MetadataFile {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong, and what was expected.
+        what: String,
+    },
+    /// A path that has no value of its own, or takes no such value.
+    #[error("{origin}: {key}: {what}")]
+    BadPath {
+        /// Where.
+        origin: Origin,
+        /// Which key.
+        key: String,
+        /// What is wrong, and what was expected.
+        what: String,
+    },
+    /// A value that the key does not take.
+    #[error("{origin}: {key} = {value:?}: expected {expected}")]
+    BadValue {
+        /// Where.
+        origin: Origin,
+        /// Which key.
+        key: String,
+        /// What was typed.
+        value: String,
+        /// What it takes.
+        expected: String,
+    },
+}
+
+/// The nearest name to one that does not exist, as the end of a message.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Nearest(pub Option<String>);
+
+impl Nearest {
+    /// Looks for the name nearest to `typed`.
+    pub fn among<'a>(typed: &str, names: impl IntoIterator<Item = &'a str>) -> Self {
+        // Jaro-Winkler below 0.7 is a different word, not a typo.
+        const SIMILAR: f64 = 0.7;
+        let nearest = names
+            .into_iter()
+            .map(|name| (strsim::jaro_winkler(typed, name), name))
+            .filter(|(similarity, _)| *similarity >= SIMILAR)
+            .max_by(|a, b| a.0.total_cmp(&b.0));
+        Self(nearest.map(|(_, name)| name.to_owned()))
+    }
+}
+
+impl fmt::Display for Nearest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Some(name) => write!(f, "; did you mean {name}?"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What was typed, before it means anything.
+#[derive(Clone, Debug, Default)]
+pub struct Sources {
+    /// `--config`; must exist if given.
+    pub file: Option<PathBuf>,
+    /// The environment.
+    pub variables: Vec<(String, String)>,
+    /// Flags: the flag's name, the key that it sets, the value.
+    pub flags: Vec<(&'static str, &'static str, String)>,
+}
+
+/// Reads everything that was typed.
+///
+/// # Errors
+/// The first thing that means nothing, with where it stands and what was expected.
+pub fn load(sources: &Sources) -> Result<Settings, ConfigError> {
+    let mut settings = Settings::default();
+    let (path, required) = match &sources.file {
+        Some(path) => (path.as_path(), true),
+        None => (Path::new(DEFAULT_FILE), false),
+    };
+    match std::fs::read_to_string(path) {
+        Ok(text) => read_file(&mut settings, path, &text)?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && !required => {}
+        Err(source) => {
+            return Err(ConfigError::Unreadable {
+                path: path.to_owned(),
+                source,
+            });
+        }
+    }
+    for (name, value) in &sources.variables {
+        if name.starts_with(ENV_PREFIX) && !OTHER_VARIABLES.contains(&name.as_str()) {
+            let key = KEYS.iter().find(|key| variable(key.path) == *name).ok_or_else(|| {
+                let names: Vec<_> = KEYS.iter().map(|key| variable(key.path)).collect();
+                ConfigError::UnknownKey {
+                    origin: Origin::Variable(name.clone()),
+                    key: name.clone(),
+                    nearest: Nearest::among(name, names.iter().map(String::as_str)),
+                }
+            })?;
+            let typed = match key.path {
+                "imds.hosts" => Typed(value.split(',').map(|it| it.trim().to_owned()).collect(), Form::Text),
+                _ => Typed::of(value),
+            };
+            set(&mut settings, key, &typed, Origin::Variable(name.clone()))?;
+        }
+    }
+    for (flag, path, value) in &sources.flags {
+        // A flag that names no key is a mistake of this program, not of its user; the test of the table holds it.
+        if let Some(key) = KEYS.iter().find(|key| key.path == *path) {
+            set(&mut settings, key, &Typed::of(value), Origin::Flag((*flag).to_owned()))?;
+        }
+    }
+    if let Some(path) = &settings.metadata_file {
+        let text = std::fs::read_to_string(path).map_err(|error| error.to_string());
+        settings.from_file = text
+            .and_then(|text| file::read(&text))
+            .map_err(|what| ConfigError::MetadataFile {
+                path: path.clone(),
+                what,
+            })?;
+    }
+    Ok(settings)
+}
+
+/// The environment variable of a key.
+pub fn variable(path: &str) -> String {
+    format!("{ENV_PREFIX}{}", path.replace('.', "_").to_ascii_uppercase())
+}
+
+fn set(settings: &mut Settings, key: &Key, value: &Typed, origin: Origin) -> Result<(), ConfigError> {
+    (key.read)(settings, value).ok_or_else(|| ConfigError::BadValue {
+        origin,
+        key: key.path.to_owned(),
+        value: value.shown(),
+        expected: key.expected.to_owned(),
+    })
+}
+
+fn read_file(settings: &mut Settings, path: &Path, text: &str) -> Result<(), ConfigError> {
+    let line = |at: usize| text[..at.min(text.len())].matches('\n').count() + 1;
+    let at = |at: usize| Origin::File(path.to_owned(), line(at));
+    let document = DeTable::parse(text).map_err(|error| ConfigError::NotToml {
+        origin: at(error.span().map_or(0, |span| span.start)),
+        message: error.message().to_owned(),
+    })?;
+    for (name, value) in document.get_ref() {
+        let origin = at(name.span().start);
+        let name = name.get_ref().as_ref();
+        let section = KEYS.iter().any(|key| key.path.starts_with(&format!("{name}.")));
+        let table = TABLES.iter().find(|(table, _)| *table == name);
+        match value.get_ref() {
+            DeValue::Array(rules) if name == ALLOW => {
+                for rule in rules {
+                    read_rule(settings, rule, &at)?;
+                }
+            }
+            value if name == ALLOW => {
+                return Err(ConfigError::BadValue {
+                    origin,
+                    key: name.to_owned(),
+                    value: typed(value).shown(),
+                    expected: "rules: a line [[allow]] in double brackets, and the keys of a rule below".to_owned(),
+                });
+            }
+            DeValue::Table(entries) if section || table.is_some() => {
+                for (key, value) in entries {
+                    let origin = at(key.span().start);
+                    let key = key.get_ref().as_ref();
+                    let path = format!("{name}.{key}");
+                    match table.filter(|_| !KEYS.iter().any(|known| known.path == path)) {
+                        Some((_, expected)) => read_entry(settings, name, expected, key, value.get_ref(), origin)?,
+                        None => read_key(settings, &path, value.get_ref(), origin)?,
+                    }
+                }
+            }
+            value if section || table.is_some() => {
+                return Err(ConfigError::BadValue {
+                    origin,
+                    key: name.to_owned(),
+                    value: typed(value).shown(),
+                    expected: format!("a section: a line [{name}], and its keys below"),
+                });
+            }
+            value => read_key(settings, name, value, origin)?,
+        }
+    }
+    Ok(())
+}
+
+fn read_key(settings: &mut Settings, path: &str, value: &DeValue<'_>, origin: Origin) -> Result<(), ConfigError> {
+    let Some(key) = KEYS.iter().find(|key| key.path == path) else {
+        let sections = KEYS
+            .iter()
+            .filter_map(|key| key.path.split_once('.'))
+            .map(|(section, _)| section);
+        let names = KEYS
+            .iter()
+            .map(|key| key.path)
+            .chain(TABLES.iter().map(|(name, _)| *name))
+            .chain([ALLOW])
+            .chain(sections);
+        return Err(ConfigError::UnknownKey {
+            origin,
+            key: path.to_owned(),
+            nearest: Nearest::among(path, names),
+        });
+    };
+    set(settings, key, &typed(value), origin)
+}
+
+/// The rules.
+const ALLOW: &str = "allow";
+
+fn read_rule(
+    settings: &mut Settings,
+    rule: &toml::Spanned<DeValue<'_>>,
+    at: &dyn Fn(usize) -> Origin,
+) -> Result<(), ConfigError> {
+    let place = at(rule.span().start);
+    let bad = |origin: Origin, key: &str, value: String, expected: &str| ConfigError::BadValue {
+        origin,
+        key: key.to_owned(),
+        value,
+        expected: expected.to_owned(),
+    };
+    let DeValue::Table(entries) = rule.get_ref() else {
+        let expected = "rules: a line [[allow]] in double brackets, and the keys of a rule below";
+        return Err(bad(place, ALLOW, typed(rule.get_ref()).shown(), expected));
+    };
+    let mut read = Rule {
+        number: settings.allow.len() + 1,
+        line: match &place {
+            Origin::File(_, line) => *line,
+            _ => 0,
+        },
+        ..Rule::default()
+    };
+    for (name, value) in entries {
+        let origin = at(name.span().start);
+        let name = name.get_ref().as_ref();
+        let path = format!("{ALLOW}.{name}");
+        let Some(key) = RULE_KEYS.iter().find(|key| key.name == name) else {
+            let mut nearest = Nearest::among(name, RULE_KEYS.iter().map(|key| key.name));
+            nearest.0 = nearest.0.map(|name| format!("{ALLOW}.{name}"));
+            return Err(ConfigError::UnknownKey {
+                origin,
+                key: path,
+                nearest,
+            });
+        };
+        let value = typed(value.get_ref());
+        (key.read)(&mut read, &value).ok_or_else(|| bad(origin, &path, value.shown(), key.expected))?;
+    }
+    if read.role.is_empty() && read.profile.is_empty() {
+        let expected = "role, or profile: what the rule allows; role = \"**\" is every role";
+        return Err(bad(place, ALLOW, "neither".to_owned(), expected));
+    }
+    // GetSessionToken takes no policy (STS API reference), so the ceiling could not be kept.
+    let ceiling = read.session_policy.is_some() || !read.session_policy_arns.is_empty();
+    if read.role.is_empty() && ceiling {
+        let expected = "role: a profile that is served as it is cannot have a session policy";
+        return Err(bad(place, ALLOW, "a session policy without role".to_owned(), expected));
+    }
+    settings.allow.push(read);
+    Ok(())
+}
+
+fn typed(value: &DeValue<'_>) -> Typed {
+    let number = |text: String| Typed(vec![text], Form::Number);
+    match value {
+        DeValue::Array(items) => Typed(
+            items.iter().flat_map(|item| typed(item.get_ref()).0).collect(),
+            Form::Text,
+        ),
+        DeValue::String(text) => Typed::of(text),
+        DeValue::Boolean(value) => Typed(vec![value.to_string()], Form::Boolean),
+        DeValue::Integer(value) => number(value.to_string()),
+        DeValue::Float(value) => number(value.to_string()),
+        DeValue::Datetime(value) => Typed::of(&value.to_string()),
+        // Nothing takes a table; no text makes every reader say what it expected.
+        DeValue::Table(_) => Typed(Vec::new(), Form::Table),
+    }
+}
+
+fn read_entry(
+    settings: &mut Settings,
+    table: &str,
+    expected: &str,
+    name: &str,
+    value: &DeValue<'_>,
+    origin: Origin,
+) -> Result<(), ConfigError> {
+    let value = typed(value);
+    let read = match (table, value.text()) {
+        ("roles", Some(text)) => RoleArn::parse(text)
+            .map(|arn| settings.roles.insert(name.to_owned(), arn))
+            .is_some(),
+        ("accounts", _) => {
+            let account = value.account().map(str::to_owned);
+            account
+                .map(|account| settings.accounts.insert(name.to_owned(), account))
+                .is_some()
+        }
+        ("metadata", Some(text)) => match metadata_path(name, text) {
+            Ok(path) => settings.metadata.insert(path, text.to_owned()).is_none(),
+            Err(what) => {
+                let key = format!("{table}.{name}");
+                return Err(ConfigError::BadPath { origin, key, what });
+            }
+        },
+        ("public_keys", Some(text)) => {
+            let fits = is_public_key(text) && !name.contains(|c: char| c.is_control() || c == '/');
+            fits && settings.public_keys.insert(name.to_owned(), text.to_owned()).is_none()
+        }
+        _ => false,
+    };
+    if read {
+        return Ok(());
+    }
+    Err(ConfigError::BadValue {
+        origin,
+        key: format!("{table}.{name}"),
+        value: value.shown(),
+        expected: expected.to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::{HttpTokens, RELOADED};
+    use super::*;
+
+    fn read(text: &str) -> Result<Settings, String> {
+        let mut settings = Settings::default();
+        read_file(&mut settings, Path::new("c.toml"), text).map_err(|error| error.to_string())?;
+        Ok(settings)
+    }
+
+    #[test]
+    fn an_empty_file_is_the_default() {
+        assert_eq!(read(""), Ok(Settings::default()));
+    }
+
+    #[test]
+    fn every_documented_default_that_can_be_typed_is_the_default() {
+        for key in KEYS {
+            let mut settings = Settings::default();
+            if (key.read)(&mut settings, &Typed::of(key.default)).is_some()
+                && !matches!(
+                    key.path,
+                    "credentials.profile"
+                        | "credentials.default_role"
+                        | "imds.user_data"
+                        | "imds.user_data_base64"
+                        | "metadata.file"
+                )
+            {
+                assert_eq!(settings, Settings::default(), "{}", key.path);
+            }
+        }
+    }
+
+    #[test]
+    fn values_of_metadata_come_from_the_table_and_from_a_file() {
+        let settings = read("[metadata]\nfile = \"/m.json\"\n\"placement/group-name\" = \"g\"\n").unwrap();
+        assert_eq!(settings.metadata_file.as_deref(), Some(Path::new("/m.json")));
+        assert_eq!(settings.metadata["meta-data/placement/group-name"], "g");
+        for (text, why) in [
+            (
+                "\"placement\" = \"g\"",
+                "c.toml, line 2: metadata.placement: that is a directory",
+            ),
+            (
+                "\"instance-typ\" = \"g\"",
+                "there is no such category; did you mean instance-type?",
+            ),
+            (
+                "\"iam/info\" = \"g\"",
+                "that follows from the role and the other values, and cannot be given",
+            ),
+            (
+                "\"instance-type\" = \"a\\u001bb\"",
+                "expected text without control characters, and not empty",
+            ),
+        ] {
+            let error = read(&format!("[metadata]\n{text}\n")).unwrap_err();
+            assert!(error.contains(why), "{error}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("m.json");
+        let sources = Sources {
+            flags: vec![("--metadata-file", "metadata.file", file.to_str().unwrap().to_owned())],
+            ..Sources::default()
+        };
+        assert!(load(&sources).unwrap_err().to_string().contains("No such file"));
+        std::fs::write(&file, r#"{"metadata": {"values": {"ami-launch-index": 3}}}"#).unwrap();
+        assert_eq!(
+            load(&sources).unwrap().from_file.values["meta-data/ami-launch-index"],
+            "3"
+        );
+    }
+
+    #[test]
+    fn the_example_of_the_documentation_is_read() {
+        let settings = read(
+            r#"
+region = "eu-west-1"
+account_id = "111122223333"
+[serve]
+hold = "300ms"
+[imds]
+http_tokens = "required"
+hosts = ["Metadata.local", "x"]
+[credentials]
+source = "offline"
+duration = "2h"
+[roles]
+orders = "arn:aws:iam::111122223333:role/service/orders"
+[accounts]
+prod = "444455556666"
+"#,
+        )
+        .unwrap();
+        assert_eq!(settings.region.as_deref(), Some("eu-west-1"));
+        assert_eq!(settings.hold, Duration::from_millis(300));
+        assert_eq!(settings.http_tokens, HttpTokens::Required);
+        assert_eq!(settings.hosts, ["metadata.local", "x"]);
+        assert_eq!(settings.duration, Duration::from_secs(7200));
+        assert_eq!(settings.roles["orders"].name(), "orders");
+        assert_eq!(settings.accounts["prod"], "444455556666");
+    }
+
+    #[test]
+    fn bad_files_say_where_what_and_what_was_expected() {
+        for (text, message) in [
+            (
+                "regoin = \"x\"",
+                "c.toml, line 1: unknown key regoin; did you mean region?",
+            ),
+            (
+                "\n[serve]\nholt = \"1s\"",
+                "c.toml, line 3: unknown key serve.holt; did you mean serve.hold?",
+            ),
+            (
+                "[server]\nhold = \"1s\"",
+                "c.toml, line 1: unknown key server; did you mean serve?",
+            ),
+            (
+                "[credentials]\n\nduration = \"90\"",
+                "c.toml, line 3: credentials.duration = \"90\": expected a duration from 15m to 12h (STS's own bounds)",
+            ),
+            (
+                "region = 7",
+                "c.toml, line 1: region = \"7\": expected an AWS region such as \"eu-west-1\"",
+            ),
+            (
+                "account_id = \"12\"",
+                "c.toml, line 1: account_id = \"12\": expected 12 digits in quotes",
+            ),
+            (
+                "[roles]\na = \"arn:aws:iam::12:role/x\"",
+                "c.toml, line 2: roles.a = \"arn:aws:iam::12:role/x\": expected a role ARN",
+            ),
+            (
+                "[accounts]\np = 12",
+                "c.toml, line 2: accounts.p = \"12\": expected an account id: 12 digits in quotes",
+            ),
+            (
+                "[serve]\nattach = \"bridge\"",
+                "c.toml, line 2: serve.attach = \"bridge\": expected \"auto\", \"namespace\", \"host\" or \"network\"",
+            ),
+            (
+                "[imds]\nhttp_tokens = true",
+                "c.toml, line 2: imds.http_tokens = \"true\": expected \"optional\" or \"required\"",
+            ),
+            (
+                "[credentials]\nsession_name = \"{containr}\"",
+                "c.toml, line 2: credentials.session_name = \"{containr}\": expected text with {container}, {project}, {service}, {id}, {host}, {label:KEY} and {env:KEY}",
+            ),
+        ] {
+            assert_eq!(read(text).unwrap_err(), message);
+        }
+        for (text, message) in [
+            (
+                "serve = 3",
+                "c.toml, line 1: serve = \"3\": expected a section: a line [serve], and its keys below",
+            ),
+            (
+                "[imds]\nhttp_tokens = {a = 1}",
+                "c.toml, line 2: imds.http_tokens = \"a table\": expected \"optional\" or \"required\"",
+            ),
+            (
+                "[accounts]\nprod = 444455556666",
+                "c.toml, line 2: accounts.prod = \"444455556666\": expected an account id: 12 digits in quotes",
+            ),
+            (
+                "account_id = 444455556666",
+                "c.toml, line 1: account_id = \"444455556666\": expected 12 digits in quotes",
+            ),
+        ] {
+            assert_eq!(read(text).unwrap_err(), message);
+        }
+        assert!(read("a = ").unwrap_err().starts_with("c.toml, line 1: not TOML: "));
+    }
+
+    #[test]
+    fn rules_are_read_in_their_order() {
+        let settings = read(
+            r#"
+[[allow]]
+role = ["arn:aws:iam::111122223333:role/a*", "arn:*:iam::*:role/b/**"]
+label = ["team", "stage=test-*"]
+session_policy = '{"Statement":[]}'
+max_duration = "30m"
+
+[[allow]]
+profile = "dev"
+"#,
+        )
+        .unwrap();
+        let [first, second] = settings.allow.as_slice() else {
+            panic!("two rules")
+        };
+        assert_eq!(
+            (first.to_string(), second.to_string()),
+            ("allow rule 1 (line 2)".into(), "allow rule 2 (line 8)".into())
+        );
+        assert_eq!(first.max_duration, Some(Duration::from_secs(1800)));
+        assert!(first.has_ceiling() && !second.has_ceiling());
+        assert_eq!(first.rests_on_its_applicants().as_deref(), Some("label"));
+        assert_eq!(second.rests_on_its_applicants(), None);
+    }
+
+    #[test]
+    fn the_rules_of_the_readme_are_read() {
+        let readme = include_str!("../../README.md");
+        let block = readme
+            .split("```toml\n")
+            .nth(1)
+            .and_then(|rest| rest.split("```").next());
+        let settings = read(block.expect("README has rules")).unwrap();
+        assert_eq!(settings.allow.len(), 2);
+        assert!(settings.allow[1].has_ceiling());
+    }
+
+    #[test]
+    fn bad_rules_say_where_what_and_what_was_expected() {
+        const RULE: &str = "[[allow]]\nrole = \"**\"\n";
+        const ROLES: &str = "expected a pattern of role ARNs such as \"arn:aws:iam::111122223333:role/dev-*\" \
+            (\"**\": every role), or a list of them";
+        const GLOB: &str = "expected a pattern such as \"web-*\", or a list of them";
+        const PAIR: &str = "expected \"KEY\" or \"KEY=PATTERN\", or a list of them";
+        for (rule, message) in [
+            ("[allow]\nrole = \"x\"", "1: allow = \"a table\": expected rules: a line [[allow]] in double brackets, and the keys of a rule below".to_owned()),
+            ("allow = 3", "1: allow = \"3\": expected rules: a line [[allow]] in double brackets, and the keys of a rule below".to_owned()),
+            ("allow = [\"x\"]", "1: allow = \"x\": expected rules: a line [[allow]] in double brackets, and the keys of a rule below".to_owned()),
+            ("[[allow]]\n", "1: allow = \"neither\": expected role, or profile: what the rule allows; role = \"**\" is every role".to_owned()),
+            ("[[allow]]\nprofile = \"p\"\nsession_policy_arns = \"arn:aws:iam::aws:policy/x\"", "1: allow = \"a session policy without role\": expected role: a profile that is served as it is cannot have a session policy".to_owned()),
+            ("[[alow]]\nrole = \"**\"", "1: unknown key alow; did you mean allow?".to_owned()),
+            ("[[allow]]\nrol = \"**\"", "2: unknown key allow.rol; did you mean allow.role?".to_owned()),
+            ("[[allow]]\nsession_policys = \"**\"", "2: unknown key allow.session_policys; did you mean allow.session_policy?".to_owned()),
+            ("[[allow]]\nrole = \"dev-*\"", format!("2: allow.role = \"dev-*\": {ROLES}")),
+            ("[[allow]]\nrole = \"*\"", format!("2: allow.role = \"*\": {ROLES}")),
+            ("[[allow]]\nrole = []", format!("2: allow.role = \"\": {ROLES}")),
+            ("[[allow]]\nrole = \"arn:aws:iam::1:role/[x\"", format!("2: allow.role = \"arn:aws:iam::1:role/[x\": {ROLES}")),
+            ("container = \"\"", format!("3: allow.container = \"\": {GLOB}")),
+            ("project = 7", format!("3: allow.project = \"7\": {GLOB}")),
+            ("network = \"a**b\"", format!("3: allow.network = \"a**b\": {GLOB}")),
+            ("image_id = \"0123\"", "3: allow.image_id = \"0123\": expected an image id such as \"sha256:0123…\", or a list of them".to_owned()),
+            ("label = \"=x\"", format!("3: allow.label = \"=x\": {PAIR}")),
+            ("label = \"x=\"", format!("3: allow.label = \"x=\": {PAIR}")),
+            ("session_tags = [\"a\", \"\"]", format!("3: allow.session_tags = \"a,\": {PAIR}")),
+            ("session_name = true", "3: allow.session_name = \"true\": expected a pattern such as \"web-*\", or a list of them".to_owned()),
+            ("session_policy_arns = \"ReadOnlyAccess\"", "3: allow.session_policy_arns = \"ReadOnlyAccess\": expected 1 to 10 policy ARNs such as \"arn:aws:iam::aws:policy/ReadOnlyAccess\"".to_owned()),
+            ("session_policy = \"{}\"", "3: allow.session_policy = \"{}\": expected an IAM policy in JSON with a Statement, of at most 2048 characters".to_owned()),
+            ("max_duration = \"5m\"", "3: allow.max_duration = \"5m\": expected a duration from 15m to 12h (STS's own bounds)".to_owned()),
+        ] {
+            let whole = match rule.contains("allow") || rule.contains("alow") {
+                true => rule.to_owned(),
+                false => format!("{RULE}{rule}"),
+            };
+            assert_eq!(read(&whole).unwrap_err(), format!("c.toml, line {message}"), "{rule}");
+        }
+        for (text, message) in [
+            ("[compat]\nenv = 1", "2: compat.env = \"1\": expected true or false"),
+            (
+                "[compat]\niamdocker = true",
+                "2: unknown key compat.iamdocker; did you mean compat.iam_docker?",
+            ),
+            (
+                "[credentials]\nsession_name = \"{label:}\"",
+                "2: credentials.session_name = \"{label:}\": expected text with {container}, {project}, {service}, {id}, {host}, {label:KEY} and {env:KEY}",
+            ),
+            (
+                "[credentials]\ndefault_role = \"{proj}\"",
+                "2: credentials.default_role = \"{proj}\": expected a role: ARN, name, name@account or alias; {container}, {project}, {service} … are filled in",
+            ),
+        ] {
+            assert_eq!(read(text).unwrap_err(), format!("c.toml, line {message}"));
+        }
+    }
+
+    #[test]
+    fn what_a_running_daemon_takes_over_is_what_it_says() {
+        let old = read("[serve]\nhold = \"300ms\"").unwrap();
+        let same = old.reloaded(&old);
+        assert!(same == (old.clone(), true));
+        for key in KEYS {
+            // Another value than the default of every key, where there is one to be had.
+            let values = [
+                "eu-west-2",
+                "111122223333",
+                "warn",
+                "true",
+                "enabled",
+                "required",
+                "x-{id}",
+                "45m",
+            ];
+            let mut new = old.clone();
+            let set = values
+                .iter()
+                .any(|value| (key.read)(&mut new, &Typed::of(value)).is_some() && new != old);
+            let (settings, whole) = old.reloaded(&new);
+            let says = |path: &str| {
+                RELOADED
+                    .split(", ")
+                    .any(|told| told == path || path.starts_with(&format!("{told}.")))
+            };
+            assert_eq!(whole && settings == new, says(key.path) || !set, "{}", key.path);
+        }
+        let mut new = read("[roles]\na = \"arn:aws:iam::111122223333:role/a\"\n[[allow]]\nrole = \"**\"").unwrap();
+        assert!(!old.reloaded(&new).1);
+        new.hold = old.hold;
+        assert!(old.reloaded(&new) == (new, true));
+    }
+
+    #[test]
+    fn flag_beats_variable_beats_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("c.toml");
+        std::fs::write(&file, "region = \"eu-west-1\"\naccount_id = \"111122223333\"\n").unwrap();
+        let mut sources = Sources {
+            file: Some(file),
+            ..Sources::default()
+        };
+        assert_eq!(load(&sources).unwrap().region.as_deref(), Some("eu-west-1"));
+        sources.variables = vec![
+            ("IMDS_ROUTER_REGION".into(), "eu-west-2".into()),
+            ("PATH".into(), "/".into()),
+        ];
+        assert_eq!(load(&sources).unwrap().region.as_deref(), Some("eu-west-2"));
+        sources.flags = vec![("--region", "region", "eu-west-3".into())];
+        let settings = load(&sources).unwrap();
+        assert_eq!(settings.region.as_deref(), Some("eu-west-3"));
+        assert_eq!(settings.account_id.as_deref(), Some("111122223333"));
+    }
+
+    #[test]
+    fn variables_and_missing_files_are_named() {
+        let variables = |name: &str, value: &str| Sources {
+            variables: vec![(name.into(), value.into())],
+            ..Sources::default()
+        };
+        assert_eq!(
+            load(&variables("IMDS_ROUTER_SERVE_HOLDS", "1s"))
+                .unwrap_err()
+                .to_string(),
+            "variable IMDS_ROUTER_SERVE_HOLDS: unknown key IMDS_ROUTER_SERVE_HOLDS; did you mean IMDS_ROUTER_SERVE_HOLD?"
+        );
+        assert!(
+            load(&variables("IMDS_ROUTER_IMDS_HTTP_TOKENS", "no"))
+                .unwrap_err()
+                .to_string()
+                .starts_with("variable IMDS_ROUTER_IMDS_HTTP_TOKENS: imds.http_tokens = \"no\": expected")
+        );
+        assert_eq!(
+            load(&variables("IMDS_ROUTER_IMDS_HOSTS", "a, b")).unwrap().hosts,
+            ["a", "b"]
+        );
+        let missing = Sources {
+            file: Some("/nonexistent/c.toml".into()),
+            ..Sources::default()
+        };
+        assert!(load(&missing).unwrap_err().to_string().contains("/nonexistent/c.toml"));
+    }
+}
