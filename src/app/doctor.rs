@@ -90,8 +90,9 @@ pub async fn examine(settings: &Settings) -> Diagnosis {
     if settings.attach == Attach::Network {
         network(&mut found);
     } else {
-        proof(settings, &mut found).await;
-        host(settings, &mut found);
+        let kept = Kept::here(settings);
+        proof(settings, kept, &mut found).await;
+        host(settings, kept, &mut found);
     }
     daemon(settings, &mut found).await;
     found
@@ -122,7 +123,7 @@ fn network(found: &mut Diagnosis) {
     );
 }
 
-async fn proof(settings: &Settings, found: &mut Diagnosis) {
+async fn proof(settings: &Settings, kept: Option<Kept>, found: &mut Diagnosis) {
     let lacks = super::lacks(settings).await;
     if lacks.is_empty() {
         found.fine("proof: full; the kernel says who made a connection");
@@ -145,9 +146,8 @@ async fn proof(settings: &Settings, found: &mut Diagnosis) {
         );
     }
     let inside = lacks.is_empty() && settings.attach != Attach::Host;
-    let kept = Kept::here(settings);
     if inside {
-        let hosts = match &kept {
+        let hosts = match kept {
             Some(_) => "those in the host's network are not served",
             None => "those in the host's network are answered over the host",
         };
@@ -171,9 +171,8 @@ async fn proof(settings: &Settings, found: &mut Diagnosis) {
     }
 }
 
-fn host(settings: &Settings, found: &mut Diagnosis) {
-    let kept = Kept::here(settings);
-    if let Some(kept) = &kept {
+fn host(settings: &Settings, kept: Option<Kept>, found: &mut Diagnosis) {
+    if let Some(kept) = kept {
         found.add(
             Verdict::Note,
             format!(

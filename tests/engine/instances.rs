@@ -285,22 +285,30 @@ fn stopped(engine: &Arc<Engine>) {
 fn hops(engine: &Arc<Engine>) {
     let config = format!("{CONFIG}[serve]\nattach = \"host\"\n");
     let daemon = Daemon::start(engine, &config, &engine.moto().daemon_environment());
-    let container = engine.run("near").label("imds.role", "near").start();
+    let network = engine.network_with_ipv6("hops", "fd12:3457::/64");
+    let run = engine.run("near").label("imds.role", "near").network(network.name());
+    let container = run.start();
     crate::cases::is_itself(&container);
-    let seen = || {
-        let said = container.exec(&["/usr/bin/python3", &format!("{SCRIPTS}/hops.py")]);
+    network.await_ipv6();
+    let seen = |address: &str| {
+        let said = container.exec(&["/usr/bin/python3", &format!("{SCRIPTS}/hops.py"), address]);
         let seen: Vec<(u8, bool)> = serde_json::from_str(&said).unwrap_or_else(|e| panic!("{e}: {said}"));
         seen
     };
+    let addresses = ["169.254.169.254", "fd00:ec2::254"];
     // The system's own limit for a value; the configuration's for a token.
-    assert_eq!(seen(), [(64, false), (2, true)]);
+    for address in addresses {
+        assert_eq!(seen(address), [(64, false), (2, true)], "{address}");
+    }
     let said = daemon
         .cli(&["modify", "near", "--http-put-response-hop-limit", "1"])
         .ok();
     assert!(said.contains("http-put-response-hop-limit 1"), "{said}");
-    poll(Duration::from_secs(5), "the new limit", || {
-        (seen() == [(64, false), (1, true)]).then_some(())
-    });
+    for address in addresses {
+        poll(Duration::from_secs(5), "the new limit", || {
+            (seen(address) == [(64, false), (1, true)]).then_some(())
+        });
+    }
     daemon.stop();
 }
 

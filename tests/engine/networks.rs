@@ -12,8 +12,6 @@ const ACCOUNT: &str = "111122223333";
 /// Lives whose first act is a request over IPv6.
 const FIRST_ACTS: usize = 8;
 const IPV6: &str = "http://[fd00:ec2::254]";
-/// The bridge of the network with IPv6.
-const SIX: &str = "six";
 
 pub fn trials(rig: &Rig) -> Vec<Trial> {
     let mut trials = Vec::new();
@@ -53,19 +51,13 @@ fn ipv6(engine: &Arc<Engine>, attach: &str) {
     let before = engine.network_at_rest();
     let daemon = daemon(engine, attach);
     let moto = engine.moto();
-    let bridge = format!("--opt=com.docker.network.bridge.name={SIX}");
-    let network = engine.network("six", &["--ipv6", "--subnet=fd12:3456::/64", &bridge]);
+    let network = engine.network_with_ipv6("six", "fd12:3456::/64");
     let run = |name: &str| {
         let run = engine.run(name).label("imds.role", name).network(network.name());
         run.start()
     };
     let containers = [run("six-a"), run("six-b")];
-    // With its first link a bridge asks for up to two seconds whether its addresses are anybody else's (RFC 4862, 5.4), and is
-    // silent meanwhile. That is between the engine and the kernel, and lasts longer than a client that asks once.
-    poll(Duration::from_secs(5), "the bridge to have its addresses", || {
-        let asking = engine.host("ip", &["-6", "address", "show", "dev", SIX, "tentative"]);
-        asking.is_empty().then_some(())
-    });
+    network.await_ipv6();
     for container in &containers {
         is_itself(container);
         let reply = container

@@ -338,6 +338,13 @@ impl Engine {
         }
     }
 
+    /// A network that has IPv6 as well; its bridge has its name.
+    #[track_caller]
+    pub fn network_with_ipv6(self: &Arc<Self>, name: &str, subnet: &str) -> Network {
+        let bridge = format!("--opt=com.docker.network.bridge.name={name}");
+        self.network(name, &["--ipv6", &format!("--subnet={subnet}"), &bridge])
+    }
+
     /// The image [`SDK`] under another name, with labels and environment of its own, as a Dockerfile's LABEL and ENV set them.
     #[track_caller]
     pub fn image_with(&self, name: &str, labels: &[(&str, &str)], environment: &[(&str, &str)]) -> String {
@@ -563,6 +570,17 @@ pub struct Network {
 impl Network {
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Waits until a [`network_with_ipv6`](Engine::network_with_ipv6) that has a container is heard over IPv6. With its first
+    /// link a bridge asks for up to two seconds whether its addresses are anybody else's (RFC 4862, 5.4), and is silent
+    /// meanwhile. That is between the engine and the kernel, and lasts longer than a client that asks once.
+    #[track_caller]
+    pub fn await_ipv6(&self) {
+        poll(Duration::from_secs(5), "the bridge to have its addresses", || {
+            let show = ["-6", "address", "show", "dev", self.name(), "tentative"];
+            self.engine.host("ip", &show).is_empty().then_some(())
+        });
     }
 }
 
