@@ -33,7 +33,8 @@ use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
 use self::interception::{
-    HostDoors, PORTS, give_up, guard, has_ipv6, intercept_ipv6, leave_namespaces, make_transparent,
+    HostDoors, PORTS, give_up, guard, has_ipv6, intercept, intercept_ipv6, leave_namespaces, make_transparent,
+    refusing_ipv6,
 };
 pub use self::interception::{everything, plans};
 use self::kept::Kept;
@@ -61,6 +62,7 @@ use crate::host::{HostError, LINK, Plan};
 use crate::instance::Surroundings;
 use crate::orders::Stops;
 use crate::server::{self, IMDS_PORT, Service};
+use crate::telemetry::with_causes;
 use crate::wire::imds::credentials_document;
 
 /// The address of the metadata service.
@@ -425,9 +427,13 @@ pub async fn run(
         false => None,
     };
     let interfaces = Arc::new(Interfaces::new(LINK));
-    if kept.is_none() && !on_network && settings.ipv6 && has_ipv6() {
-        match intercept_ipv6(&mut inherited, &clock).await {
-            Ok((also, listener)) => {
+    if kept.is_none() && !on_network {
+        let served = match settings.ipv6 && has_ipv6() {
+            true => intercept_ipv6(&mut inherited, &clock).await.map(Some),
+            false => Ok(None),
+        };
+        let refusing = match served {
+            Ok(Some((also, listener))) => {
                 interception.push(also);
                 tasks.spawn(server::accept_on_host(
                     listener,
@@ -436,8 +442,22 @@ pub async fn run(
                     level,
                     service.clone(),
                 ));
+                None
             }
-            Err(why) => warn!(why, "not served at {IMDS_ADDRESS_IPV6}"),
+            Ok(None) => refusing_ipv6(),
+            Err(why) => {
+                warn!(why, "not served at {IMDS_ADDRESS_IPV6}");
+                refusing_ipv6()
+            }
+        };
+        if let Some(plan) = refusing {
+            match intercept(&plan, &clock).await {
+                Ok(refuses) => interception.push(refuses),
+                Err(error) => warn!(
+                    error = with_causes(&error),
+                    "who asks at {IMDS_ADDRESS_IPV6} is not refused: another service may answer there"
+                ),
+            }
         }
     }
     for useless in inherited.left() {

@@ -11,7 +11,7 @@ use crate::config::{Attach, Proof, Settings};
 use crate::containers::docker::Engine;
 use crate::containers::watcher::ContainerEngine as _;
 use crate::host::apply::{Survey, survey};
-use crate::host::{GUARD_TABLE, HostError, LINK, RULES_TABLE};
+use crate::host::{GUARD_TABLE, HostError, LINK, Plan, RULES_TABLE};
 use crate::telemetry::{printable, with_causes};
 
 /// How it stands with one thing.
@@ -186,7 +186,8 @@ fn host(settings: &Settings, kept: Option<Kept>, found: &mut Diagnosis) {
             found.add(Verdict::Note, format!("names: {NAMES}"), why, None);
         }
     }
-    for plan in plans(settings) {
+    // What only refuses where we do not serve has nobody who serves.
+    for plan in plans(settings).into_iter().filter(Plan::is_a_lock) {
         match survey(&plan) {
             Ok(survey) if kept.is_some() => of_rejection(&survey, found),
             Ok(survey) => of_survey(settings, &survey, found),

@@ -50,23 +50,34 @@ pub fn plans(settings: &Settings) -> Vec<Plan> {
         Some(kept) => kept.plans(),
         // The address is a container's own, by the engine.
         None if settings.attach == Attach::Network => Vec::new(),
-        None => own_plans(),
+        None => {
+            let mut plans = vec![host(IMDS_ADDRESS.into())];
+            plans.extend(match settings.ipv6 && has_ipv6() {
+                true => Some(host(IMDS_ADDRESS_IPV6.into())),
+                false => refusing_ipv6(),
+            });
+            plans
+        }
     }
+}
+
+/// What keeps anybody else from answering at the IPv6 address where we do not. Containers' links may have IPv6 where the
+/// loopback has not, and may have it later.
+pub(super) fn refusing_ipv6() -> Option<Plan> {
+    knows_ipv6().then(|| Plan::refusing(IMDS_ADDRESS_IPV6.into()))
 }
 
 /// All that can ever be ours on a host, with whatever settings: to be taken away from the last to the first.
 pub fn everything() -> Vec<Plan> {
-    let mut all = vec![Plan::delivery(IMDS_ADDRESS.into())];
-    all.extend(own_plans());
-    all
+    let delivery = Plan::delivery(IMDS_ADDRESS.into());
+    std::iter::once(delivery)
+        .chain(addresses(knows_ipv6()).map(host))
+        .collect()
 }
 
-/// The same where the address is ours.
-fn own_plans() -> Vec<Plan> {
-    // The listener's port does not matter for what stays without a daemon.
-    addresses(has_ipv6())
-        .map(|address| Plan::host(SocketAddr::new(address, DEFAULT_PORT)))
-        .collect()
+/// Where the address is ours. The listener's port does not matter for what stays without a daemon.
+fn host(address: IpAddr) -> Plan {
+    Plan::host(SocketAddr::new(address, DEFAULT_PORT))
 }
 
 /// The addresses of the service.
@@ -77,6 +88,11 @@ fn addresses(ipv6: bool) -> impl Iterator<Item = IpAddr> {
 /// Whether the network namespace of the calling thread speaks IPv6 on its loopback (ip-sysctl, `disable_ipv6`).
 pub(super) fn has_ipv6() -> bool {
     std::fs::read("/proc/sys/net/ipv6/conf/lo/disable_ipv6").is_ok_and(|text| text.starts_with(b"0"))
+}
+
+/// Whether the kernel knows IPv6 (ip-sysctl, `net.ipv6`). Where it does, it can be off now, or on one link, and on later.
+pub(super) fn knows_ipv6() -> bool {
+    std::fs::exists("/proc/sys/net/ipv6").unwrap_or(true)
 }
 
 /// Takes the service out of every container's network namespace.

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 
 use tracing::warn;
 
-use super::interception::{give_up, has_ipv6, intercept};
+use super::interception::{give_up, intercept, knows_ipv6};
 use super::{IMDS_ADDRESS, IMDS_ADDRESS_IPV6};
 use crate::clock::Clock;
 use crate::config::{HostService, Settings};
@@ -49,7 +49,7 @@ impl Kept {
 
     /// What is there on the host without a daemon, and stays.
     pub fn plans(&self) -> Vec<Plan> {
-        let families = if has_ipv6() { &[true, false][..] } else { &[true] };
+        let families = if knows_ipv6() { &[true, false][..] } else { &[true] };
         families.iter().map(|ipv4| self.plan(*ipv4)).collect()
     }
 
@@ -78,7 +78,7 @@ impl Kept {
     ) -> Result<Vec<Interception>, HostError> {
         let mut up = vec![first];
         let rest = async {
-            if has_ipv6() {
+            if knows_ipv6() {
                 up.push(intercept(&self.plan(false), clock).await?);
             }
             let mut old = vec![

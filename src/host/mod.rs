@@ -90,6 +90,20 @@ impl Plan {
         Self { parts, stays: false }
     }
 
+    /// The host's own namespace where [`Plan::host`] cannot be, or is not to be, for this address: nobody else is to answer at it
+    /// either.
+    pub fn refusing(address: IpAddr) -> Self {
+        let mut plan = Self::host(SocketAddr::new(address, 0));
+        plan.parts
+            .retain(|part| matches!(part, Part::Table(table) if !table.owned));
+        plan
+    }
+
+    /// Whether it is a daemon's that serves, or rejects for good: only one of them can be there.
+    pub fn is_a_lock(&self) -> bool {
+        self.tables().any(|table| table.owned)
+    }
+
     /// The host's own namespace where 169.254.169.254 is a real service that its processes go on using: whoever asks for
     /// `addresses` (of one family) by way of this host, as containers on bridges do, is rejected. Of those in `resolvers`
     /// names are asked, too, and that goes through.

@@ -33,6 +33,10 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
             "cloud::attach_host_is_for_whoever_means_it",
             attach_host_is_for_whoever_means_it,
         ),
+        rig.once(
+            "cloud::who_is_not_served_over_ipv6_is_refused",
+            who_is_not_served_over_ipv6_is_refused,
+        ),
     ]
 }
 
@@ -264,6 +268,8 @@ fn the_host_keeps_its_own(engine: &Arc<Engine>) {
             .contains("WRONG rules: there is no table ip imds_router_guard"),
         "{done}"
     );
+    // What is off on the loopback alone, or now, is not off: containers are rejected over IPv6 all the same.
+    engine.host("sysctl", &["-qw", "net.ipv6.conf.lo.disable_ipv6=1"]);
     let up = ec2.cli(&["intercept", "up"]).ok();
     assert!(
         up.contains("add table ip imds_router_guard") && !up.contains("address"),
@@ -483,6 +489,50 @@ fn attach_host_is_for_whoever_means_it(engine: &Arc<Engine>) {
     ec2.cli(&["intercept", "down"]).ok();
     before.assert_same(&at_rest());
     assert_eq!(engine.host("ip", &["rule"]).matches("169").count(), 0);
+}
+
+/// Where the address is ours, over IPv6 nobody else has it either: where that is switched off, by the configuration or on
+/// this host's loopback (containers' links may have it, now or later).
+fn who_is_not_served_over_ipv6_is_refused(engine: &Arc<Engine>) {
+    let ec2 = Ec2::start(engine);
+    engine.host("sysctl", &["-qw", "net.ipv6.conf.all.forwarding=1"]);
+    let network = engine.network_with_ipv6("six", "fd00:8::/64");
+    let app = engine
+        .run("app")
+        .label("imds.role", "app")
+        .network(network.name())
+        .start();
+    network.await_ipv6();
+    let asks = || app.request("GET", &format!("http://[fd00:ec2::254]{LIST}"), &[]);
+    let leaks = || {
+        let reply = poll(SOON, "a leak", || asks().ok());
+        assert_eq!(reply.body, HOSTS_ROLE);
+    };
+    leaks();
+    let config = format!("{OFFLINE}[serve]\nattach = \"host\"\nhost_service = \"replace\"\n");
+    let disabled = format!("{config}[imds]\nhttp_protocol_ipv6 = \"disabled\"\n");
+    for (config, off_on_loopback) in [(disabled, "0"), (config, "1")] {
+        let off = format!("net.ipv6.conf.lo.disable_ipv6={off_on_loopback}");
+        engine.host("sysctl", &["-qw", &off]);
+        let is_refused = || asks().is_err_and(|why| why.connection_refused());
+        let daemon = Daemon::start(engine, &config, &ec2.environment());
+        is_itself(&app);
+        assert!(is_refused(), "{:?}", asks());
+        // It is put back, and survives a crash.
+        engine.host("nft", &["delete table ip6 imds_router_guard"]);
+        poll(SOON, "the rejection", || is_refused().then_some(()));
+        let directory = daemon.directory().to_owned();
+        daemon.kill();
+        assert!(is_refused(), "{:?}", asks());
+        let daemon = Daemon::start_in(engine, directory, &config, &ec2.environment());
+        is_itself(&app);
+        assert!(is_refused(), "{:?}", asks());
+        // The clean end is one of everything.
+        daemon.stop();
+        leaks();
+    }
+    engine.host("sysctl", &["-qw", "net.ipv6.conf.lo.disable_ipv6=0"]);
+    engine.host("sysctl", &["-qw", "net.ipv6.conf.all.forwarding=0"]);
 }
 
 /// A daemon between containers and a service that the host keeps.
