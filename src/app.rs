@@ -37,7 +37,7 @@ use self::interception::{
     refusing_ipv6,
 };
 pub use self::interception::{everything, plans};
-use self::kept::Kept;
+use self::kept::{Kept, in_its_place};
 use self::observer::Observer;
 use self::resolver::Resolver;
 pub use self::systemd::Inherited;
@@ -270,7 +270,7 @@ pub async fn run(
                     make_transparent(&listener).map_err(AppError::Listen)?;
                     kept.between(listening)
                 }
-                None => Plan::host(listening),
+                None => in_its_place(&settings, Plan::host(listening)),
             };
             (Some((listener, listening)), Some(plan))
         }
@@ -429,7 +429,7 @@ pub async fn run(
     let interfaces = Arc::new(Interfaces::new(LINK));
     if kept.is_none() && !on_network {
         let served = match settings.ipv6 && has_ipv6() {
-            true => intercept_ipv6(&mut inherited, &clock).await.map(Some),
+            true => intercept_ipv6(&settings, &mut inherited, &clock).await.map(Some),
             false => Ok(None),
         };
         let refusing = match served {
@@ -444,10 +444,10 @@ pub async fn run(
                 ));
                 None
             }
-            Ok(None) => refusing_ipv6(),
+            Ok(None) => refusing_ipv6(&settings),
             Err(why) => {
                 warn!(why, "not served at {IMDS_ADDRESS_IPV6}");
-                refusing_ipv6()
+                refusing_ipv6(&settings)
             }
         };
         if let Some(plan) = refusing {

@@ -11,7 +11,7 @@ use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 use tracing::{error, warn};
 
-use super::kept::Kept;
+use super::kept::{Kept, in_its_place};
 use super::systemd::Inherited;
 use super::{DEFAULT_PORT, IMDS_ADDRESS, IMDS_ADDRESS_IPV6};
 use crate::caller::connection::{Interfaces, remember_ingress};
@@ -34,13 +34,14 @@ const VERIFY: Duration = Duration::from_secs(10);
 
 /// Listens at the IPv6 address as well.
 pub(super) async fn intercept_ipv6(
+    settings: &Settings,
     inherited: &mut Inherited,
     clock: &Clock,
 ) -> Result<(Interception, TcpListener), String> {
     let listener = inherited.listen(IMDS_ADDRESS_IPV6.into());
     let (listener, listening) = listener.map_err(|error| error.to_string())?;
     let listener = TcpListener::from_std(listener).map_err(|error| error.to_string())?;
-    let interception = intercept(&Plan::host(listening), clock).await;
+    let interception = intercept(&in_its_place(settings, Plan::host(listening)), clock).await;
     Ok((interception.map_err(|error| with_causes(&error))?, listener))
 }
 
@@ -51,20 +52,20 @@ pub fn plans(settings: &Settings) -> Vec<Plan> {
         // The address is a container's own, by the engine.
         None if settings.attach == Attach::Network => Vec::new(),
         None => {
-            let mut plans = vec![host(IMDS_ADDRESS.into())];
-            plans.extend(match settings.ipv6 && has_ipv6() {
-                true => Some(host(IMDS_ADDRESS_IPV6.into())),
-                false => refusing_ipv6(),
-            });
-            plans
+            let ipv6 = match settings.ipv6 && has_ipv6() {
+                true => Some(in_its_place(settings, host(IMDS_ADDRESS_IPV6.into()))),
+                false => refusing_ipv6(settings),
+            };
+            let ipv4 = in_its_place(settings, host(IMDS_ADDRESS.into()));
+            std::iter::once(ipv4).chain(ipv6).collect()
         }
     }
 }
 
 /// What keeps anybody else from answering at the IPv6 address where we do not. Containers' links may have IPv6 where the
 /// loopback has not, and may have it later.
-pub(super) fn refusing_ipv6() -> Option<Plan> {
-    knows_ipv6().then(|| Plan::refusing(IMDS_ADDRESS_IPV6.into()))
+pub(super) fn refusing_ipv6(settings: &Settings) -> Option<Plan> {
+    knows_ipv6().then(|| in_its_place(settings, Plan::refusing(IMDS_ADDRESS_IPV6.into())))
 }
 
 /// All that can ever be ours on a host, with whatever settings: to be taken away from the last to the first.

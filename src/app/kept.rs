@@ -99,6 +99,16 @@ impl Kept {
     }
 }
 
+/// Where the address is ours on a machine of a cloud all the same: `plan`, and containers are rejected wherever else its own service
+/// is.
+pub(super) fn in_its_place(settings: &Settings, plan: Plan) -> Plan {
+    let Some(cloud) = Cloud::find(&settings.dmi_dir) else {
+        return plan;
+    };
+    let (addresses, resolvers) = services(Some(cloud), plan.family().is_ip());
+    plan.and_rejecting(&addresses, &resolvers)
+}
+
 impl fmt::Display for Kept {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.cloud {

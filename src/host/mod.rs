@@ -99,6 +99,19 @@ impl Plan {
         plan
     }
 
+    /// The same, and whoever asks for `addresses` (of the plan's family) by way of this host is rejected, as by
+    /// [`Plan::rejecting`]: where the address is ours on a machine whose own service is at others, too.
+    pub fn and_rejecting(mut self, addresses: &[IpAddr], resolvers: &[IpAddr]) -> Self {
+        for part in &mut self.parts {
+            if let Part::Table(table) = part
+                && !table.owned
+            {
+                table.chains.push(Chain::rejecting(addresses, resolvers));
+            }
+        }
+        self
+    }
+
     /// Whether it is a daemon's that serves, or rejects for good: only one of them can be there.
     pub fn is_a_lock(&self) -> bool {
         self.tables().any(|table| table.owned)
@@ -114,21 +127,6 @@ impl Plan {
         let Some(family) = addresses.first().map(|address| Family::of(*address)) else {
             return Self::default();
         };
-        let names = |address: &IpAddr| {
-            let name = |protocol| Rule {
-                protocol,
-                ..Rule::to(*address, Some(DNS_PORT), Action::Accept)
-            };
-            [Protocol::Tcp, Protocol::Udp].map(name)
-        };
-        let rejected = |address: &IpAddr| [Action::Reset, Action::Prohibit].map(|how| Rule::to(*address, None, how));
-        let names = resolvers.iter().filter(|it| addresses.contains(it)).flat_map(names);
-        let forward = Chain {
-            name: "forward",
-            hook: Hook::Forward,
-            priority: GUARD_PRIORITY,
-            rules: names.chain(addresses.iter().flat_map(rejected)).collect(),
-        };
         let table = |name, owned, chains| {
             Part::Table(Table {
                 family,
@@ -140,7 +138,7 @@ impl Plan {
         Self {
             // The second one has nothing but its owner: it is the lock of the host.
             parts: vec![
-                table(GUARD_TABLE, false, vec![forward]),
+                table(GUARD_TABLE, false, vec![Chain::rejecting(addresses, resolvers)]),
                 table(RULES_TABLE, true, Vec::new()),
             ],
             stays: true,
@@ -257,7 +255,8 @@ impl Plan {
         })
     }
 
-    fn family(&self) -> Family {
+    /// Which addresses it is about.
+    pub fn family(&self) -> Family {
         let address = self.address().map(Family::of);
         let family = address.or_else(|| self.tables().next().map(|table| table.family));
         family.unwrap_or(Family::Ip)
@@ -390,6 +389,25 @@ pub struct Chain {
 }
 
 impl Chain {
+    /// On what is passed on to others: nobody gets to these addresses, but for names where some are resolvers.
+    fn rejecting(addresses: &[IpAddr], resolvers: &[IpAddr]) -> Self {
+        let names = |address: &IpAddr| {
+            let name = |protocol| Rule {
+                protocol,
+                ..Rule::to(*address, Some(DNS_PORT), Action::Accept)
+            };
+            [Protocol::Tcp, Protocol::Udp].map(name)
+        };
+        let rejected = |address: &IpAddr| [Action::Reset, Action::Prohibit].map(|how| Rule::to(*address, None, how));
+        let names = resolvers.iter().filter(|it| addresses.contains(it)).flat_map(names);
+        Self {
+            name: "forward",
+            hook: Hook::Forward,
+            priority: GUARD_PRIORITY,
+            rules: names.chain(addresses.iter().flat_map(rejected)).collect(),
+        }
+    }
+
     fn swapping(name: &'static str, hook: Hook, rules: Vec<Rule>) -> Self {
         Self {
             name,

@@ -34,8 +34,8 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
             attach_host_is_for_whoever_means_it,
         ),
         rig.once(
-            "cloud::who_is_not_served_over_ipv6_is_refused",
-            who_is_not_served_over_ipv6_is_refused,
+            "cloud::where_the_address_is_ours_nothing_leads_to_the_hosts_own",
+            where_the_address_is_ours_nothing_leads_to_the_hosts_own,
         ),
     ]
 }
@@ -82,6 +82,7 @@ impl Ec2 {
             "-6 addr add fd00:254::2/64 dev ec2 nodad",
             "link set ec2 up",
             "route add 169.254.169.254/32 via 10.254.0.1 dev ec2",
+            "route add 169.254.170.2/32 via 10.254.0.1 dev ec2",
             "-6 route add fd00:ec2::254/128 via fd00:254::1 dev ec2",
         ] {
             engine.host("ip", &words.split(' ').collect::<Vec<_>>());
@@ -92,6 +93,7 @@ impl Ec2 {
             "ip -6 addr add fd00:254::1/64 dev host nodad",
             "ip link set host up",
             "ip addr add 169.254.169.254/32 dev lo",
+            "ip addr add 169.254.170.2/32 dev lo",
             "ip -6 addr add fd00:ec2::254/128 dev lo nodad",
             "ip -6 route add default via fd00:254::2 dev host",
             "ip route add 172.16.0.0/12 via 10.254.0.2 dev host",
@@ -250,7 +252,7 @@ fn the_host_keeps_its_own(engine: &Arc<Engine>) {
     let six = engine.network("six", &["--ipv6", "--subnet", "fd00:6::/64"]);
     let unlabelled = engine.run("unlabelled").network(six.name()).start();
     let asks = |address: &str| unlabelled.request("GET", &format!("http://{address}{LIST}"), &[]);
-    let everywhere = ["169.254.169.254", "[fd00:ec2::254]"];
+    let everywhere = ["169.254.169.254", "169.254.170.2", "[fd00:ec2::254]"];
     for address in everywhere {
         // An address of IPv6 settles first.
         let reply = poll(SOON, &format!("a leak over {address}"), || asks(address).ok());
@@ -491,9 +493,9 @@ fn attach_host_is_for_whoever_means_it(engine: &Arc<Engine>) {
     assert_eq!(engine.host("ip", &["rule"]).matches("169").count(), 0);
 }
 
-/// Where the address is ours, over IPv6 nobody else has it either: where that is switched off, by the configuration or on
-/// this host's loopback (containers' links may have it, now or later).
-fn who_is_not_served_over_ipv6_is_refused(engine: &Arc<Engine>) {
+/// Where the address is ours, no other way leads to the host's own service either: its other addresses, and IPv6, which may be
+/// switched off by the configuration, or on this host's loopback while containers' links have it.
+fn where_the_address_is_ours_nothing_leads_to_the_hosts_own(engine: &Arc<Engine>) {
     let ec2 = Ec2::start(engine);
     engine.host("sysctl", &["-qw", "net.ipv6.conf.all.forwarding=1"]);
     let network = engine.network_with_ipv6("six", "fd00:8::/64");
@@ -503,30 +505,41 @@ fn who_is_not_served_over_ipv6_is_refused(engine: &Arc<Engine>) {
         .network(network.name())
         .start();
     network.await_ipv6();
-    let asks = || app.request("GET", &format!("http://[fd00:ec2::254]{LIST}"), &[]);
+    let asks = |address: &str| app.request("GET", &format!("http://{address}{LIST}"), &[]);
+    let other_ways = ["[fd00:ec2::254]", "169.254.170.2"];
     let leaks = || {
-        let reply = poll(SOON, "a leak", || asks().ok());
-        assert_eq!(reply.body, HOSTS_ROLE);
+        for address in other_ways {
+            let reply = poll(SOON, &format!("a leak over {address}"), || asks(address).ok());
+            assert_eq!(reply.body, HOSTS_ROLE);
+        }
     };
     leaks();
-    let config = format!("{OFFLINE}[serve]\nattach = \"host\"\nhost_service = \"replace\"\n");
-    let disabled = format!("{config}[imds]\nhttp_protocol_ipv6 = \"disabled\"\n");
-    for (config, off_on_loopback) in [(disabled, "0"), (config, "1")] {
+    let replace = format!("{OFFLINE}[serve]\nattach = \"host\"\nhost_service = \"replace\"\n");
+    let disabled = format!("{replace}[imds]\nhttp_protocol_ipv6 = \"disabled\"\n");
+    for (config, off_on_loopback, served) in [(&replace, "0", true), (&disabled, "0", false), (&replace, "1", false)] {
         let off = format!("net.ipv6.conf.lo.disable_ipv6={off_on_loopback}");
         engine.host("sysctl", &["-qw", &off]);
-        let is_refused = || asks().is_err_and(|why| why.connection_refused());
-        let daemon = Daemon::start(engine, &config, &ec2.environment());
+        let are_refused = || {
+            let mut ways = other_ways.iter().skip(usize::from(served));
+            ways.all(|address| asks(address).is_err_and(|why| why.connection_refused()))
+        };
+        let daemon = Daemon::start(engine, config, &ec2.environment());
         is_itself(&app);
-        assert!(is_refused(), "{:?}", asks());
-        // It is put back, and survives a crash.
-        engine.host("nft", &["delete table ip6 imds_router_guard"]);
-        poll(SOON, "the rejection", || is_refused().then_some(()));
+        assert!(are_refused(), "{config}");
+        if served {
+            assert_eq!(asks(other_ways[0]).expect("an answer").body, app.name());
+        }
+        // What is removed is put back, and survives a crash.
+        for family in ["ip", "ip6"] {
+            engine.host("nft", &[&format!("delete table {family} imds_router_guard")]);
+        }
+        poll(SOON, "the rejection", || are_refused().then_some(()));
         let directory = daemon.directory().to_owned();
         daemon.kill();
-        assert!(is_refused(), "{:?}", asks());
-        let daemon = Daemon::start_in(engine, directory, &config, &ec2.environment());
+        assert!(are_refused(), "{config}");
+        let daemon = Daemon::start_in(engine, directory, config, &ec2.environment());
         is_itself(&app);
-        assert!(is_refused(), "{:?}", asks());
+        assert!(are_refused(), "{config}");
         // The clean end is one of everything.
         daemon.stop();
         leaks();
