@@ -171,11 +171,13 @@ impl Field {
         Program::start(&self.victim, "victim", &["ask"])
     }
 
-    /// The neighbour's own address and credentials go on working, and so do the victim's: poison goes by and by.
+    /// The neighbour's own address and credentials go on working, and so do the victim's. Poison goes by and by: what a kernel
+    /// has heard it believes for up to 45 s, and asks for 8 s more before it forgets (arp(7): base_reachable_time,
+    /// delay_first_probe_time, ucast_solicit).
     #[track_caller]
     fn everybody_is_served(&self) {
         for (container, role) in [(&self.victim, VICTIM), (&self.neighbour, "attacker")] {
-            poll(Duration::from_secs(30), &format!("{role} to be served again"), || {
+            poll(Duration::from_secs(90), &format!("{role} to be served again"), || {
                 let body = container.request("GET", LIST, &[]).ok()?.body;
                 assert!(body.is_empty() || body == role, "{role} got {body}");
                 (body == role).then_some(())
