@@ -33,11 +33,10 @@ use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
 use self::interception::{
-    HostDoors, PORTS, give_up, guard, has_ipv6, intercept, intercept_ipv6, leave_namespaces, make_transparent,
-    refusing_ipv6,
+    HostDoors, PORTS, give_up, guard, host_plan, intercept_ipv6, leave_namespaces, make_transparent,
 };
 pub use self::interception::{everything, plans};
-use self::kept::{Kept, in_its_place};
+use self::kept::Kept;
 use self::observer::Observer;
 use self::resolver::Resolver;
 pub use self::systemd::Inherited;
@@ -58,11 +57,10 @@ use crate::credentials::broker::{Broker, CredentialProvider, Limits};
 use crate::credentials::offline::Offline;
 use crate::credentials::sts::Sts;
 use crate::host::apply::Interception;
-use crate::host::{HostError, LINK, Plan};
+use crate::host::{HostError, LINK};
 use crate::instance::Surroundings;
 use crate::orders::Stops;
 use crate::server::{self, IMDS_PORT, Service};
-use crate::telemetry::with_causes;
 use crate::wire::imds::credentials_document;
 
 /// The address of the metadata service.
@@ -270,7 +268,7 @@ pub async fn run(
                     make_transparent(&listener).map_err(AppError::Listen)?;
                     kept.between(listening)
                 }
-                None => in_its_place(&settings, Plan::host(listening)),
+                None => host_plan(&settings, listening),
             };
             (Some((listener, listening)), Some(plan))
         }
@@ -427,37 +425,19 @@ pub async fn run(
         false => None,
     };
     let interfaces = Arc::new(Interfaces::new(LINK));
-    if kept.is_none() && !on_network {
-        let served = match settings.ipv6 && has_ipv6() {
-            true => intercept_ipv6(&settings, &mut inherited, &clock).await.map(Some),
-            false => Ok(None),
-        };
-        let refusing = match served {
-            Ok(Some((also, listener))) => {
-                interception.push(also);
-                tasks.spawn(server::accept_on_host(
-                    listener,
-                    interfaces.clone(),
-                    host,
-                    level,
-                    service.clone(),
-                ));
-                None
-            }
-            Ok(None) => refusing_ipv6(&settings),
-            Err(why) => {
-                warn!(why, "not served at {IMDS_ADDRESS_IPV6}");
-                refusing_ipv6(&settings)
-            }
-        };
-        if let Some(plan) = refusing {
-            match intercept(&plan, &clock).await {
-                Ok(refuses) => interception.push(refuses),
-                Err(error) => warn!(
-                    error = with_causes(&error),
-                    "who asks at {IMDS_ADDRESS_IPV6} is not refused: another service may answer there"
-                ),
-            }
+    if kept.is_none()
+        && !on_network
+        && let Some((also, listener)) = intercept_ipv6(&settings, &mut inherited, &clock).await
+    {
+        interception.push(also);
+        if let Some(listener) = listener {
+            tasks.spawn(server::accept_on_host(
+                listener,
+                interfaces.clone(),
+                host,
+                level,
+                service.clone(),
+            ));
         }
     }
     for useless in inherited.left() {

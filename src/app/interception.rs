@@ -32,8 +32,33 @@ const BACKLOG: i32 = 1024;
 /// How often interception is looked at even if nobody says that it has changed.
 const VERIFY: Duration = Duration::from_secs(10);
 
-/// Listens at the IPv6 address as well.
+/// The IPv6 address as well: served by a listener, or else nobody answers there. Containers' links may have IPv6 where the
+/// loopback has not, and may have it later.
 pub(super) async fn intercept_ipv6(
+    settings: &Settings,
+    inherited: &mut Inherited,
+    clock: &Clock,
+) -> Option<(Interception, Option<TcpListener>)> {
+    if serves_ipv6(settings) {
+        match serve_ipv6(settings, inherited, clock).await {
+            Ok((up, listener)) => return Some((up, Some(listener))),
+            Err(why) => warn!(why, "not served at {IMDS_ADDRESS_IPV6}"),
+        }
+    }
+    match intercept(&refusing_ipv6(settings)?, clock).await {
+        Ok(up) => Some((up, None)),
+        Err(error) => {
+            warn!(
+                error = with_causes(&error),
+                "who asks at {IMDS_ADDRESS_IPV6} is not refused: another service may answer there; mend what is said, then: \
+                 imds-router intercept up"
+            );
+            None
+        }
+    }
+}
+
+async fn serve_ipv6(
     settings: &Settings,
     inherited: &mut Inherited,
     clock: &Clock,
@@ -41,8 +66,13 @@ pub(super) async fn intercept_ipv6(
     let listener = inherited.listen(IMDS_ADDRESS_IPV6.into());
     let (listener, listening) = listener.map_err(|error| error.to_string())?;
     let listener = TcpListener::from_std(listener).map_err(|error| error.to_string())?;
-    let interception = intercept(&in_its_place(settings, Plan::host(listening)), clock).await;
+    let interception = intercept(&host_plan(settings, listening), clock).await;
     Ok((interception.map_err(|error| with_causes(&error))?, listener))
+}
+
+/// Whether this host serves at the IPv6 address.
+fn serves_ipv6(settings: &Settings) -> bool {
+    settings.ipv6 && has_ipv6()
 }
 
 /// What is on the host with these settings, without a daemon: one plan an address family.
@@ -52,33 +82,37 @@ pub fn plans(settings: &Settings) -> Vec<Plan> {
         // The address is a container's own, by the engine.
         None if settings.attach == Attach::Network => Vec::new(),
         None => {
-            let ipv6 = match settings.ipv6 && has_ipv6() {
-                true => Some(in_its_place(settings, host(IMDS_ADDRESS_IPV6.into()))),
+            let ipv6 = match serves_ipv6(settings) {
+                true => Some(host_plan(settings, without_a_listener(IMDS_ADDRESS_IPV6.into()))),
                 false => refusing_ipv6(settings),
             };
-            let ipv4 = in_its_place(settings, host(IMDS_ADDRESS.into()));
+            let ipv4 = host_plan(settings, without_a_listener(IMDS_ADDRESS.into()));
             std::iter::once(ipv4).chain(ipv6).collect()
         }
     }
 }
 
-/// What keeps anybody else from answering at the IPv6 address where we do not. Containers' links may have IPv6 where the
-/// loopback has not, and may have it later.
-pub(super) fn refusing_ipv6(settings: &Settings) -> Option<Plan> {
+/// What is on the host where the address is ours, and this listens.
+pub(super) fn host_plan(settings: &Settings, listening: SocketAddr) -> Plan {
+    in_its_place(settings, Plan::host(listening))
+}
+
+/// What keeps anybody else from answering at the IPv6 address where we do not.
+fn refusing_ipv6(settings: &Settings) -> Option<Plan> {
     knows_ipv6().then(|| in_its_place(settings, Plan::refusing(IMDS_ADDRESS_IPV6.into())))
 }
 
 /// All that can ever be ours on a host, with whatever settings: to be taken away from the last to the first.
 pub fn everything() -> Vec<Plan> {
-    let delivery = Plan::delivery(IMDS_ADDRESS.into());
-    std::iter::once(delivery)
+    let host = |address| Plan::host(without_a_listener(address));
+    std::iter::once(Plan::delivery(IMDS_ADDRESS.into()))
         .chain(addresses(knows_ipv6()).map(host))
         .collect()
 }
 
-/// Where the address is ours. The listener's port does not matter for what stays without a daemon.
-fn host(address: IpAddr) -> Plan {
-    Plan::host(SocketAddr::new(address, DEFAULT_PORT))
+/// The listener's port does not matter for what stays without a daemon.
+fn without_a_listener(address: IpAddr) -> SocketAddr {
+    SocketAddr::new(address, DEFAULT_PORT)
 }
 
 /// The addresses of the service.
@@ -87,7 +121,7 @@ fn addresses(ipv6: bool) -> impl Iterator<Item = IpAddr> {
 }
 
 /// Whether the network namespace of the calling thread speaks IPv6 on its loopback (ip-sysctl, `disable_ipv6`).
-pub(super) fn has_ipv6() -> bool {
+fn has_ipv6() -> bool {
     std::fs::read("/proc/sys/net/ipv6/conf/lo/disable_ipv6").is_ok_and(|text| text.starts_with(b"0"))
 }
 
