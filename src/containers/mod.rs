@@ -8,6 +8,7 @@ pub mod compose;
 pub mod docker;
 pub mod index;
 pub mod labels;
+pub mod slots;
 pub mod watcher;
 
 use std::collections::BTreeMap;

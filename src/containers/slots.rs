@@ -1,0 +1,329 @@
+//! The limit on the open connections of one container run.
+//!
+//! At the limit a new connection waits. The connection that has been idle longest is asked to close and frees its slot. A
+//! connection is idle from the moment its answer is ready until its next request. If no connection becomes idle before the
+//! deadline of the new one, the server answers it with 503.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::{Notify, oneshot};
+use tokio::time::{Instant, timeout_at};
+
+/// Open connections of one container run, at most.
+pub const LIMIT: usize = 64;
+/// New connections of one container run that wait for a slot or are being answered with 503, at most.
+pub const WAITING_LIMIT: usize = 64;
+
+/// The connections of one container run. Each open one holds a [`Slot`].
+#[derive(Debug, Default)]
+pub struct ConnectionSlots(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    open: Vec<Open>,
+    /// New connections in the order of their arrival. The sender of one that gave up is closed.
+    waiting: VecDeque<oneshot::Sender<Slot>>,
+    /// How many hold a [`Waiting`]: those of `waiting`, and those that gave up and have not been answered yet.
+    places: usize,
+    /// The next number for a connection, or for an idle period: both only grow.
+    next: u64,
+    made_room: u64,
+    refused: u64,
+}
+
+/// One open connection.
+#[derive(Debug)]
+struct Open {
+    number: u64,
+    /// Numbers grow with time: the smallest belongs to the longest idle period. `None`: it reads or answers a request.
+    idle_since: Option<u64>,
+    asked_to_close: bool,
+    close: Arc<Notify>,
+}
+
+/// Why a connection gets no slot.
+#[derive(Debug)]
+pub enum Full {
+    /// No slot became free before the deadline. The caller answers with 503 and then drops the place.
+    TimedOut(Waiting),
+    /// [`WAITING_LIMIT`] connections wait already.
+    TooManyWaiting,
+}
+
+impl ConnectionSlots {
+    /// Takes a slot. At the limit it waits for one until `deadline`.
+    ///
+    /// # Errors
+    /// When there is none; counted in [`refused`](Self::refused).
+    pub async fn take(self: &Arc<Self>, deadline: Instant) -> Result<Slot, Full> {
+        let (place, granted) = {
+            let mut state = self.lock();
+            if state.open.len() < LIMIT {
+                return Ok(self.occupy(&mut state));
+            }
+            if state.places >= WAITING_LIMIT {
+                state.refused += 1;
+                return Err(Full::TooManyWaiting);
+            }
+            let (grant, granted) = oneshot::channel();
+            state.waiting.push_back(grant);
+            state.places += 1;
+            state.make_room();
+            (Waiting(self.clone()), granted)
+        };
+        if let Ok(Ok(slot)) = timeout_at(deadline, granted).await {
+            return Ok(slot);
+        }
+        self.lock().refused += 1;
+        Err(Full::TimedOut(place))
+    }
+
+    /// Open connections now.
+    pub fn open(&self) -> usize {
+        self.lock().open.len()
+    }
+
+    /// Idle connections that were asked to close for a new one, so far.
+    pub fn made_room(&self) -> u64 {
+        self.lock().made_room
+    }
+
+    /// New connections that got no slot, so far. The server answers them with 503.
+    pub fn refused(&self) -> u64 {
+        self.lock().refused
+    }
+
+    fn occupy(self: &Arc<Self>, state: &mut State) -> Slot {
+        let (number, close) = (state.number(), Arc::new(Notify::new()));
+        state.open.push(Open {
+            number,
+            idle_since: None,
+            asked_to_close: false,
+            close: close.clone(),
+        });
+        Slot {
+            slots: self.clone(),
+            number,
+            close,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    fn find(&mut self, number: u64) -> Option<&mut Open> {
+        self.open.iter_mut().find(|open| open.number == number)
+    }
+
+    /// Asks idle connections to close, longest idle first, until one closes for each new connection that waits.
+    fn make_room(&mut self) {
+        self.waiting.retain(|grant| !grant.is_closed());
+        if self.waiting.is_empty() {
+            return;
+        }
+        let closing = self.open.iter().filter(|open| open.asked_to_close).count();
+        for _ in closing..self.waiting.len() {
+            let idle = self.open.iter_mut().filter(|open| !open.asked_to_close);
+            let idlest = idle.filter_map(|open| Some((open.idle_since?, open)));
+            let Some((_, idlest)) = idlest.min_by_key(|(since, _)| *since) else {
+                return;
+            };
+            idlest.asked_to_close = true;
+            idlest.close.notify_one();
+            self.made_room += 1;
+        }
+    }
+}
+
+/// The slot of one open connection. Dropping it frees the slot, for the connection that has waited longest.
+#[derive(Debug)]
+pub struct Slot {
+    slots: Arc<ConnectionSlots>,
+    number: u64,
+    close: Arc<Notify>,
+}
+
+impl Slot {
+    /// A request has started: until [`idle`](Self::idle), the connection is not asked to close.
+    pub fn busy(&self) {
+        if let Some(open) = self.slots.lock().find(self.number) {
+            open.idle_since = None;
+        }
+    }
+
+    /// The answer to a request is ready. True: the connection has to close after it, because a new one needs the slot.
+    pub fn idle(&self) -> bool {
+        let mut state = self.slots.lock();
+        let now = state.number();
+        if let Some(open) = state.find(self.number) {
+            open.idle_since = Some(now);
+        }
+        state.make_room();
+        state.find(self.number).is_some_and(|open| open.asked_to_close)
+    }
+
+    /// Whether the connection was asked to close for a new one.
+    pub fn asked_to_close(&self) -> bool {
+        let mut state = self.slots.lock();
+        state.find(self.number).is_some_and(|open| open.asked_to_close)
+    }
+
+    /// Completes once, when the connection is asked to close for a new one.
+    pub async fn close_asked(&self) {
+        self.close.notified().await;
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let mut state = self.slots.lock();
+        state.open.retain(|open| open.number != self.number);
+        let granted = state.waiting.pop_front().map(|grant| {
+            let slot = self.slots.occupy(&mut state);
+            (grant, slot)
+        });
+        // Without the lock: if the new connection has given up, the slot comes back and is dropped here.
+        drop(state);
+        if let Some((grant, slot)) = granted {
+            drop(grant.send(slot));
+        }
+    }
+}
+
+/// The place of a new connection that waits for a slot. Dropping it frees the place.
+#[derive(Debug)]
+pub struct Waiting(Arc<ConnectionSlots>);
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.lock().places -= 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
+    use super::*;
+
+    const WAIT: Duration = Duration::from_millis(400);
+
+    /// Slots that are all taken, each by a connection that reads its first request.
+    async fn full() -> (Arc<ConnectionSlots>, Vec<Slot>) {
+        let slots = Arc::new(ConnectionSlots::default());
+        let mut taken = Vec::new();
+        for _ in 0..LIMIT {
+            taken.push(slots.take(Instant::now()).await.unwrap());
+        }
+        (slots, taken)
+    }
+
+    fn spawn_take(slots: &Arc<ConnectionSlots>) -> tokio::task::JoinHandle<Result<Slot, Full>> {
+        let slots = slots.clone();
+        tokio::spawn(async move { slots.take(Instant::now() + WAIT).await })
+    }
+
+    /// Lets every other task run until it waits.
+    async fn settle() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn longest_idle_connection_is_asked_to_close() {
+        let (slots, mut taken) = full().await;
+        for number in [7, 3, 9] {
+            assert!(!taken[number].idle());
+        }
+        // Idle for longest, but busy again.
+        taken[7].busy();
+        let new = spawn_take(&slots);
+        taken[3].close_asked().await;
+        assert!(taken[3].asked_to_close() && !taken[9].asked_to_close() && !new.is_finished());
+        drop(taken.remove(3));
+        assert!(new.await.unwrap().is_ok());
+        assert_eq!((slots.made_room(), slots.refused()), (1, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_connection_closes_for_each_that_waits() {
+        let (slots, taken) = full().await;
+        let new = [spawn_take(&slots), spawn_take(&slots)];
+        settle().await;
+        assert!(taken[0].idle() && taken[1].idle() && !taken[2].idle());
+        drop(taken);
+        for new in new {
+            assert!(new.await.unwrap().is_ok());
+        }
+        assert_eq!(slots.made_room(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_is_asked_while_it_answers_closes_after_the_answer() {
+        let (slots, taken) = full().await;
+        taken[0].idle();
+        let _new = spawn_take(&slots);
+        taken[0].close_asked().await;
+        // Its next request had arrived already.
+        taken[0].busy();
+        assert!(taken[0].idle());
+        assert_eq!(slots.made_room(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_an_idle_connection_a_new_one_waits_until_its_deadline() {
+        let (slots, taken) = full().await;
+        let started = Instant::now();
+        assert!(matches!(spawn_take(&slots).await.unwrap(), Err(Full::TimedOut(_))));
+        assert_eq!(started.elapsed(), WAIT);
+        assert_eq!((slots.open(), slots.made_room(), slots.refused()), (LIMIT, 0, 1));
+        // It no longer waits: no connection closes for it.
+        assert!(!taken[0].idle());
+        drop(taken);
+        assert_eq!(slots.open(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn slots_go_to_those_who_wait_in_the_order_of_arrival() {
+        let (slots, mut taken) = full().await;
+        let gives_up = spawn_take(&slots);
+        settle().await;
+        gives_up.abort();
+        assert!(gives_up.await.unwrap_err().is_cancelled());
+        let (first, second) = (spawn_take(&slots), spawn_take(&slots));
+        settle().await;
+        drop(taken.pop());
+        assert!(timeout(WAIT / 2, first).await.unwrap().unwrap().is_ok());
+        assert!(second.await.unwrap().is_ok(), "the first one has dropped its slot");
+        assert_eq!(slots.open(), LIMIT - 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waiting_connections_are_limited() {
+        let (slots, _taken) = full().await;
+        let waiting: Vec<_> = (0..WAITING_LIMIT).map(|_| spawn_take(&slots)).collect();
+        settle().await;
+        let now = Instant::now();
+        let full = timeout(WAIT / 2, slots.take(now + WAIT)).await.unwrap();
+        assert!(matches!(full, Err(Full::TooManyWaiting)));
+        // Those that gave up keep their places until they are answered.
+        let mut unanswered = Vec::new();
+        for waiting in waiting {
+            unanswered.push(waiting.await.unwrap().unwrap_err());
+        }
+        assert!(matches!(slots.take(now).await, Err(Full::TooManyWaiting)));
+        drop(unanswered);
+        assert!(matches!(slots.take(now).await, Err(Full::TimedOut(_))));
+        assert_eq!(slots.refused(), WAITING_LIMIT as u64 + 3);
+    }
+}
