@@ -3,8 +3,11 @@
 //!
 //! A client that leaves ends its own request and nothing else: what it waited for belongs to the broker and the watcher.
 
+mod http;
+mod linger;
+
 use std::collections::VecDeque;
-use std::future::Future;
+use std::future::pending;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
@@ -14,23 +17,20 @@ use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use hyper::Request;
-use hyper::body::Incoming;
 use hyper::http::request::Parts;
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 use tracing::{debug, info, trace, warn};
 
+use self::http::NoAnswer;
 #[cfg(target_os = "linux")]
 use crate::caller::connection::{Interface, Interfaces, ingress};
 use crate::caller::{Caller, Connection, OwnEnds, Refusal, Via, identify, other_end};
 use crate::clock::Clock;
 use crate::containers::index::Index;
+use crate::containers::slots::{self, Full, Slot};
 use crate::containers::{ContainerId, Level, Life, NamespaceId};
 use crate::credentials::broker::{Broker, NoCredentials, ProviderError, Published};
 use crate::instance::{Instance, Role};
@@ -42,10 +42,6 @@ use crate::wire::imds::{self, Call, parse, version_list};
 use crate::wire::token::TokenAuthority;
 use crate::wire::{Refused, Reply, TOKEN_HEADER};
 
-/// Largest head of a request.
-const HEAD_BYTES: usize = 16 * 1024;
-/// Connections of one container at once.
-const CONNECTIONS_PER_CONTAINER: u32 = 64;
 /// Connections that are not proven yet, at once.
 const CONNECTIONS_BEFORE_PROOF: usize = 256;
 /// The same from one interface: one network cannot crowd out the others.
@@ -53,8 +49,9 @@ const CONNECTIONS_BEFORE_PROOF_PER_INTERFACE: usize = 32;
 /// A connection ends after so many requests, or so long: whatever changes, nobody keeps an old one for ever.
 const REQUESTS_PER_CONNECTION: u32 = 1_000;
 const CONNECTION_LIFE: Duration = Duration::from_secs(300);
-/// How long a connection is kept without a request; also how long a head may take.
-const IDLE: Duration = Duration::from_secs(15);
+/// How long a connection beyond all limits of its container is open for its 503: long enough if the request came with the
+/// handshake, short enough that the sockets do not add up.
+const AT_ONCE: Duration = Duration::from_millis(20);
 /// The port that clients ask.
 pub const IMDS_PORT: u16 = 80;
 
@@ -82,6 +79,7 @@ pub struct Service {
     versions: Bytes,
     refusals: Refusals,
     requests: Requests,
+    at_limit: AtLimit,
     /// Where the daemon asks itself from, until that has arrived.
     probes: dashmap::DashSet<SocketAddr>,
 }
@@ -126,6 +124,7 @@ impl Service {
             before_proof: Gate::new(),
             versions: version_list().into(),
             requests: Requests::default(),
+            at_limit: AtLimit::default(),
             probes: dashmap::DashSet::new(),
         })
     }
@@ -353,28 +352,12 @@ pub async fn serve<S: Wire>(stream: S, connection: Connection, service: Arc<Serv
     match identify(&service.index, connection, deadline).await {
         Ok(caller) => {
             drop(place);
-            let Some(counted) = Counted::take(caller.life().clone()) else {
-                info!(container = %caller.life().container, "more connections at once than a container has; closed");
-                return;
-            };
-            let session = Arc::new(Session {
-                service: service.clone(),
-                caller,
-                connection,
-                hops,
-                first: Mutex::new(Some(deadline)),
-                end: service.clock.now() + CONNECTION_LIFE,
-                requests: AtomicU32::new(0),
-                verified: Mutex::default(),
-            });
-            let requests = http(stream, move |request| {
-                let session = session.clone();
-                async move { session.answer(request).await }
-            });
+            let life = caller.life().clone();
+            let requests = serve_caller(stream, caller, connection, (hops, deadline), &service);
             tokio::select! {
                 () = requests => {}
-                // Whatever was being said is cut: the address may be somebody else's by now.
-                () = counted.0.witness.ended() => trace!(container = %counted.0.container, "ended with its container"),
+                // An answer in transit is cut, and so is the close: another container may have the address already.
+                () = life.witness.ended() => trace!(container = %life.container, "ended with its container"),
             }
         }
         Err(refusal) => {
@@ -386,10 +369,52 @@ pub async fn serve<S: Wire>(stream: S, connection: Connection, service: Arc<Serv
                 _ => Refused::Unproven,
             };
             // The place is held on: whoever is refused has no more of us than the unproven have together.
-            let refuse = http(stream, move |_| async move { Ok(Reply::refused(why)) });
+            let refuse = http::serve(stream, pending(), |_| async { Ok(Reply::refused(why)) });
             let _ = tokio::time::timeout(service.hold, refuse).await;
             drop(place);
         }
+    }
+}
+
+/// Answers the requests of an authenticated caller once it has a slot, or 503 if there is none until the deadline.
+async fn serve_caller<S: Wire>(
+    stream: Limited<S>,
+    caller: Caller,
+    connection: Connection,
+    (hops, deadline): (Arc<AtomicU8>, Instant),
+    service: &Arc<Service>,
+) {
+    let slot = match caller.life().connections.take(deadline).await {
+        Ok(slot) => slot,
+        Err(full) => {
+            service.at_limit.refused.fetch_add(1, Ordering::Relaxed);
+            let (caller, time) = match &full {
+                Full::TimedOut(_) => (&caller, service.hold),
+                Full::TooManyWaiting => (&caller, AT_ONCE),
+            };
+            let refuse = http::serve(stream, pending(), |request| async move {
+                service.no_slot(caller.life(), &request)
+            });
+            let _ = tokio::time::timeout(time, refuse).await;
+            // The place of a connection that has waited is held until here.
+            drop(full);
+            return;
+        }
+    };
+    let session = Session {
+        service: service.clone(),
+        caller,
+        connection,
+        slot,
+        hops,
+        first: Mutex::new(Some(deadline)),
+        end: service.clock.now() + CONNECTION_LIFE,
+        requests: AtomicU32::new(0),
+        verified: Mutex::default(),
+    };
+    http::serve(stream, session.slot.close_asked(), |request| session.answer(request)).await;
+    if session.slot.asked_to_close() {
+        service.at_limit.made_room.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -478,58 +503,12 @@ impl<S: Wire> AsyncWrite for Limited<S> {
     }
 }
 
-/// The life of a connection has ended, or its other end is not who it was: nothing is said any more.
-#[derive(Debug, thiserror::Error)]
-#[error("nobody is at the other end any more who was proven")]
-struct Ended;
-
-/// HTTP/1.1 on one connection.
-async fn http<S, A, F>(stream: S, answer: A)
-where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    A: Fn(Parts) -> F,
-    F: Future<Output = Result<Reply, Ended>>,
-{
-    let service = service_fn(|request: Request<Incoming>| {
-        // No request of IMDS has a body; hyper passes over one that comes.
-        let reply = answer(request.into_parts().0);
-        async move { reply.await.map(Reply::into_response) }
-    });
-    let ended = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(IDLE)
-        .max_buf_size(HEAD_BYTES)
-        .title_case_headers(true)
-        .serve_connection(TokioIo::new(stream), service)
-        .await;
-    if let Err(error) = ended {
-        // Clients that leave in the middle, heads that are none: theirs, not ours.
-        trace!(%error, "connection broken");
-    }
-}
-
-/// A connection that counts for its container.
-struct Counted(Arc<Life>);
-
-impl Counted {
-    fn take(life: Arc<Life>) -> Option<Self> {
-        let counted = Self(life);
-        let others = counted.0.connections.fetch_add(1, Ordering::Relaxed);
-        (others < CONNECTIONS_PER_CONTAINER).then_some(counted)
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.connections.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 /// A proven connection.
 struct Session {
     service: Arc<Service>,
     caller: Caller,
     connection: Connection,
+    slot: Slot,
     /// How many routers what is sent from now on may pass.
     hops: Arc<AtomicU8>,
     /// The deadline of the first request, which counts from the connection.
@@ -543,7 +522,8 @@ struct Session {
 
 impl Session {
     /// One request, as a straight line.
-    async fn answer(&self, request: Parts) -> Result<Reply, Ended> {
+    async fn answer(&self, request: Parts) -> Result<Reply, NoAnswer> {
+        self.slot.busy();
         let (life, clock) = (self.caller.life(), &self.service.clock);
         let asked = clock.now();
         let first = self
@@ -553,19 +533,22 @@ impl Session {
             .take();
         let deadline = first.unwrap_or(asked + self.service.hold);
         if !life.alive() {
-            return Err(Ended);
+            return Err(NoAnswer::Ended);
         }
         if let Err(refusal) = other_end(&self.caller, self.connection, self.service.own_ends.as_ref()) {
             self.service.refusals.note(&refusal, self.connection.client);
-            return Err(Ended);
+            return Err(NoAnswer::Ended);
         }
-        let mut reply = self.reply(&request, deadline).await;
-        if self.requests.fetch_add(1, Ordering::Relaxed) + 1 >= REQUESTS_PER_CONNECTION || asked >= self.end {
+        let reply = self.reply(&request, deadline).await;
+        let must_close = self.slot.idle();
+        let mut reply = reply?;
+        let requests = self.requests.fetch_add(1, Ordering::Relaxed) + 1;
+        if must_close || requests >= REQUESTS_PER_CONNECTION || asked >= self.end {
             reply = reply.last();
         }
         // What took a while may be an answer to nobody, or to a life that has ended meanwhile.
         if !life.alive() {
-            return Err(Ended);
+            return Err(NoAnswer::Ended);
         }
         let status = reply.status().as_u16();
         life.last.note(clock.wall_seconds(), status);
@@ -577,7 +560,7 @@ impl Session {
         Ok(reply)
     }
 
-    async fn reply(&self, request: &Parts, deadline: Instant) -> Reply {
+    async fn reply(&self, request: &Parts, deadline: Instant) -> Result<Reply, NoAnswer> {
         let life = self.caller.life();
         let mut instance = life.instance.load_full();
         if instance.endpoint_open {
@@ -585,10 +568,10 @@ impl Session {
         }
         if !instance.endpoint || (self.connection.server.is_ipv6() && !instance.ipv6) {
             let hint = "this container has no imds label, or its endpoint is disabled";
-            return Reply::refused(Refused::Disabled)
-                .with_hint(&format!("{hint}; ask: imds-router explain {}", life.container));
+            return Ok(Reply::refused(Refused::Disabled)
+                .with_hint(&format!("{hint}; ask: imds-router explain {}", life.container)));
         }
-        match parse(request, &self.service.hosts) {
+        Ok(match parse(request, &self.service.hosts) {
             Err(why) => Reply::refused(why),
             Ok(Call::TokenOptions) => Reply::token_options(),
             Ok(Call::IssueToken(ttl)) => {
@@ -597,8 +580,7 @@ impl Session {
                 let hops = instance.hop_limit.saturating_sub(passed);
                 if hops == 0 {
                     // The answer would end there, and who has asked would wait in vain, as on EC2.
-                    tokio::time::sleep_until(self.end).await;
-                    return Reply::refused(Refused::NotReady).last();
+                    return Err(NoAnswer::Withheld(self.end));
                 }
                 self.hops.fetch_min(hops, Ordering::Relaxed);
                 Reply::token(self.service.tokens.issue(&life.container, life.cgroup, ttl), ttl)
@@ -607,14 +589,14 @@ impl Session {
                 let ttl = match token {
                     Some(token) => match self.verify(&token) {
                         Some(left) => Some(left),
-                        None => return Reply::refused(Refused::Token),
+                        None => return Ok(Reply::refused(Refused::Token)),
                     },
-                    None if instance.tokens_required => return Reply::refused(Refused::Token),
+                    None if instance.tokens_required => return Ok(Reply::refused(Refused::Token)),
                     None => None,
                 };
                 self.value(&place, instance, deadline).await.with_ttl(ttl)
             }
-        }
+        })
     }
 
     /// Seconds that a token is good for. The same token as last time is not verified again.
@@ -722,6 +704,15 @@ impl Requests {
     }
 }
 
+/// What happened to connections at the limit of their container, so far.
+#[derive(Default)]
+struct AtLimit {
+    /// Idle ones that closed for a new one.
+    made_room: AtomicU64,
+    /// New ones that got no slot.
+    refused: AtomicU64,
+}
+
 /// In a few words, for a header.
 fn said(why: &NoCredentials) -> String {
     match why {
@@ -796,6 +787,27 @@ impl Refusals {
 }
 
 impl Service {
+    /// The answer to a request on a connection that got no slot.
+    fn no_slot(&self, life: &Life, request: &Parts) -> Result<Reply, NoAnswer> {
+        if !life.alive() {
+            return Err(NoAnswer::Ended);
+        }
+        let reply = Reply::refused(Refused::TooManyConnections);
+        let status = reply.status().as_u16();
+        life.last.note(self.clock.wall_seconds(), status);
+        self.requests.count(version(request), status);
+        let why = format!("{} open connections, none of them idle", slots::LIMIT);
+        Ok(reply.with_hint(&hint(&why, &life.container)))
+    }
+
+    /// Connections at the limit of their container so far, by outcome: idle ones that `made_room` for a new one, new ones that
+    /// were `refused` with 503.
+    pub fn at_limit(&self) -> [(&'static str, u64); 2] {
+        let AtLimit { made_room, refused } = &self.at_limit;
+        [("made_room", made_room), ("refused", refused)]
+            .map(|(outcome, count)| (outcome, count.load(Ordering::Relaxed)))
+    }
+
     /// Requests of proven callers so far: version of the protocol, status (0: any other), how many.
     pub fn requests(&self) -> impl Iterator<Item = (&'static str, u16, u64)> + '_ {
         VERSIONS.iter().zip(&self.requests.0).flat_map(|(version, counts)| {

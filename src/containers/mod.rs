@@ -23,6 +23,7 @@ use std::time::SystemTime;
 use arc_swap::ArcSwap;
 use litemap::LiteMap;
 
+use self::slots::ConnectionSlots;
 use crate::instance::Instance;
 
 /// A container's id: 64 lower-case hexadecimal digits, given by the engine.
@@ -337,8 +338,8 @@ pub struct Life {
     pub witness: Box<dyn Witness>,
     /// What this container is to see; replaced whole on any change.
     pub instance: ArcSwap<Instance>,
-    /// Connections open now.
-    pub connections: AtomicU32,
+    /// Its open connections, and their limit.
+    pub connections: Arc<ConnectionSlots>,
     /// What was last asked, for `status`.
     pub last: LastRequest,
 }

@@ -1010,7 +1010,7 @@ impl Watcher {
                 started: birth.started,
                 witness: birth.witness,
                 instance: arc_swap::ArcSwap::new(instance.clone()),
-                connections: 0.into(),
+                connections: Arc::default(),
                 last: LastRequest::default(),
             });
             let watched = life.clone();

@@ -3,10 +3,12 @@
 pub mod imds;
 pub mod token;
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::ext::ReasonPhrase;
-use hyper::header::{self, HeaderName, HeaderValue};
+use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 use hyper::{Response, StatusCode};
 
 /// Request header with the wanted life of a token, and reply header with what is left of it, in seconds.
@@ -18,6 +20,9 @@ pub const HINT_HEADER: HeaderName = HeaderName::from_static("x-imds-router-hint"
 
 /// What EC2 calls itself in `Server`.
 const SERVER: HeaderValue = HeaderValue::from_static("EC2ws");
+
+/// `Keep-Alive`: for how many seconds an idle connection stays open.
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 
 /// EC2's page for a path that does not exist (imds-contract 1.3; byte equality is not needed by any client).
 const NOT_FOUND: &str = concat!(
@@ -59,6 +64,8 @@ pub enum Refused {
     NotFound,
     /// The engine has not told yet who runs here.
     NotReady,
+    /// The container has as many open connections as it may, and none became idle in time.
+    TooManyConnections,
 }
 
 impl Refused {
@@ -70,7 +77,7 @@ impl Refused {
             Self::Method | Self::TokenMethod => StatusCode::METHOD_NOT_ALLOWED,
             Self::Token => StatusCode::UNAUTHORIZED,
             Self::NotFound => StatusCode::NOT_FOUND,
-            Self::NotReady => StatusCode::SERVICE_UNAVAILABLE,
+            Self::NotReady | Self::TooManyConnections => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
 
@@ -84,6 +91,21 @@ impl Refused {
     }
 }
 
+/// Whether a request asks for the connection to stay open: `keep-alive` is in the list of `Connection`, `close` is not. EC2
+/// closes the connection otherwise, also after HTTP/1.1 (imds-contract 1.1).
+pub fn asks_keep_alive(headers: &HeaderMap) -> bool {
+    let values = headers.get_all(header::CONNECTION).iter();
+    let options = values.flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
+    let mut keep_alive = false;
+    for option in options.map(<[u8]>::trim_ascii) {
+        if option.eq_ignore_ascii_case(b"close") {
+            return false;
+        }
+        keep_alive |= option.eq_ignore_ascii_case(b"keep-alive");
+    }
+    keep_alive
+}
+
 /// An answer, before it is bytes.
 #[derive(Clone, Debug)]
 pub struct Reply {
@@ -94,7 +116,10 @@ pub struct Reply {
     /// Seconds that the token of the request, or the token in the body, is good for.
     ttl: Option<u32>,
     last_modified: Option<HeaderValue>,
-    close: bool,
+    /// The connection closes after this answer, whatever the request asks for.
+    last: bool,
+    /// For how many seconds the connection stays open without a request. `None`: it closes after this answer.
+    keep_alive: Option<u64>,
     hint: Option<HeaderValue>,
 }
 
@@ -107,7 +132,8 @@ impl Reply {
             allow: None,
             ttl: None,
             last_modified: None,
-            close: false,
+            last: false,
+            keep_alive: None,
             hint: None,
         }
     }
@@ -147,9 +173,9 @@ impl Reply {
         let mut reply = Self::new(why.status(), content_type, body);
         reply.allow = why.allow();
         // Whoever is not proven, or not meant to be here, is not kept on the line.
-        reply.close = matches!(
+        reply.last = matches!(
             why,
-            Refused::Unproven | Refused::Disabled | Refused::NotReady | Refused::Host
+            Refused::Unproven | Refused::Disabled | Refused::NotReady | Refused::Host | Refused::TooManyConnections
         );
         reply
     }
@@ -162,7 +188,14 @@ impl Reply {
     /// As the last answer of its connection.
     #[must_use]
     pub fn last(mut self) -> Self {
-        self.close = true;
+        self.last = true;
+        self
+    }
+
+    /// As an answer after which the connection stays open for `idle`, if it is not the last one.
+    #[must_use]
+    pub fn keep_alive(mut self, idle: Duration) -> Self {
+        self.keep_alive = Some(idle.as_secs());
         self
     }
 
@@ -209,8 +242,14 @@ impl Reply {
         // Said here, because hyper leaves it out of the answer to a HEAD when there is no body.
         headers.insert(header::CONTENT_LENGTH, length.into());
         headers.insert(header::SERVER, SERVER);
-        if self.close {
-            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+        match self.keep_alive.filter(|_| !self.last) {
+            Some(seconds) => {
+                headers.insert(header::CONNECTION, HeaderValue::from_static("keep-alive"));
+                headers.extend(HeaderValue::try_from(format!("timeout={seconds}")).map(|value| (KEEP_ALIVE, value)));
+            }
+            None => {
+                headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
         }
         response
     }
@@ -234,6 +273,7 @@ mod tests {
             (Refused::Token, 401, None, false),
             (Refused::NotFound, 404, None, true),
             (Refused::NotReady, 503, None, false),
+            (Refused::TooManyConnections, 503, None, false),
         ] {
             let reply = Reply::refused(why);
             assert_eq!(reply.status, status, "{why:?}");
@@ -241,5 +281,44 @@ mod tests {
             assert_eq!(!reply.body.is_empty(), page, "{why:?}");
         }
         assert_eq!(NOT_FOUND.len(), 337);
+    }
+    #[test]
+    fn keep_alive_is_a_token_of_any_case_in_any_list() {
+        for (values, expected) in [
+            (&[][..], false),
+            (&["keep-alive"], true),
+            (&["Keep-Alive"], true),
+            (&["te, KEEP-ALIVE ,x"], true),
+            (&["te", "keep-alive"], true),
+            (&["keep-alives"], false),
+            (&["x-keep-alive"], false),
+            (&["keep-alive, close"], false),
+            (&["Close", "keep-alive"], false),
+        ] {
+            let mut headers = HeaderMap::new();
+            for value in values {
+                headers.append(header::CONNECTION, HeaderValue::from_static(value));
+            }
+            assert_eq!(asks_keep_alive(&headers), expected, "{values:?}");
+        }
+    }
+
+    #[test]
+    fn answer_says_whether_the_connection_stays_open() {
+        let idle = Duration::from_secs(15);
+        let open = (Some("keep-alive"), Some("timeout=15"));
+        let closed = (Some("close"), None);
+        for (reply, expected) in [
+            (Reply::token_options(), closed),
+            (Reply::token_options().keep_alive(idle), open),
+            (Reply::token_options().keep_alive(idle).last(), closed),
+            (Reply::refused(Refused::Token).keep_alive(idle), open),
+            (Reply::refused(Refused::Host).keep_alive(idle), closed),
+            (Reply::refused(Refused::TooManyConnections).keep_alive(idle), closed),
+        ] {
+            let response = reply.into_response();
+            let header = |name: &str| response.headers().get(name).map(|value| value.to_str().unwrap());
+            assert_eq!((header("connection"), header("keep-alive")), expected);
+        }
     }
 }

@@ -60,7 +60,7 @@ async fn no_path_leads_to_what_is_the_hosts_alone() {
     daemon.settle().await;
     // All have the id of the host, and their own role.
     for (number, address) in [(1, address), (2, other)] {
-        let mut client = daemon.connect(number, address);
+        let mut client = daemon.connect(number, address).keep_alive();
         let id = client.get("/latest/meta-data/instance-id").await.unwrap();
         assert_eq!(id.text(), "i-0bbbbbbbbbbbbbbbb");
         assert_eq!(client.get(ROLE_LIST).await.unwrap().text(), "app");
@@ -82,7 +82,7 @@ async fn no_path_leads_to_what_is_the_hosts_alone() {
             "{path}: {text}"
         );
     }
-    let all = crawl(&mut daemon.connect(1, address), "/latest/").await;
+    let all = crawl(&mut daemon.connect(1, address).keep_alive(), "/latest/").await;
     assert!(all.len() > 20);
     for (path, reply) in all {
         assert!(!String::from_utf8_lossy(&reply.body).contains("of the host"), "{path}");
@@ -125,7 +125,7 @@ async fn everything_that_is_listed_in_any_version_resolves() {
         .run(1, &[("imds.role", "app"), ("imds.instance-tag.Name", "a b")])
         .await;
     for version in VERSIONS.iter().chain(&["latest"]) {
-        let found = crawl(&mut daemon.connect(1, address), &format!("/{version}/")).await;
+        let found = crawl(&mut daemon.connect(1, address).keep_alive(), &format!("/{version}/")).await;
         assert!(found.len() > 45, "{version}: {}", found.len());
         for (path, reply) in &found {
             assert!(!reply.body.ends_with(b"\n"), "{path}");
@@ -255,7 +255,7 @@ async fn openssl_verifies_the_identity_in_all_three_forms() {
     let daemon = Daemon::start(settings());
     daemon.synchronised().await;
     let address = daemon.run(1, &[("imds.role", "app")]).await;
-    let mut client = daemon.connect(1, address);
+    let mut client = daemon.connect(1, address).keep_alive();
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     for name in ["document", "signature", "pkcs7", "rsa2048"] {
@@ -639,7 +639,7 @@ async fn an_answer_with_a_token_is_limited_before_it_is_sent_and_no_other() {
         seen: seen.clone(),
     };
     tokio::spawn(server::serve(noted, connection, daemon.service.clone()));
-    let host = "HTTP/1.1\r\nHost: 169.254.169.254\r\n";
+    let host = "HTTP/1.1\r\nHost: 169.254.169.254\r\nConnection: keep-alive\r\n";
     let get = format!("GET /latest/meta-data/instance-id {host}\r\n");
     let put = format!("PUT /latest/api/token {host}X-aws-ec2-metadata-token-ttl-seconds: 60\r\n\r\n");
     let mut answer = [0; 4096];

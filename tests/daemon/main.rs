@@ -7,6 +7,7 @@ mod conformance;
 mod script;
 
 mod attribution;
+mod connections;
 mod instances;
 mod rules;
 mod serving;

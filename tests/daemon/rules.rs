@@ -23,7 +23,7 @@ fn rule(line: usize) -> Rule {
 
 /// Whether the container gets credentials; what is refused needs a token, and gets one.
 async fn served(daemon: &Daemon, number: u32, address: SocketAddr) -> bool {
-    let mut client = daemon.connect(number, address);
+    let mut client = daemon.connect(number, address).keep_alive();
     let token = client.token(60).await;
     let headers = [("X-aws-ec2-metadata-token", token.as_str())];
     let reply = client.send("GET", DOCUMENT, &headers).await.unwrap();
@@ -51,7 +51,7 @@ async fn a_role_that_is_no_longer_allowed_is_no_longer_served() {
         assert_eq!(served(&daemon, 1, address).await, allowed, "{role}");
     }
     // One connection that stays open, too.
-    let mut open = daemon.connect(1, address);
+    let mut open = daemon.connect(1, address).keep_alive();
     let token = open.token(60).await;
     let headers = [("X-aws-ec2-metadata-token", token.as_str())];
     assert_eq!(open.send("GET", DOCUMENT, &headers).await.unwrap().status, 200);

@@ -10,7 +10,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::{BoxFuture, FutureExt as _};
 use futures_util::stream::{BoxStream, StreamExt as _};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, DuplexStream};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
 
 use imds_router::caller::{Connection, OwnEnds, Via};
@@ -676,6 +677,31 @@ impl Daemon {
 
     /// A connection that container `number` really makes from `address`.
     pub fn connect(&self, number: u32, address: SocketAddr) -> Client {
+        let client = self.open_socket(number, address);
+        self.dial(client)
+    }
+
+    /// The same over TCP on the loopback interface. Time must not be paused: it would run ahead of the kernel.
+    pub async fn connect_tcp(&self, number: u32, address: SocketAddr) -> TcpStream {
+        let client = self.open_socket(number, address);
+        self.tcp_from(client).await
+    }
+
+    /// A TCP connection that arrives from `client`, whoever made it.
+    pub async fn tcp_from(&self, client: SocketAddr) -> TcpStream {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (accepted, _) = listener.accept().await.unwrap();
+        tokio::spawn(server::serve(
+            accepted,
+            connection(client, Via::Bridge(5)),
+            self.service.clone(),
+        ));
+        stream
+    }
+
+    /// A socket of container `number` in the scripted kernel. Returns its address.
+    fn open_socket(&self, number: u32, address: SocketAddr) -> SocketAddr {
         let cgroup = self.kernel.alive(&id(number)).expect("it runs");
         let client = self.client(address);
         self.kernel.socket(
@@ -687,7 +713,7 @@ impl Daemon {
                 counters: Default::default(),
             },
         );
-        self.dial(client)
+        client
     }
 
     /// A source of its own for one connection.
@@ -703,14 +729,17 @@ impl Daemon {
     /// The same, accepted elsewhere.
     pub fn dial_via(&self, client: SocketAddr, via: Via) -> Client {
         let (ours, theirs) = tokio::io::duplex(64 * 1024);
-        let connection = Connection {
-            client,
-            server: "169.254.169.254:80".parse().unwrap(),
-            via,
-            own: "169.254.169.254:51254".parse().unwrap(),
-        };
-        tokio::spawn(server::serve(theirs, connection, self.service.clone()));
-        Client { stream: ours }
+        tokio::spawn(server::serve(theirs, connection(client, via), self.service.clone()));
+        Client::over(ours)
+    }
+}
+
+fn connection(client: SocketAddr, via: Via) -> Connection {
+    Connection {
+        client,
+        server: "169.254.169.254:80".parse().unwrap(),
+        via,
+        own: "169.254.169.254:51254".parse().unwrap(),
     }
 }
 
@@ -727,12 +756,33 @@ pub fn endpoint(address: SocketAddr) -> Endpoint {
     }
 }
 
-/// One connection, spoken by hand.
-pub struct Client {
-    stream: DuplexStream,
+/// One connection, spoken by hand. As most clients of EC2 it does not ask for keep-alive, unless it is told to.
+pub struct Client<S = DuplexStream> {
+    pub stream: S,
+    keep_alive: bool,
 }
 
-impl Client {
+impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
+    pub fn over(stream: S) -> Self {
+        Self {
+            stream,
+            keep_alive: false,
+        }
+    }
+
+    /// Asks for keep-alive with each request.
+    pub fn keep_alive(self) -> Self {
+        Self {
+            keep_alive: true,
+            ..self
+        }
+    }
+
+    /// Sends bytes as they are.
+    pub async fn write(&mut self, bytes: &str) {
+        self.stream.write_all(bytes.as_bytes()).await.unwrap();
+    }
+
     /// Sends a request and reads its answer. `None`: the connection ended without one.
     pub async fn send(&mut self, method: &str, path: &str, headers: &[(&str, &str)]) -> Option<Reply> {
         let mut request = format!("{method} {path} HTTP/1.1\r\n");
@@ -742,8 +792,16 @@ impl Client {
         for (name, value) in headers {
             request.push_str(&format!("{name}: {value}\r\n"));
         }
+        if self.keep_alive {
+            request.push_str("Connection: keep-alive\r\n");
+        }
         request.push_str("\r\n");
         self.stream.write_all(request.as_bytes()).await.ok()?;
+        self.answer(method).await
+    }
+
+    /// Reads the answer to a request.
+    pub async fn answer(&mut self, method: &str) -> Option<Reply> {
         let mut bytes = Vec::new();
         let head = loop {
             if let Some(end) = bytes.windows(4).position(|it| it == b"\r\n\r\n") {
