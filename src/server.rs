@@ -388,13 +388,16 @@ async fn serve_caller<S: Wire>(
         Ok(slot) => slot,
         Err(full) => {
             service.at_limit.refused.fetch_add(1, Ordering::Relaxed);
-            let (caller, time) = match &full {
-                Full::TimedOut(_) => (&caller, service.hold),
-                Full::TooManyWaiting => (&caller, AT_ONCE),
+            let time = match &full {
+                Full::TimedOut(_) => service.hold,
+                Full::TooManyWaiting => AT_ONCE,
             };
-            let refuse = http::serve(stream, pending(), |request| async move {
-                service.no_slot(caller.life(), &request)
-            });
+            let life = caller.life();
+            let refuse = http::serve(
+                stream,
+                pending(),
+                |request| async move { service.no_slot(life, &request) },
+            );
             let _ = tokio::time::timeout(time, refuse).await;
             // The place of a connection that has waited is held until here.
             drop(full);

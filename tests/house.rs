@@ -108,6 +108,7 @@ const MAP: &[(&str, &[&str])] = &[
             "clock",
             "containers",
             "containers::index",
+            "containers::slots",
             "credentials::broker",
             "instance",
             "metadata",

@@ -26,8 +26,8 @@ struct State {
     waiting: VecDeque<oneshot::Sender<Slot>>,
     /// How many hold a [`Waiting`]: those of `waiting`, and those that gave up and have not been answered yet.
     places: usize,
-    /// The next number for a connection, or for an idle period: both only grow.
-    next: u64,
+    /// The number given last, to a connection or to an idle period.
+    last_number: u64,
     made_room: u64,
     refused: u64,
 }
@@ -36,7 +36,7 @@ struct State {
 #[derive(Debug)]
 struct Open {
     number: u64,
-    /// Numbers grow with time: the smallest belongs to the longest idle period. `None`: it reads or answers a request.
+    /// Number of its idle period: the smallest is the longest. `None`: it waits for its first request, or answers one.
     idle_since: Option<u64>,
     asked_to_close: bool,
     close: Arc<Notify>,
@@ -116,8 +116,8 @@ impl ConnectionSlots {
 
 impl State {
     fn number(&mut self) -> u64 {
-        self.next += 1;
-        self.next
+        self.last_number += 1;
+        self.last_number
     }
 
     fn find(&mut self, number: u64) -> Option<&mut Open> {

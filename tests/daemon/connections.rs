@@ -194,6 +194,22 @@ async fn unread_input_does_not_reset_a_refused_connection() {
     }
 }
 
+#[tokio::test]
+async fn a_head_that_is_too_large_is_answered_without_a_reset() {
+    tokio::time::pause();
+    let (daemon, address) = daemon().await;
+    tokio::time::resume();
+    let request = format!("GET /latest HTTP/1.1\r\nX-Large: {}\r\n\r\n", "x".repeat(40_000));
+    for _ in 0..20 {
+        let mut client = daemon.connect_tcp(1, address).await;
+        client.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 431 "), "{answer:?}");
+        assert!(client.take_error().unwrap().is_none());
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn discarding_input_ends_after_a_second_or_with_the_run() {
     let (daemon, address) = daemon().await;
