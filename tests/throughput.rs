@@ -32,7 +32,7 @@ fn main() {
         let headers = [("X-aws-ec2-metadata-token", token.as_str())];
         let mut best = 0.0_f64;
         for _ in 0..30 {
-            let mut client = daemon.connect(1, address);
+            let mut client = daemon.connect(1, address).keep_alive();
             client.send("GET", PATH, &headers).await.unwrap();
             let start = Instant::now();
             for _ in 0..TOGETHER {
@@ -43,9 +43,9 @@ fn main() {
         }
         println!("{best:.0} requests a second for instance-id");
         let mut paths = Vec::new();
-        list(&mut daemon.connect(1, address), "/latest/", &mut paths).await;
+        list(&mut daemon.connect(1, address).keep_alive(), "/latest/", &mut paths).await;
         assert!(paths.len() > 10, "{paths:?}");
-        let mut client = daemon.connect(1, address);
+        let mut client = daemon.connect(1, address).keep_alive();
         let mut slowest = (Duration::ZERO, String::new());
         for path in paths {
             let mut times = Vec::new();

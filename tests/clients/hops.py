@@ -27,7 +27,7 @@ def told(packet):
 sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800 if IMDS.version == 4 else 0x86DD))
 sniffer.settimeout(0.5)
 client = socket.create_connection((str(IMDS), 80), timeout=5)
-host = f"Host: {IMDS if IMDS.version == 4 else f'[{IMDS}]'}"
+host = f"Host: {IMDS if IMDS.version == 4 else f'[{IMDS}]'}\r\nConnection: keep-alive"
 get = f"GET /latest/meta-data/instance-id HTTP/1.1\r\n{host}\r\n\r\n"
 put = f"PUT /latest/api/token HTTP/1.1\r\n{host}\r\nX-aws-ec2-metadata-token-ttl-seconds: 60\r\n\r\n"
 for request in (get, put):

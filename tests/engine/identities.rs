@@ -162,7 +162,8 @@ fn conforms(engine: &Arc<Engine>, attach: &str, mode: Mode) {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
     // Two requests on one socket, the first a 404.
     let raw = container.raw(&format!(
-        "GET /latest/x HTTP/1.1\r\nHost: 169.254.169.254\r\nX-aws-ec2-metadata-token: {good}\r\n\r\n\
+        "GET /latest/x HTTP/1.1\r\nHost: 169.254.169.254\r\nX-aws-ec2-metadata-token: {good}\r\n\
+         Connection: keep-alive\r\n\r\n\
          GET /latest/meta-data/instance-id HTTP/1.1\r\nHost: 169.254.169.254\r\nX-aws-ec2-metadata-token: {good}\r\n\
          Connection: close\r\n\r\n"
     ));

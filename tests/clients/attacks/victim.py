@@ -33,7 +33,7 @@ ROLE = f"/latest/meta-data/iam/security-credentials/"
 
 
 def keep_alive(path):
-    return f"GET {path} HTTP/1.1\r\nHost: 169.254.169.254\r\n\r\n".encode()
+    return f"GET {path} HTTP/1.1\r\nHost: 169.254.169.254\r\nConnection: keep-alive\r\n\r\n".encode()
 
 
 def connected(timeout):
