@@ -167,6 +167,28 @@ fn the_table_of_events_is_what_can_be_triggered() {
     assert_eq!(documented, known.iter().map(|it| it.get_name()).collect());
 }
 
+/// By the source: names are given where a metric is registered.
+#[test]
+fn the_table_of_metrics_has_every_metric() {
+    let source = read("src/app/metrics.rs");
+    let known: Vec<&str> = source
+        .split("registry.register")
+        .skip(1)
+        .filter_map(|call| call.split('"').nth(1))
+        .collect();
+    assert!(known.len() > 10, "{known:?}");
+    let rows = rows("### Watching it");
+    let documented: Vec<&str> = rows.iter().flat_map(|row| quoted(&row[0])).collect();
+    for name in known {
+        let found = documented.iter().any(|metric| {
+            let metric = metric.split('{').next().unwrap_or_default();
+            let metric = metric.trim_end_matches("_total").trim_end_matches("_seconds");
+            metric.strip_prefix("imds_router_").or(metric.strip_prefix("…_")) == Some(name)
+        });
+        assert!(found, "README: {name} is not in the table of metrics");
+    }
+}
+
 /// By the source, since only there all of them stand beside each other.
 #[test]
 fn the_table_of_refusals_has_every_reason() {

@@ -179,10 +179,22 @@ pub struct ContainerStatus {
     pub rule: Option<String>,
     /// Its credentials, if it has a role.
     pub credentials: Option<CredentialStatus>,
+    /// Its open connections.
+    #[serde(default)]
+    pub connections: ConnectionStatus,
     /// What was asked last.
     pub last_request: Option<RequestStatus>,
     /// What keeps it from what it asks for.
     pub problems: Vec<String>,
+}
+
+/// Connections of one container.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct ConnectionStatus {
+    /// Open now.
+    pub open: usize,
+    /// Open at once, at most. At the limit the connection that has been idle longest closes for a new one.
+    pub limit: usize,
 }
 
 /// Credentials, without any secret.

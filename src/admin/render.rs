@@ -216,7 +216,7 @@ fn shown_credentials(credentials: &CredentialStatus) -> String {
 mod tests {
     use std::collections::BTreeMap;
 
-    use super::super::{ClockStatus, ContainerStatus, EngineStatus, RequestStatus};
+    use super::super::{ClockStatus, ConnectionStatus, ContainerStatus, EngineStatus, RequestStatus};
     use super::*;
 
     #[test]
@@ -264,6 +264,7 @@ mod tests {
                     until: Some("2026-01-05T10:11:12Z".into()),
                     error: None,
                 }),
+                connections: ConnectionStatus { open: 3, limit: 64 },
                 last_request: Some(RequestStatus {
                     at: "2026-01-05T09:11:12Z".into(),
                     status: 200,

@@ -47,6 +47,18 @@ pub(super) fn text(observer: &Observer) -> String {
         refusals,
     );
 
+    let at_limit = Counters::default();
+    for (outcome, count) in service.at_limit() {
+        at_limit
+            .get_or_create(&vec![("outcome", outcome.to_owned())])
+            .inc_by(count);
+    }
+    registry.register(
+        "connections_at_limit",
+        "Connections at the limit of their container: idle ones closed for a new one, and new ones answered with 503",
+        at_limit,
+    );
+
     let calls = Counters::default();
     for (outcome, count) in service.broker.outcomes() {
         calls
@@ -62,6 +74,10 @@ pub(super) fn text(observer: &Observer) -> String {
     registry.register("sessions", "Sessions of roles that are kept fresh", sessions);
 
     let all = service.index.all();
+    let open = all.iter().filter_map(|record| record.life.as_ref());
+    let open: usize = open.map(|life| life.connections.open()).sum();
+    let open = i64::try_from(open).unwrap_or(i64::MAX);
+    registry.register("connections_open", "Open connections of containers", of(open));
     let running = all
         .iter()
         .filter(|record| record.life.as_ref().is_some_and(|life| life.alive()));

@@ -11,13 +11,14 @@ use futures_util::future::BoxFuture;
 use super::resolver::Resolver;
 use super::{IMDS_ADDRESS, base, metrics, probe};
 use crate::admin::{
-    self, BaseStatus, ClockStatus, ContainerStatus, CredentialStatus, EngineStatus, Explanation, Judgement,
-    Observatory, RefusalStatus, RequestStatus, Status,
+    self, BaseStatus, ClockStatus, ConnectionStatus, ContainerStatus, CredentialStatus, EngineStatus, Explanation,
+    Judgement, Observatory, RefusalStatus, RequestStatus, Status,
 };
 use crate::clock::{Clock, rfc3339_seconds};
 use crate::config::{Attach, CredentialSource};
 use crate::containers::docker::Lag;
 use crate::containers::index::EngineState;
+use crate::containers::slots::{self, ConnectionSlots};
 use crate::containers::watcher::Instances as _;
 use crate::containers::{ContainerId, Level, NetworkMode, Record};
 use crate::credentials::Session;
@@ -433,6 +434,9 @@ impl Observer {
                 "its address, by the engine's word only, as the configuration allows".to_owned(),
             ),
         }
+        if let Some(life) = &record.life {
+            step("connections", true, connections(&life.connections));
+        }
         step(
             "endpoint",
             instance.endpoint,
@@ -538,6 +542,10 @@ impl Observer {
             profile: session.and_then(|session| session.profile()).map(str::to_owned),
             rule: session.and(instance.rule.clone()),
             credentials: session.map(|session| self.credentials(session)),
+            connections: ConnectionStatus {
+                open: record.life.as_ref().map_or(0, |life| life.connections.open()),
+                limit: slots::LIMIT,
+            },
             last_request: record
                 .life
                 .as_ref()
@@ -607,5 +615,43 @@ impl Observer {
             until: published.map(|it| rfc3339_seconds(it.expiration)),
             error: state.error.map(|error| error.to_string()),
         }
+    }
+}
+
+/// The connections of a container, and what has happened at their limit.
+fn connections(slots: &ConnectionSlots) -> String {
+    let (open, made_room, refused) = (slots.open(), slots.made_room(), slots.refused());
+    let so_far = match (made_room, refused) {
+        (0, 0) => String::new(),
+        _ => format!("; so far {made_room} closed for new ones, {refused} new ones answered with 503"),
+    };
+    format!(
+        "{open} of {} open; at the limit the idlest one is closed{so_far}",
+        slots::LIMIT
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn explain_shows_connections_and_what_happened_at_the_limit() {
+        let slots = Arc::new(ConnectionSlots::default());
+        let now = Clock::system().now();
+        let mut open = Vec::new();
+        for _ in 0..slots::LIMIT {
+            open.push(slots.take(now).await.unwrap());
+        }
+        assert_eq!(
+            connections(&slots),
+            "64 of 64 open; at the limit the idlest one is closed"
+        );
+        assert!(slots.take(now).await.is_err());
+        open.truncate(3);
+        assert_eq!(
+            connections(&slots),
+            "3 of 64 open; at the limit the idlest one is closed; so far 0 closed for new ones, 1 new ones answered with 503"
+        );
     }
 }

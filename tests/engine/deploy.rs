@@ -224,6 +224,15 @@ fn what_happens_is_counted(engine: &Arc<Engine>) {
     assert_eq!(count("imds_router_containers_running"), 1.0);
     assert_eq!(count("imds_router_engine_synchronised"), 1.0);
     assert_eq!(count("imds_router_standing_by"), 0.0);
+    assert!(count("imds_router_connections_open") < 3.0);
+    assert_eq!(
+        count("imds_router_connections_at_limit_total{outcome=\"made_room\"}"),
+        0.0
+    );
+    assert_eq!(
+        count("imds_router_connections_at_limit_total{outcome=\"refused\"}"),
+        0.0
+    );
     let (events, behind) = (
         count("imds_router_engine_events_total"),
         count("imds_router_engine_event_lag_seconds_total"),
