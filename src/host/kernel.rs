@@ -25,10 +25,11 @@ use super::{AddressSeen, Family, HostError, LINK, LOOPBACK, LinkSeen, Observed, 
 pub(super) const AF_INET: u8 = 2;
 pub(super) const AF_INET6: u8 = 10;
 /// linux/rtnetlink.h, enum rt_class_t
-const RT_TABLE_MAIN: u8 = 254;
+pub(super) const RT_TABLE_MAIN: u8 = 254;
 /// linux/rtnetlink.h, enum rt_scope_t: the scope of every route here; in a deletion `NOWHERE` means "any".
-const RT_SCOPE_UNIVERSE: u8 = 0;
-const RT_SCOPE_LINK: u8 = 253;
+pub(super) const RT_SCOPE_UNIVERSE: u8 = 0;
+pub(super) const RT_SCOPE_LINK: u8 = 253;
+pub(super) const RT_SCOPE_HOST: u8 = 254;
 const RT_SCOPE_NOWHERE: u8 = 255;
 /// linux/rtnetlink.h: RTMGRP_LINK, and RTMGRP_*_IFADDR, RTMGRP_*_ROUTE of IPv4 and IPv6, and RTMGRP_IPV4_RULE
 const ROUTE_GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x100 | 0x400 | 0x80;
@@ -36,11 +37,11 @@ const ROUTE_GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x100 | 0x400 | 0x80;
 /// everybody's (32766).
 const DELIVERY: u8 = PROTOCOL;
 /// linux/in.h
-const IPPROTO_TCP: u8 = 6;
+pub(super) const IPPROTO_TCP: u8 = 6;
 /// Where `lo` is: the first interface of every network namespace (`LOOPBACK_IFINDEX`, net/flow.h).
-const LOOPBACK_INDEX: u32 = 1;
+pub(super) const LOOPBACK_INDEX: u32 = 1;
 /// linux/if_addr.h, IFA_F_NODAD: nobody else on a link of ours can have the address, and it is needed at once.
-const IFA_F_NODAD: u8 = 0x2;
+pub(super) const IFA_F_NODAD: u8 = 0x2;
 /// linux/netfilter/nfnetlink.h: group n is bit n − 1 (netlink(7)), and NFNLGRP_NFTABLES is 7.
 const NETFILTER_GROUPS: u32 = 1 << 6;
 
@@ -206,7 +207,7 @@ impl Kernel {
             }
         })?;
         for (index, marked) in seen {
-            let link = match self.link_name(index) {
+            let link = match link_name(&mut self.socket, index) {
                 // It went meanwhile, and its address with it.
                 Err(error) if is(&error, &[Errno::NODEV]) => continue,
                 named => named?,
@@ -341,16 +342,6 @@ impl Kernel {
         }
     }
 
-    fn link_name(&mut self, index: u32) -> io::Result<String> {
-        let mut header = Ifinfomsg::new();
-        header.ifi_index = i32::try_from(index).map_err(io::Error::other)?;
-        let mut name = String::new();
-        self.ask(&rt_link::Request::new().op_getlink_do(&header), |(_, link)| {
-            name = link.get_ifname().unwrap_or_default().to_string_lossy().into_owned();
-        })?;
-        Ok(name)
-    }
-
     fn carried_by(&mut self, address: IpAddr, link: &str) -> io::Result<Ifaddrmsg> {
         let (index, _) = self.link_as_io(link)?.ok_or(Errno::NODEV)?;
         Ok(Ifaddrmsg {
@@ -363,22 +354,47 @@ impl Kernel {
         })
     }
 
-    /// Sends one request and hands every answer on.
-    pub(super) fn ask<R: NetlinkRequest>(
-        &mut self,
-        request: &R,
-        mut each: impl FnMut(R::ReplyType<'_>),
-    ) -> io::Result<()> {
-        let mut reply = self.socket.request(request)?;
-        while let Some(answer) = reply.recv() {
-            each(answer?);
-        }
-        Ok(())
+    /// As [`ask`], by the socket of this one.
+    pub(super) fn ask<R: NetlinkRequest>(&mut self, request: &R, each: impl FnMut(R::ReplyType<'_>)) -> io::Result<()> {
+        ask(&mut self.socket, request, each)
     }
 }
 
+/// Sends one request and hands every answer on.
+pub(super) fn ask<R: NetlinkRequest>(
+    socket: &mut NetlinkSocket,
+    request: &R,
+    mut each: impl FnMut(R::ReplyType<'_>),
+) -> io::Result<()> {
+    let mut reply = socket.request(request)?;
+    while let Some(answer) = reply.recv() {
+        each(answer?);
+    }
+    Ok(())
+}
+
+/// The name of a link of the namespace that the socket is in.
+pub(super) fn link_name(socket: &mut NetlinkSocket, index: u32) -> io::Result<String> {
+    let mut header = Ifinfomsg::new();
+    header.ifi_index = i32::try_from(index).map_err(io::Error::other)?;
+    let mut name = String::new();
+    ask(socket, &rt_link::Request::new().op_getlink_do(&header), |(_, link)| {
+        name = link.get_ifname().unwrap_or_default().to_string_lossy().into_owned();
+    })?;
+    Ok(name)
+}
+
+/// Sets a link up, and these flags of it beside.
+pub(super) fn set_link_up(socket: &mut NetlinkSocket, index: u32, flags: u32) -> io::Result<()> {
+    let mut header = link_up(i32::try_from(index).map_err(io::Error::other)?);
+    header.ifi_flags |= flags;
+    header.ifi_change |= flags;
+    ask(socket, &rt_link::Request::new().op_newlink_do(&header), |_| ())
+}
+
 impl HostError {
-    pub(super) fn failed(attempt: &dyn Display, source: io::Error) -> Self {
+    /// Failing at an attempt, which the text names.
+    pub fn failed(attempt: &dyn Display, source: io::Error) -> Self {
         let attempt = attempt.to_string();
         if is(&source, &[Errno::PERM, Errno::ACCESS]) {
             return Self::Denied { attempt, source };
@@ -404,12 +420,12 @@ pub(super) fn is(error: &io::Error, any: &[Errno]) -> bool {
         .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
-fn netlink_socket(family: Option<Protocol>) -> rustix::io::Result<OwnedFd> {
+pub(super) fn netlink_socket(family: Option<Protocol>) -> rustix::io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, family)
 }
 
-fn family(address: IpAddr) -> u8 {
+pub(super) fn family(address: IpAddr) -> u8 {
     if address.is_ipv4() { AF_INET } else { AF_INET6 }
 }
 
@@ -427,8 +443,6 @@ fn unreachable(to: IpAddr, rtm_scope: u8) -> Rtmsg {
 
 /// The route of [`Part::Delivery`].
 fn delivered(to: IpAddr) -> Rtmsg {
-    /// linux/rtnetlink.h, RT_SCOPE_HOST
-    const RT_SCOPE_HOST: u8 = 254;
     Rtmsg {
         rtm_table: DELIVERY,
         rtm_scope: RT_SCOPE_HOST,

@@ -13,6 +13,9 @@ pub mod apply;
 pub mod cloud;
 pub mod freeze;
 mod kernel;
+pub mod link;
+pub mod private;
+mod sysctl;
 mod tables;
 
 use std::fmt;

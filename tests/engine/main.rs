@@ -27,6 +27,8 @@ mod image;
 #[cfg(target_os = "linux")]
 mod instances;
 #[cfg(target_os = "linux")]
+mod links;
+#[cfg(target_os = "linux")]
 mod load;
 #[cfg(target_os = "linux")]
 mod networks;
@@ -48,6 +50,7 @@ fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
     let mut trials = Vec::new();
     trials.extend(rig_itself::trials(rig));
     trials.extend(host::trials());
+    trials.extend(links::trials());
     trials.extend(identities::trials(rig));
     trials.extend(refusals::trials(rig));
     trials.extend(credentials::trials(rig));

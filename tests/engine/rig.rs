@@ -31,6 +31,7 @@ pub mod engine;
 pub mod hostile;
 pub mod http;
 pub mod moto;
+pub mod namespace;
 pub mod network;
 pub mod run;
 pub mod shell;
