@@ -6,10 +6,10 @@ mod admin_socket;
 mod base;
 pub mod check;
 pub mod doctor;
-mod freeze;
 mod interception;
 mod kept;
 mod metrics;
+mod namespace_listeners;
 mod network;
 mod observer;
 mod of_host;
@@ -28,15 +28,14 @@ use std::sync::Arc;
 use arc_swap::{ArcSwap, ArcSwapOption};
 use sd_notify::NotifyState;
 use tokio::net::TcpListener;
-use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
-use self::interception::{
-    HostDoors, PORTS, give_up, guard, host_plan, intercept_ipv6, leave_namespaces, make_transparent,
-};
+use self::interception::{PORTS, give_up, guard, host_plan, intercept_ipv6, make_transparent};
 pub use self::interception::{everything, plans};
 use self::kept::Kept;
+use self::namespace_listeners::HostNamespaceListeners;
+pub use self::namespace_listeners::clear as clear_links;
 use self::observer::Observer;
 use self::resolver::Resolver;
 pub use self::systemd::Inherited;
@@ -46,7 +45,6 @@ use crate::caller::cgroup::Cgroups;
 use crate::caller::connection::Interfaces;
 use crate::caller::kernel::{HostKernel, KernelError};
 use crate::caller::level::{Lack, emulated, lacking};
-use crate::caller::socket::DiagSocket;
 use crate::clock::Clock;
 use crate::config::{Attach, CredentialSource, Nested, Proof, Settings};
 use crate::containers::Level;
@@ -69,10 +67,9 @@ pub const IMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 pub const IMDS_ADDRESS_IPV6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
 /// The port that is listened on; the next free one if it is taken.
 pub const DEFAULT_PORT: u16 = 51_254;
-/// What attach `host` is not.
-pub const ATTACH_HOST: &str = "attach host protects identity, not confidentiality: it proves who asks, but a neighbour with \
-    NET_RAW (Docker's default) on the same bridge can divert answers; --cap-drop NET_RAW, a network each, attach namespace, \
-    or [serve] freeze_links = true closes that";
+/// The limits of attach `host`.
+pub const ATTACH_HOST: &str = "attach host identifies callers by their source address only: a neighbor with NET_RAW (Docker's \
+    default) on the same bridge can use it, and get another container's credentials";
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
@@ -113,13 +110,14 @@ pub enum AppError {
         "{NOTHING_OF_HOST}\nhint: it takes a machine of EC2 (its firmware says so), whose own service is left to it: [serve] host_service"
     )]
     NothingOfHost,
-    /// By the address alone, and nobody has said that this is enough.
+    /// By the address alone, which the configuration does not accept.
     #[error(
-        "attach network proves callers by their address only\n\
-         hint: [serve] proof = \"address\" says that this is meant; a neighbour with NET_RAW (Docker's default) can then take \
-         another's credentials"
+        "attach {0} identifies callers by their source address only, and [serve] proof is \"full\"\n\
+         hint: attach = \"auto\" serves each container over a link of its own, with full proof\n\
+         hint: [serve] proof = \"address\" accepts the source address; a neighbor with NET_RAW (Docker's default) can then take \
+         another container's credentials"
     )]
-    NetworkProof,
+    AddressProof(&'static str),
     /// The address is not this container's.
     #[error("attach network: cannot listen on {IMDS_ADDRESS}:{IMDS_PORT}\nhint: {hint}")]
     Network {
@@ -128,9 +126,6 @@ pub enum AppError {
         /// What to do.
         hint: &'static str,
     },
-    /// No sock_diag.
-    #[error("the kernel cannot be asked about connections (sock_diag)\nhint: modprobe -a inet_diag tcp_diag")]
-    Diag(#[source] io::Error),
     /// No port is free.
     #[error("cannot listen on {IMDS_ADDRESS}, ports {DEFAULT_PORT} to {}", DEFAULT_PORT + PORTS - 1)]
     Listen(#[source] io::Error),
@@ -205,7 +200,7 @@ async fn level(settings: &Settings, kept: Option<Kept>) -> Result<Level, AppErro
                 kept,
             }),
             (None, Proof::Address) => Ok(Level::Address),
-            (None, Proof::Full) => Err(AppError::NetworkProof),
+            (None, Proof::Full) => Err(AppError::AddressProof("network")),
         };
     }
     let lacks = lacks(settings).await;
@@ -220,10 +215,11 @@ async fn level(settings: &Settings, kept: Option<Kept>) -> Result<Level, AppErro
         return Err(AppError::KeepsItsOwn { what, kept });
     }
     match (lacks.is_empty(), settings.proof, settings.attach) {
-        (true, ..) => Ok(Level::Full),
+        (_, Proof::Full, Attach::Host) => Err(AppError::AddressProof("host")),
+        (true, _, Attach::Auto | Attach::Namespace | Attach::Network) => Ok(Level::Full),
         (false, Proof::Full, _) => Err(AppError::Lacking(lacks)),
         (false, Proof::Address, Attach::Namespace) => Err(AppError::NoNamespaces(lacks)),
-        (false, Proof::Address, Attach::Auto | Attach::Host | Attach::Network) => {
+        (_, Proof::Address, Attach::Auto | Attach::Host | Attach::Network) => {
             for lack in lacks {
                 warn!(%lack, "callers are proven by their address only, as the configuration allows");
             }
@@ -317,7 +313,6 @@ pub async fn run(
     let settings = resolver.settings.load_full();
 
     let (index, misses) = Index::new();
-    let own_ends = Box::new(DiagSocket::open().map_err(AppError::Diag)?);
     let service = Service::new(
         index.clone(),
         broker.clone(),
@@ -328,15 +323,11 @@ pub async fn run(
             hosts: settings.hosts.clone(),
             ec2_error_documents: settings.ec2_error_documents,
         },
-        own_ends,
     );
+    let nested = settings.nested == Nested::Outer;
+    let listeners = Arc::new(HostNamespaceListeners::new(service.clone(), settings.ipv6, nested));
     let kernel: Arc<dyn Kernel> = match level {
-        Level::Full => Arc::new(HostKernel::new(Arc::new(HostDoors {
-            service: service.clone(),
-            runtime: Handle::current(),
-            ipv6: settings.ipv6,
-            nested: settings.nested == Nested::Outer,
-        }))?),
+        Level::Full => Arc::new(HostKernel::new(listeners.clone(), clock.clone())?),
         Level::Address => Arc::new(EngineWord::new(clock.clone())),
     };
     let host = Cgroups::this_threads_namespace().map_err(|error| KernelError::Namespace(error.to_string()))?;
@@ -413,17 +404,12 @@ pub async fn run(
     if admin_is_anothers {
         tasks.spawn(admin_socket::take_over(path, observer.clone()));
     }
-    // What goes with its owner.
-    let frozen = match settings.freeze_links {
-        true => match freeze::freeze(&clock).await {
-            Ok(frozen) => Some(frozen),
-            Err(error) => {
-                give_up(interception);
-                return Err(error.into());
-            }
-        },
-        false => None,
-    };
+    if level == Level::Full
+        && let Err(error) = listeners.open(&settings.state_dir, inherited.take_netns())
+    {
+        give_up(interception);
+        return Err(error.into());
+    }
     let interfaces = Arc::new(Interfaces::new(LINK));
     if kept.is_none()
         && !on_network
@@ -472,9 +458,6 @@ pub async fn run(
         }
         None => {}
     }
-    if let Some(frozen) = frozen {
-        tasks.spawn(freeze::keep_frozen(frozen, index.clone()));
-    }
     tasks.spawn(stops.run());
     tasks.spawn(broker.watch_clocks());
     tasks.spawn(resolver::reload(reloads, resolver.clone()));
@@ -496,8 +479,8 @@ pub async fn run(
     // The address goes first: nobody is answered by half a daemon. What came last goes first.
     let down: Vec<_> = interception.into_iter().rev().map(Interception::down).collect();
     tasks.shutdown().await;
-    leave_namespaces(&index).await;
-    down.into_iter().collect::<Result<(), _>>().map_err(AppError::from)
+    let down = down.into_iter().chain([listeners.close(&index).await]);
+    down.collect::<Result<(), _>>().map_err(AppError::from)
 }
 
 /// The engine that is meant.

@@ -11,7 +11,7 @@
 //! | [`metadata`] | what would EC2 know about it: the tree of one container, as data |
 //! | [`credentials`] | what does AWS give it: roles, sessions, keepers, providers |
 //! | [`wire`] | how does EC2 say it: requests, replies, tokens |
-//! | [`host`] | how does 169.254.169.254 get there: links, addresses, routes, rules |
+//! | [`host`] | how does 169.254.169.254 get there: on the host, and over a link of its own into each namespace |
 //! | [`admin`] | what does the operator see |
 //! | [`instance`] | labels, settings and links → what one container is to see: pure, the one place |
 //! | [`server`] | HTTP over any connection |
@@ -19,9 +19,9 @@
 //! | [`app`] | puts the parts together; nobody sees it |
 //!
 //! # The flows
-//! * *Connection*: accept, inside a container's network namespace or on the host → candidates by namespace or by address →
-//!   proof by the kernel → [`caller::Caller`] or refusal.
-//! * *Request*: is the life still alive, and at the other end → parse → token → look-up in the tree → for a role, the broker → reply.
+//! * *Connection*: accept, at the link of a network namespace or on the host → the runs of that namespace → proof by the
+//!   kernel → [`caller::Caller`] or refusal.
+//! * *Request*: is the life still alive → parse → token → look-up in the tree → for a role, the broker → reply.
 //! * *Event*: the one [`containers::watcher::Watcher`] looks up what an event names, resolves the instance anew, and
 //!   replaces the record; the kernel begins and ends lives.
 //!

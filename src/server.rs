@@ -24,10 +24,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 use tracing::{debug, info, trace, warn};
 
-use self::http::NoAnswer;
+use self::http::Ended;
 #[cfg(target_os = "linux")]
 use crate::caller::connection::{Interface, Interfaces, ingress};
-use crate::caller::{Caller, Connection, OwnEnds, Refusal, Via, identify, other_end};
+use crate::caller::{Caller, Connection, Refusal, Via, identify};
 use crate::clock::Clock;
 use crate::containers::index::Index;
 use crate::containers::slots::{self, Full, Slot};
@@ -73,8 +73,6 @@ pub struct Service {
     pub hosts: Vec<String>,
     /// Whether a role that is denied is answered as EC2 does it.
     pub ec2_error_documents: bool,
-    /// Our ends of connections.
-    pub own_ends: Box<dyn OwnEnds>,
     before_proof: Gate,
     versions: Bytes,
     refusals: Refusals,
@@ -103,7 +101,6 @@ impl Service {
         (tokens, signer): (TokenAuthority, Arc<Signer>),
         clock: Clock,
         options: Options,
-        own_ends: Box<dyn OwnEnds>,
     ) -> Arc<Self> {
         let Options {
             hold,
@@ -120,7 +117,6 @@ impl Service {
             hold,
             hosts,
             ec2_error_documents,
-            own_ends,
             before_proof: Gate::new(),
             versions: version_list().into(),
             requests: Requests::default(),
@@ -158,7 +154,7 @@ impl Drop for Probe {
     }
 }
 
-/// Connections before proof: so many in all, so many an interface.
+/// Connections before proof: so many over each link or bridge, and so many over all bridges.
 struct Gate {
     all: Semaphore,
     lanes: dashmap::DashMap<Via, Arc<Semaphore>>,
@@ -178,7 +174,11 @@ impl Gate {
         let lane = self.lanes.entry(via).or_insert_with(lane).clone();
         // Nobody closes these semaphores.
         let lane = lane.acquire_owned().await.ok()?;
-        let all = self.all.acquire().await.ok()?;
+        // Over a link only one namespace comes: others cannot take its places.
+        let all = match via {
+            Via::Namespace(_) => None,
+            Via::Bridge(_) => Some(self.all.acquire().await.ok()?),
+        };
         Some(Place {
             gate: self,
             via,
@@ -193,7 +193,7 @@ struct Place<'a> {
     gate: &'a Gate,
     via: Via,
     lane: Option<OwnedSemaphorePermit>,
-    _all: SemaphorePermit<'a>,
+    _all: Option<SemaphorePermit<'a>>,
 }
 
 impl Drop for Place<'_> {
@@ -230,7 +230,7 @@ pub async fn accept_on_host(
             }
         }
     };
-    accept(&listener, &service, via).await;
+    accept(&listener, &service, false, via).await;
 }
 
 /// Accepts at an address that is the daemon's own on a network of the engine's, until the task is dropped: whoever comes over
@@ -268,46 +268,34 @@ pub async fn accept_on_network(
             }
         }
     };
-    accept(&listener, &service, via).await;
+    accept(&listener, &service, false, via).await;
 }
 
-/// The loopback's number: the first interface of every network namespace (`LOOPBACK_IFINDEX`, net/flow.h).
+/// Accepts what comes over the link of one network namespace until the task is dropped. `nested`: whether containers inside
+/// the container of that namespace count as it.
+///
+/// The listener is bound to the near end of the link, so that nothing else can reach it.
 #[cfg(target_os = "linux")]
-pub const LOOPBACK: u32 = 1;
-
-/// Accepts inside a container's network namespace until the task is dropped. `listeners`: each with the interfaces that who
-/// lives there comes in over; `bridges`: its interfaces, where those who come in over a bridge of its own are heard as well.
-#[cfg(target_os = "linux")]
-pub async fn accept_inside(
-    listeners: Vec<(tokio::net::TcpListener, Vec<u32>)>,
+pub async fn accept_on_link(
+    listener: tokio::net::TcpListener,
     namespace: NamespaceId,
-    bridges: Option<Interfaces>,
+    nested: bool,
+    addresses: Vec<IpAddr>,
     service: Arc<Service>,
 ) {
-    let via = |stream: &TcpStream, client, own: &[u32]| {
-        let interface = ingress(stream).ok()?;
-        let bridge = || bridges.as_ref().map(|bridges| bridges.kind(interface)) == Some(Interface::Bridge);
-        if own.contains(&interface) {
-            Some(Via::Namespace(namespace))
-        } else if bridge() {
-            Some(Via::Nested(namespace, interface))
-        } else {
-            // Closed without a byte.
-            let refusal = Refusal::SentInside { namespace, interface };
-            service.refusals.note(&refusal, client);
-            None
-        }
+    let via = |stream: &TcpStream, _| {
+        // It listens at every address that the private namespace has.
+        let local = stream.local_addr().ok()?.ip().to_canonical();
+        addresses.contains(&local).then_some(Via::Namespace(namespace))
     };
-    let accepting = listeners
-        .iter()
-        .map(|(listener, own)| accept(listener, &service, |stream, client| via(stream, client, own)));
-    futures_util::future::join_all(accepting).await;
+    accept(&listener, &service, nested, via).await;
 }
 
 #[cfg(target_os = "linux")]
 async fn accept(
     listener: &tokio::net::TcpListener,
     service: &Arc<Service>,
+    nested: bool,
     via: impl Fn(&TcpStream, SocketAddr) -> Option<Via>,
 ) {
     loop {
@@ -322,7 +310,7 @@ async fn accept(
                     // The rules swap the port: the client knows nothing of ours.
                     server: SocketAddr::new(local.ip().to_canonical(), IMDS_PORT),
                     via,
-                    own: SocketAddr::new(local.ip().to_canonical(), local.port()),
+                    nested,
                 };
                 tokio::spawn(serve(stream, connection, service.clone()));
             }
@@ -365,6 +353,8 @@ pub async fn serve<S: Wire>(stream: S, connection: Connection, service: Arc<Serv
                 service.refusals.note(&refusal, connection.client);
             }
             let why = match refusal {
+                // Closed without an answer: the client tries again, and its next connection comes over the link.
+                Refusal::JustAttached { .. } => return,
                 Refusal::NotSynchronised => Refused::NotReady,
                 _ => Refused::Unproven,
             };
@@ -441,7 +431,8 @@ impl Wire for tokio::io::DuplexStream {
 impl Wire for TcpStream {
     fn limit_hops(&self, hops: u8) -> io::Result<()> {
         let socket = socket2::SockRef::from(self);
-        match self.local_addr()?.is_ipv6() {
+        // The listener of a link has an IPv6 socket for both families.
+        match self.local_addr()?.ip().to_canonical().is_ipv6() {
             true => socket.set_unicast_hops_v6(hops.into()),
             false => socket.set_ttl_v4(hops.into()),
         }
@@ -525,7 +516,7 @@ struct Session {
 
 impl Session {
     /// One request, as a straight line.
-    async fn answer(&self, request: Parts) -> Result<Reply, NoAnswer> {
+    async fn answer(&self, request: Parts) -> Result<Reply, Ended> {
         self.slot.busy();
         let (life, clock) = (self.caller.life(), &self.service.clock);
         let asked = clock.now();
@@ -536,11 +527,7 @@ impl Session {
             .take();
         let deadline = first.unwrap_or(asked + self.service.hold);
         if !life.alive() {
-            return Err(NoAnswer::Ended);
-        }
-        if let Err(refusal) = other_end(&self.caller, self.connection, self.service.own_ends.as_ref()) {
-            self.service.refusals.note(&refusal, self.connection.client);
-            return Err(NoAnswer::Ended);
+            return Err(Ended);
         }
         let reply = self.reply(&request, deadline).await;
         let must_close = self.slot.idle();
@@ -551,7 +538,7 @@ impl Session {
         }
         // What took a while may be an answer to nobody, or to a life that has ended meanwhile.
         if !life.alive() {
-            return Err(NoAnswer::Ended);
+            return Err(Ended);
         }
         let status = reply.status().as_u16();
         life.last.note(clock.wall_seconds(), status);
@@ -563,7 +550,7 @@ impl Session {
         Ok(reply)
     }
 
-    async fn reply(&self, request: &Parts, deadline: Instant) -> Result<Reply, NoAnswer> {
+    async fn reply(&self, request: &Parts, deadline: Instant) -> Result<Reply, Ended> {
         let life = self.caller.life();
         let mut instance = life.instance.load_full();
         if instance.endpoint_open {
@@ -578,13 +565,7 @@ impl Session {
             Err(why) => Reply::refused(why),
             Ok(Call::TokenOptions) => Reply::token_options(),
             Ok(Call::IssueToken(ttl)) => {
-                // Where we listen is the router of those behind a bridge inside a container: it has been passed already.
-                let passed = u8::from(matches!(self.connection.via, Via::Nested(..)));
-                let hops = instance.hop_limit.saturating_sub(passed);
-                if hops == 0 {
-                    // The answer would end there, and who has asked would wait in vain, as on EC2.
-                    return Err(NoAnswer::Withheld(self.end));
-                }
+                let hops = instance.hop_limit;
                 self.hops.fetch_min(hops, Ordering::Relaxed);
                 Reply::token(self.service.tokens.issue(&life.container, life.cgroup, ttl), ttl)
             }
@@ -791,9 +772,9 @@ impl Refusals {
 
 impl Service {
     /// The answer to a request on a connection that got no slot.
-    fn no_slot(&self, life: &Life, request: &Parts) -> Result<Reply, NoAnswer> {
+    fn no_slot(&self, life: &Life, request: &Parts) -> Result<Reply, Ended> {
         if !life.alive() {
-            return Err(NoAnswer::Ended);
+            return Err(Ended);
         }
         let reply = Reply::refused(Refused::TooManyConnections);
         let status = reply.status().as_u16();

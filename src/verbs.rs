@@ -320,7 +320,12 @@ fn intercept(what: Intercept, file: Option<&PathBuf>) -> Result<(), Failure> {
     }
     let mut steps = Vec::new();
     for plan in &plans {
-        steps.extend(does(plan)?);
+        steps.extend(does(plan)?.iter().map(ToString::to_string));
+    }
+    // Only now is it certain that no daemon serves this host.
+    if what == Intercept::Down {
+        let settings = config::load(&crate::cli::sources(file)).unwrap_or_default();
+        steps.extend(crate::app::clear_links(&settings.state_dir)?);
     }
     let mut out = io::stdout();
     if steps.is_empty() {

@@ -33,10 +33,16 @@ const MAP: &[(&str, &[&str])] = &[
         ],
     ),
     ("caller", &["containers", "containers::index"]),
+    ("caller::cgroup_watch", &["containers"]),
+    // Keeps the link of a namespace in place, and says in the log when it cannot.
+    ("caller::attachment", &["clock", "containers", "telemetry"]),
     // What stands in for the kernel behind the watcher's port where there is none to ask.
     ("caller::address", &["clock", "containers", "containers::watcher"]),
     // The real kernel behind the watcher's port.
-    ("caller::kernel", &["containers", "containers::watcher", "telemetry"]),
+    (
+        "caller::kernel",
+        &["clock", "containers", "containers::watcher", "telemetry"],
+    ),
     ("cli", &["config", "telemetry"]),
     ("clock", &[]),
     // The rules of `[[allow]]` are read here, and STS's limits are kept.

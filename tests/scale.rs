@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
@@ -20,8 +20,8 @@ use imds_router::containers::watcher::{
     Watcher,
 };
 use imds_router::containers::{
-    Attachments, CgroupId, ContainerId, Definition, Endpoint, Environment, LinkSeen, NamespaceId, NetworkId,
-    NetworkMode, SocketEvidence, Witness,
+    Attachments, CgroupId, ContainerId, Definition, Endpoint, Environment, NamespaceId, NetworkId, NetworkMode,
+    SocketEvidence, Witness,
 };
 use imds_router::credentials::Session;
 use imds_router::credentials::broker::{Broker, Lease, Limits};
@@ -218,7 +218,7 @@ impl Kernel for Scripted {
             cgroup,
             pid: number,
             started: SystemTime::UNIX_EPOCH,
-            witness: Box::new(Witnessed(NamespaceId(cgroup.0))),
+            witness: Arc::new(Witnessed(NamespaceId(cgroup.0))),
         })
     }
 }
@@ -245,16 +245,16 @@ impl Witness for Witnessed {
         self.0
     }
 
-    fn links(&self) -> std::io::Result<Vec<LinkSeen>> {
+    fn is_attached(&self) -> bool {
+        true
+    }
+
+    fn attach(&self) -> Result<Vec<String>, String> {
         Ok(Vec::new())
     }
 
-    fn listens_inside(&self, _at: IpAddr) -> bool {
-        false
-    }
-
-    fn attach(&self, _settled: bool) -> Result<Vec<String>, String> {
-        Ok(Vec::new())
+    fn check_path(&self) -> Result<(), String> {
+        Ok(())
     }
 
     fn detach(&self) -> Result<(), String> {

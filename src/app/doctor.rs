@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::kept::{Kept, NAMES};
+use super::kept::Kept;
 use super::{ATTACH_HOST, DOCKER_RUN, IMDS_ADDRESS, engine_host, plans};
 use crate::admin;
 use crate::caller::level::Lack;
@@ -152,7 +152,7 @@ async fn proof(settings: &Settings, kept: Option<Kept>, found: &mut Diagnosis) {
             None => "those in the host's network are answered over the host",
         };
         found.fine(format!(
-            "attach: namespace; answers stay inside the containers ({hosts})"
+            "attach: namespace; each served container gets a link of its own to the service ({hosts})"
         ));
     } else if let Some(kept) = kept.filter(|kept| !(kept.meant && settings.attach == Attach::Host)) {
         found.add(
@@ -165,8 +165,8 @@ async fn proof(settings: &Settings, kept: Option<Kept>, found: &mut Diagnosis) {
         found.add(
             Verdict::Note,
             format!("attach: host; {ATTACH_HOST}"),
-            "whoever reads a container's answers has its credentials",
-            Some("attach = \"auto\" with full proof; or docker run --cap-drop NET_RAW; or [serve] freeze_links = true"),
+            "an address can be taken by a neighbor, and the credentials with it",
+            Some("attach = \"auto\" with full proof; or docker run --cap-drop NET_RAW"),
         );
     }
 }
@@ -181,10 +181,6 @@ fn host(settings: &Settings, kept: Option<Kept>, found: &mut Diagnosis) {
             "containers in the host's network are its processes: they get that service, with the host's role",
             Some("give them a network of their own"),
         );
-        if kept.resolves() && settings.attach != Attach::Host {
-            let why = "169.254.169.254 is the container's own once it is served, and nobody answers names there";
-            found.add(Verdict::Note, format!("names: {NAMES}"), why, None);
-        }
     }
     // What only refuses where we do not serve has nobody who serves.
     for plan in plans(settings).into_iter().filter(Plan::is_a_lock) {
@@ -282,7 +278,7 @@ async fn daemon(settings: &Settings, found: &mut Diagnosis) {
         "daemon: serves, version {}, attach {}, proof {}, engine {}",
         status.version, status.attach, status.proof, status.engine.state
     ));
-    for warning in status.warnings {
+    for warning in &status.warnings {
         found.add(
             Verdict::Note,
             format!("daemon: {warning}"),
@@ -290,6 +286,7 @@ async fn daemon(settings: &Settings, found: &mut Diagnosis) {
             Some("imds-router status"),
         );
     }
+    links(settings, &status, found).await;
     for container in status.containers.iter().filter(|it| !it.problems.is_empty()) {
         found.add(
             Verdict::Note,
@@ -298,4 +295,29 @@ async fn daemon(settings: &Settings, found: &mut Diagnosis) {
             Some(&format!("imds-router explain {}", container.name)),
         );
     }
+}
+
+/// Has the daemon look at the link of each container that runs.
+async fn links(settings: &Settings, status: &admin::Status, found: &mut Diagnosis) {
+    let mut reached = 0;
+    for container in status
+        .containers
+        .iter()
+        .filter(|it| it.alive && it.endpoint == "enabled")
+    {
+        let Ok(explained) = admin::ask_explanation(&settings.admin_socket, &container.id).await else {
+            continue;
+        };
+        match explained.steps.iter().find(|step| step.step == "attach") {
+            Some(step) if step.ok => reached += 1,
+            Some(step) => found.add(
+                Verdict::Note,
+                format!("container {}: {}", container.name, step.seen),
+                "its requests do not reach the daemon",
+                Some(&format!("imds-router explain {}", container.name)),
+            ),
+            None => {}
+        }
+    }
+    found.fine(format!("containers: {reached} reach the service (looked at now)"));
 }

@@ -1,28 +1,21 @@
-//! How the address comes to the host, and into the containers' network namespaces: listener first, rules, address last.
+//! How the address comes to the host: listener first, rules, address last.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio::runtime::Handle;
-use tokio::task::AbortHandle;
 use tracing::{error, warn};
 
 use super::kept::{Kept, in_its_place};
 use super::systemd::Inherited;
 use super::{DEFAULT_PORT, IMDS_ADDRESS, IMDS_ADDRESS_IPV6};
-use crate::caller::connection::{Interfaces, remember_ingress};
-use crate::caller::kernel::{Doors, Opened};
+use crate::caller::connection::remember_ingress;
 use crate::clock::Clock;
 use crate::config::{Attach, Settings};
-use crate::containers::NamespaceId;
-use crate::containers::index::Index;
-use crate::host::apply::{Interception, clear};
-use crate::host::{HostError, LINK, Plan};
-use crate::server::{self, Service};
+use crate::host::apply::Interception;
+use crate::host::{HostError, Plan};
 use crate::telemetry::with_causes;
 
 /// Ports that are tried.
@@ -128,99 +121,6 @@ fn has_ipv6() -> bool {
 /// Whether the kernel knows IPv6 (ip-sysctl, `net.ipv6`). Where it does, it can be off now, or on one link, and on later.
 pub(super) fn knows_ipv6() -> bool {
     std::fs::exists("/proc/sys/net/ipv6").unwrap_or(true)
-}
-
-/// Takes the service out of every container's network namespace.
-pub(super) async fn leave_namespaces(index: &Index) {
-    let lives = index.all().into_iter().filter_map(|record| record.life.clone());
-    let mut leaving = tokio::task::JoinSet::new();
-    for life in lives {
-        leaving.spawn_blocking(move || {
-            // What ends meanwhile takes its namespace along.
-            if let Err(why) = life.witness.detach()
-                && life.alive()
-            {
-                warn!(container = %life.container, why, "something of ours is left inside the container");
-            }
-        });
-    }
-    while leaving.join_next().await.is_some() {}
-}
-
-/// How the service comes into a container's network namespace.
-pub(super) struct HostDoors {
-    pub(super) service: Arc<Service>,
-    pub(super) runtime: Handle,
-    pub(super) ipv6: bool,
-    pub(super) nested: bool,
-}
-
-impl HostDoors {
-    /// One address: rules, listener, and what was there before.
-    fn open_at(&self, address: IpAddr, opened: &mut Opened) -> io::Result<()> {
-        let (listener, listening) = listen(address)?;
-        // What is up stays up without the handle on it: it goes with the namespace, or by `close`.
-        let up = Interception::up(Plan::namespace(listening, self.nested)).map_err(io::Error::other)?;
-        let mut carriers = vec![server::LOOPBACK];
-        for (part, link) in up.left_alone() {
-            let told = format!("{part} was put there by another program; left alone");
-            opened.left_alone.push(told);
-            carriers.push(*link);
-        }
-        opened.listeners.push((listener, carriers));
-        Ok(())
-    }
-}
-
-impl Doors for HostDoors {
-    fn open(&self, open: &[SocketAddr]) -> io::Result<Opened> {
-        let mut opened = Opened::default();
-        if self.nested {
-            let bridges = Interfaces::new(LINK);
-            // The first question opens its socket, which has to be in here.
-            bridges.kind(server::LOOPBACK);
-            opened.bridges = Some(bridges);
-        }
-        // The engine turns IPv6 off and perhaps on again while it sets a network up, and addresses go.
-        for listening in open.iter().filter(|it| it.is_ipv4() || has_ipv6()) {
-            drop(Interception::up(Plan::namespace(*listening, self.nested)).map_err(io::Error::other)?);
-        }
-        let is_open = |address: &IpAddr| open.iter().any(|it| it.ip() == *address);
-        // Those that this namespace can have.
-        for address in addresses(self.ipv6 && has_ipv6()).filter(|address| !is_open(address)) {
-            match self.open_at(address, &mut opened) {
-                Err(error) if address.is_ipv6() => {
-                    let why = with_causes(&error);
-                    opened.left_alone.push(format!("not served at {address}: {why}"));
-                }
-                done => done?,
-            }
-        }
-        Ok(opened)
-    }
-
-    fn close(&self) -> io::Result<()> {
-        // Also of a namespace that has lost IPv6 since: its rules are still there.
-        for address in addresses(self.ipv6) {
-            let plan = Plan::namespace(SocketAddr::new(address, DEFAULT_PORT), self.nested);
-            clear(&plan).map_err(io::Error::other)?;
-        }
-        Ok(())
-    }
-
-    fn serve(&self, opened: Opened, namespace: NamespaceId) -> AbortHandle {
-        let service = self.service.clone();
-        let serving = async move {
-            let listeners = opened.listeners.into_iter();
-            let listeners =
-                listeners.map(|(listener, links)| Ok::<_, io::Error>((TcpListener::from_std(listener)?, links)));
-            match listeners.collect::<Result<_, _>>() {
-                Ok(listeners) => server::accept_inside(listeners, namespace, opened.bridges, service).await,
-                Err(error) => error!(%error, "a listener inside a container cannot be used"),
-            }
-        };
-        self.runtime.spawn(serving).abort_handle()
-    }
 }
 
 /// Puts interception up. The table of a daemon that was killed a moment ago may still be there: the kernel takes it away

@@ -14,10 +14,6 @@ use crate::host::apply::{Interception, clear};
 use crate::host::cloud::{Cloud, services};
 use crate::host::{HostError, Plan};
 
-/// What a container that is served cannot do where [`Kept::resolves`].
-pub const NAMES: &str = "this host asks for names at 169.254.169.254, too: containers that are served there must ask somebody else, \
-    such as a resolver on the host: \"dns\": [\"172.17.0.1\"] in /etc/docker/daemon.json";
-
 /// The host's own service is kept.
 #[derive(Clone, Copy, Debug)]
 pub struct Kept {
@@ -40,11 +36,6 @@ impl Kept {
     pub fn ec2(&self) -> Option<String> {
         let is_ec2 = self.cloud.is_some_and(|cloud| cloud.is_ec2());
         is_ec2.then(|| format!("http://{IMDS_ADDRESS}"))
-    }
-
-    /// Whether this host asks for names at the same address: then a container that is served cannot.
-    pub fn resolves(&self) -> bool {
-        self.cloud.is_some_and(|cloud| cloud.resolves())
     }
 
     /// What is there on the host without a daemon, and stays.

@@ -258,8 +258,17 @@ impl Observatory for Observer {
             // Where the host keeps its own service, that is who would answer.
             let at = self.listening.filter(|_| self.resolver.kept.is_none());
             probe::probe(&self.service, at.map(|it| it.ip())).await?;
-            Ok(format!("serves {} containers", self.service.index.all().len()))
+            Ok(self.reach())
         })
+    }
+}
+
+/// Does what blocks for a moment, without holding up other tasks of the runtime.
+fn blocking<T>(work: impl FnOnce() -> T) -> T {
+    let runtime = tokio::runtime::Handle::try_current();
+    match runtime.is_ok_and(|it| it.runtime_flavor() == tokio::runtime::RuntimeFlavor::MultiThread) {
+        true => tokio::task::block_in_place(work),
+        false => work(),
     }
 }
 
@@ -271,6 +280,22 @@ impl Observer {
         match self.listening {
             Some(at) => at.to_string(),
             None => format!("{IMDS_ADDRESS}, inside containers only"),
+        }
+    }
+
+    /// How many containers reach the service, as of the last change of each one's link. A container that breaks its own link
+    /// does not make the daemon unready.
+    fn reach(&self) -> String {
+        let all = self.service.index.all();
+        let broken = all.iter().filter(|record| {
+            let life = record.life.as_ref().filter(|life| life.alive());
+            record.not_attached.is_some() || life.is_some_and(|life| life.witness.path_problem().is_some())
+        });
+        let broken: Vec<_> = broken.map(|record| record.definition.name.as_str()).collect();
+        let serves = format!("serves {} containers", all.len() - broken.len());
+        match broken.as_slice() {
+            [] => serves,
+            [first, ..] => format!("{serves}; {} have no link that works, such as {first}", broken.len()),
         }
     }
 
@@ -405,27 +430,29 @@ impl Observer {
         }
         let addresses = status.addresses.join(" ");
         let in_the_hosts_network = record.definition.network_mode == NetworkMode::Host;
-        match (&record.not_attached, self.resolver.attaches() && instance.endpoint) {
-            _ if self.resolver.kept.is_some() && in_the_hosts_network => {
-                step("attach", false, GETS_THE_HOSTS.to_owned())
-            }
-            (Some(why), _) if self.resolver.kept.is_some() => step("attach", false, format!("nowhere: {why}")),
-            (Some(why), _) => step("attach", true, format!("over the host, because inside: {why}")),
-            (None, true) if in_the_hosts_network => {
-                step("attach", true, "over the host, whose network it has".to_owned());
-            }
-            (None, true) => step("attach", true, "inside its network namespace".to_owned()),
-            (None, false) => match self.not_on_the_network(record) {
-                Some(why) => step("attach", false, why),
-                None => step(
-                    "attach",
-                    true,
-                    format!("over the {}, from {addresses}", self.resolver.attach()),
-                ),
+        let (is_reached, way) = match (&record.not_attached, record.life.as_ref()) {
+            _ if self.resolver.kept.is_some() && in_the_hosts_network => (false, GETS_THE_HOSTS.to_owned()),
+            (Some(why), _) => (false, format!("no link to the service ({why}); trying again")),
+            (None, _) if self.resolver.attaches() && in_the_hosts_network => (
+                true,
+                "over the host, whose network it has; imds-router health checks that path".to_owned(),
+            ),
+            (None, Some(life)) if record.attaches => match blocking(|| life.witness.check_path()) {
+                Ok(()) => (true, "over a link of its own, imds0, which is in place now".to_owned()),
+                Err(why) => (false, format!("over a link of its own, imds0: {why}")),
             },
-        }
-        let proof =
-            "an ESTABLISHED socket of exactly the connection, in that namespace, made by that cgroup or one below";
+            (None, _) if self.resolver.attaches() => (
+                false,
+                "no link to the service: it does not run, or has no label of imds-router, or its endpoint is disabled"
+                    .to_owned(),
+            ),
+            (None, _) => match self.not_on_the_network(record) {
+                Some(why) => (false, why),
+                None => (true, format!("over the {}, from {addresses}", self.resolver.attach())),
+            },
+        };
+        step("attach", is_reached, way);
+        let proof = "a socket of exactly the connection, in that namespace, made by that cgroup or one below";
         match self.resolver.level {
             Level::Full => step("proof", true, format!("required on each connection: {proof}")),
             Level::Address => step(
@@ -501,15 +528,14 @@ impl Observer {
             problems.push(why.clone());
         }
         problems.extend(record.no_life.clone());
-        let kept = self.resolver.kept.is_some();
         problems.extend(record.not_attached.as_ref().map(|why| {
-            let instead = match kept {
-                true => "it is rejected: this host has a metadata service of its own, and keeps it",
-                false => "it is served over the host, if its network leads there",
-            };
-            format!("the service does not listen inside it: {why}; {instead}")
+            format!(
+                "it has no link to the service ({why}); the daemon tries again, and refuses its requests until then"
+            )
         }));
-        if kept && instance.endpoint && record.definition.network_mode == NetworkMode::Host {
+        let runs = record.life.as_ref().filter(|life| life.alive());
+        problems.extend(runs.and_then(|life| life.witness.path_problem()));
+        if self.resolver.kept.is_some() && instance.endpoint && record.definition.network_mode == NetworkMode::Host {
             problems.push(GETS_THE_HOSTS.to_owned());
         }
         problems.extend(record.left_alone.iter().cloned());

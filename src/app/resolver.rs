@@ -7,8 +7,8 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
-use super::kept::{Kept, NAMES};
-use super::{ATTACH_HOST, NOTHING_OF_HOST, base};
+use super::kept::Kept;
+use super::{NOTHING_OF_HOST, base};
 use crate::clock::Clock;
 use crate::config::{Attach, CredentialSource, RELOADED, Settings};
 use crate::containers::watcher::{Hold, Instances};
@@ -102,9 +102,6 @@ impl Resolver {
                 "this host keeps its own metadata service ({kept}): containers in the host's network are its processes, and get \
                  that one, with the host's role; all others are rejected there until they are served"
             ));
-            if kept.resolves() && self.attaches() {
-                warnings.push(NAMES.to_owned());
-            }
         }
         warnings.extend(self.of_host_problem.load().as_deref().cloned());
         if self.settings.load().metadata_of_host && self.kept.is_none_or(|kept| kept.ec2().is_none()) {
@@ -116,8 +113,6 @@ impl Resolver {
                  take another's credentials; --cap-drop NET_RAW, a network each, or full proof closes that"
                     .to_owned(),
             );
-        } else if !self.attaches() && !self.settings.load().freeze_links {
-            warnings.push(ATTACH_HOST.to_owned());
         }
         warnings
     }

@@ -5,7 +5,7 @@
 
 use std::future::Future;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::time::SystemTime;
 
@@ -15,7 +15,7 @@ use tokio::sync::watch;
 
 use crate::clock::Clock;
 use crate::containers::watcher::{Birth, Kernel, Run};
-use crate::containers::{CgroupId, ContainerId, Level, LinkSeen, NamespaceId, NetworkMode, SocketEvidence, Witness};
+use crate::containers::{CgroupId, ContainerId, Level, NamespaceId, NetworkMode, SocketEvidence, Witness};
 
 /// Lives as the engine tells them. They end when it says so, or when it is away: addresses may move then.
 pub struct EngineWord {
@@ -60,7 +60,7 @@ impl Kernel for EngineWord {
             cgroup: life,
             pid: run.pid,
             started: started(&run.started).unwrap_or_else(|| self.clock.wall()),
-            witness: Box::new(EngineWitness {
+            witness: std::sync::Arc::new(EngineWitness {
                 life,
                 runs: entry.1.subscribe(),
             }),
@@ -112,19 +112,20 @@ impl Witness for EngineWitness {
         NamespaceId(self.life.0 | 1 << 63)
     }
 
-    fn links(&self) -> io::Result<Vec<LinkSeen>> {
-        Ok(Vec::new())
-    }
-
-    fn listens_inside(&self, _at: IpAddr) -> bool {
+    fn is_attached(&self) -> bool {
         false
     }
 
-    fn attach(&self, _settled: bool) -> Result<Vec<String>, String> {
+    fn attach(&self) -> Result<Vec<String>, String> {
         Err("its network namespace cannot be entered".to_owned())
     }
 
     fn detach(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn check_path(&self) -> Result<(), String> {
+        // It is reached over its network, or not at all: the kernel of another machine may have the answer.
         Ok(())
     }
 }

@@ -89,6 +89,11 @@ impl Cgroups {
         })
     }
 
+    /// Mount point of the cgroup v2 hierarchy.
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// With other roots, for tests.
     pub fn at(root: impl Into<PathBuf>, proc: impl Into<PathBuf>) -> Self {
         Self {

@@ -1,72 +1,40 @@
 //! The real kernel behind [`Kernel`] and [`Witness`].
 
-use std::collections::BTreeSet;
 use std::future::Future;
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 
 use dashmap::DashMap;
+use futures_util::stream::{self, BoxStream, StreamExt as _};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::runtime::Handle;
-use tokio::task::AbortHandle;
+use tracing::warn;
 
+use super::attachment::{Attachment, Member, NamespaceListeners};
 use super::cgroup::{self, CgroupError, Cgroups, FirstProcess};
-use super::connection::Interfaces;
+use super::cgroup_watch;
 use super::namespace::open_in;
 use super::socket::DiagSocket;
+use crate::clock::Clock;
 use crate::containers::watcher::{Birth, Kernel, Run};
-use crate::containers::{CgroupId, ContainerId, LinkSeen, NamespaceId, NetworkMode, SocketEvidence, Witness};
+use crate::containers::{CgroupId, ContainerId, NamespaceId, NetworkMode, SocketEvidence, Witness};
 use crate::telemetry::with_causes;
 
-/// How the service comes to listen inside a network namespace, and leaves it. `open` and `close` are called on a thread
-/// that is inside.
-pub trait Doors: Send + Sync + 'static {
-    /// Puts addresses and rules up, and listens, at those addresses of the service that this namespace can have now. What is
-    /// `open` already stays so; what is missing of its addresses and rules is put back.
-    ///
-    /// # Errors
-    /// Why not; nothing new is left then.
-    fn open(&self, open: &[SocketAddr]) -> io::Result<Opened>;
-
-    /// Takes addresses and rules down.
-    ///
-    /// # Errors
-    /// What is left, and why.
-    fn close(&self) -> io::Result<()>;
-
-    /// Serves what the listeners accept, until aborted.
-    fn serve(&self, opened: Opened, namespace: NamespaceId) -> AbortHandle;
-}
-
-/// How often, and how many times, is looked for what the engine takes away while it sets a namespace's network up: for two
-/// seconds after the life's first process is there, at most.
-const LOOKED_FOR: Duration = Duration::from_millis(5);
-const TIMES: u32 = 400;
-
-/// The service, open inside a network namespace.
-#[derive(Default)]
-pub struct Opened {
-    /// One an address, and the interfaces that who lives there comes in over, as the kernel tells it: those that have the
-    /// address.
-    pub listeners: Vec<(TcpListener, Vec<u32>)>,
-    /// The interfaces in there, where who comes in over one of its bridges is to be heard.
-    pub bridges: Option<Interfaces>,
-    /// What another program had put there; it stays.
-    pub left_alone: Vec<String>,
-}
+/// The name of the link to the service, in each network namespace.
+const LINK: &str = "imds0";
 
 /// This host's kernel.
 pub struct HostKernel {
     cgroups: Cgroups,
     host: NamespaceId,
-    doors: Arc<dyn Doors>,
+    listeners: Arc<dyn NamespaceListeners>,
+    clock: Clock,
     runtime: Handle,
     /// Namespaces that some life is in.
     namespaces: DashMap<NamespaceId, Weak<Namespace>>,
@@ -88,13 +56,14 @@ impl HostKernel {
     ///
     /// # Errors
     /// When this host cannot prove who made a connection.
-    pub fn new(doors: Arc<dyn Doors>) -> Result<Self, KernelError> {
+    pub fn new(listeners: Arc<dyn NamespaceListeners>, clock: Clock) -> Result<Self, KernelError> {
         let cgroups = Cgroups::find()?;
         let host = cgroups.host_namespace().map_err(KernelError::Namespace)?;
         Ok(Self {
             cgroups,
             host,
-            doors,
+            listeners,
+            clock,
             runtime: Handle::current(),
             namespaces: DashMap::new(),
         })
@@ -127,10 +96,12 @@ impl HostKernel {
             id: first.namespace,
             is_host: first.namespace == self.host,
             diag,
-            doors: self.doors.clone(),
-            door: Mutex::default(),
-            listens: AtomicBool::new(false),
-            settled: AtomicBool::new(false),
+            attachment: Attachment::new(
+                first.namespace,
+                self.listeners.clone(),
+                self.clock.clone(),
+                self.runtime.clone(),
+            ),
         });
         // Two births at once in one namespace: the second finds the first one's.
         let mut entry = self.namespaces.entry(first.namespace).or_default();
@@ -145,6 +116,13 @@ impl HostKernel {
 }
 
 impl Kernel for HostKernel {
+    fn appearing(&self) -> BoxStream<'static, ContainerId> {
+        cgroup_watch::appearing(self.cgroups.root(), &self.runtime).unwrap_or_else(|error| {
+            warn!(%error, "cgroups that appear are not seen: the first requests of Podman's containers may be refused");
+            stream::pending().boxed()
+        })
+    }
+
     fn birth(&self, id: &ContainerId, run: Option<&Run>, mode: Option<&NetworkMode>) -> Result<Birth, String> {
         let first = self.cgroups.first_process(id, run.map(|run| run.pid), mode)?;
         let namespace = self
@@ -169,13 +147,12 @@ impl Kernel for HostKernel {
             cgroup,
             pid,
             started,
-            witness: Box::new(KernelWitness {
+            witness: Arc::new(KernelWitness {
                 directory,
                 cgroup,
-                pidfd,
+                pidfd: Arc::new(pidfd),
                 namespace,
                 attached: AtomicBool::new(false),
-                calls: AtomicU64::new(0),
             }),
         })
     }
@@ -187,89 +164,23 @@ struct Namespace {
     is_host: bool,
     /// Keeps the namespace from vanishing, and its number from being used again.
     diag: DiagSocket,
-    doors: Arc<dyn Doors>,
-    door: Mutex<Door>,
-    /// Whether the door is open, or being opened: from then on nobody in it is heard over a bridge.
-    listens: AtomicBool,
-    /// Whether the engine is done with its network. Before that its IPv6 address comes and goes, and who asks there may be led
-    /// to the host instead.
-    settled: AtomicBool,
-}
-
-/// The service inside a namespace: there while somebody in it wants it.
-#[derive(Default)]
-struct Door {
-    wanted_by: BTreeSet<CgroupId>,
-    /// Where it listens.
-    open: Vec<SocketAddr>,
-    serving: Vec<AbortHandle>,
-    left_alone: Vec<String>,
-}
-
-impl Door {
-    fn abort(&mut self) {
-        self.open.clear();
-        self.serving.drain(..).for_each(|serving| serving.abort());
-    }
+    attachment: Arc<Attachment>,
 }
 
 struct KernelWitness {
     directory: PathBuf,
     cgroup: CgroupId,
-    pidfd: AsyncFd<OwnedFd>,
+    pidfd: Member,
     namespace: Arc<Namespace>,
-    /// Whether this very witness has attached: a life may be found twice, and the second finding is dropped at once.
+    /// Whether this very witness has attached: a run may be found twice, and the second finding is dropped at once.
     attached: AtomicBool,
-    /// How often it was to attach or to detach: the last call has the say.
-    calls: AtomicU64,
 }
 
 impl Drop for KernelWitness {
     fn drop(&mut self) {
-        if !self.attached.load(Ordering::Acquire) {
-            return;
+        if self.attached.load(Ordering::Acquire) {
+            self.namespace.attachment.forget(self.cgroup);
         }
-        let mut door = self.namespace.door.lock().unwrap_or_else(PoisonError::into_inner);
-        door.wanted_by.remove(&self.cgroup);
-        if door.wanted_by.is_empty() {
-            // Who else lives there is not served; address and rules refuse until the namespace goes.
-            door.abort();
-        }
-    }
-}
-
-impl KernelWitness {
-    fn inside<T: Send>(&self, what: impl FnOnce(&dyn Doors) -> io::Result<T> + Send) -> io::Result<T> {
-        let namespace = &self.namespace;
-        open_in(self.pidfd.get_ref().as_fd(), || {
-            if Cgroups::this_threads_namespace()? != namespace.id {
-                return Err(io::Error::other("its first process has changed its network namespace"));
-            }
-            what(namespace.doors.as_ref())
-        })
-    }
-
-    /// Has the service listen, unless another call for this life came after the one with this number.
-    fn attach_now(&self, number: u64) -> Result<Vec<String>, String> {
-        let mut door = self.namespace.door.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.calls.load(Ordering::Acquire) != number {
-            return Ok(door.left_alone.clone());
-        }
-        let listened = self.namespace.listens.swap(true, Ordering::AcqRel);
-        let open = door.open.clone();
-        let mut opened = self.inside(|doors| doors.open(&open)).map_err(|error| {
-            self.namespace.listens.store(listened, Ordering::Release);
-            with_causes(&error)
-        })?;
-        door.left_alone.append(&mut opened.left_alone);
-        if !opened.listeners.is_empty() {
-            let local = opened.listeners.iter().filter_map(|(it, _)| it.local_addr().ok());
-            door.open.extend(local);
-            door.serving.push(self.namespace.doors.serve(opened, self.namespace.id));
-        }
-        door.wanted_by.insert(self.cgroup);
-        self.attached.store(true, Ordering::Release);
-        Ok(door.left_alone.clone())
     }
 }
 
@@ -288,7 +199,11 @@ impl Witness for KernelWitness {
     }
 
     fn socket(&self, client: SocketAddr, server: SocketAddr) -> io::Result<Option<SocketEvidence>> {
-        self.namespace.diag.find(client, server)
+        self.namespace.diag.find(client, server, LINK)
+    }
+
+    fn is_local(&self, address: IpAddr) -> io::Result<bool> {
+        self.namespace.attachment.is_local(&self.pidfd, address)
     }
 
     fn holds(&self, cgroup: CgroupId) -> bool {
@@ -299,45 +214,33 @@ impl Witness for KernelWitness {
         self.namespace.id
     }
 
-    fn links(&self) -> io::Result<Vec<LinkSeen>> {
-        self.namespace.diag.links()
+    fn is_attached(&self) -> bool {
+        self.namespace.attachment.is_attached()
     }
 
-    fn listens_inside(&self, at: IpAddr) -> bool {
-        let namespace = &self.namespace;
-        namespace.listens.load(Ordering::Acquire) && (at.is_ipv4() || namespace.settled.load(Ordering::Acquire))
-    }
-
-    fn attach(&self, settled: bool) -> Result<Vec<String>, String> {
-        // The host's own listener serves who is in the host's network.
+    fn attach(&self) -> Result<Vec<String>, String> {
+        // The host's own listener serves the processes of the host's network.
         if self.namespace.is_host {
             return Ok(Vec::new());
         }
-        let number = self.calls.fetch_add(1, Ordering::AcqRel) + 1;
-        let mut left_alone = self.attach_now(number)?;
-        let superseded = || self.calls.load(Ordering::Acquire) != number || !self.alive();
-        if !settled {
-            for _ in 0..TIMES {
-                std::thread::sleep(LOOKED_FOR);
-                if superseded() {
-                    return Ok(left_alone);
-                }
-                left_alone = self.attach_now(number)?;
-            }
-        }
-        self.namespace.settled.store(true, Ordering::Release);
-        Ok(left_alone)
+        let attached = self.namespace.attachment.attach(self.cgroup, &self.pidfd);
+        self.attached.fetch_or(attached.is_ok(), Ordering::AcqRel);
+        attached.map_err(|error| with_causes(&error))
     }
 
     fn detach(&self) -> Result<(), String> {
-        let mut door = self.namespace.door.lock().unwrap_or_else(PoisonError::into_inner);
-        self.calls.fetch_add(1, Ordering::AcqRel);
-        if !door.wanted_by.remove(&self.cgroup) || !door.wanted_by.is_empty() {
-            return Ok(());
+        let detached = self.namespace.attachment.detach(self.cgroup, &self.pidfd);
+        detached.map_err(|error| with_causes(&error))
+    }
+
+    fn path_problem(&self) -> Option<String> {
+        self.namespace.attachment.problem()
+    }
+
+    fn check_path(&self) -> Result<(), String> {
+        match self.namespace.is_host {
+            true => Ok(()),
+            false => self.namespace.attachment.check(),
         }
-        door.abort();
-        self.inside(Doors::close).map_err(|error| with_causes(&error))?;
-        self.namespace.listens.store(false, Ordering::Release);
-        Ok(())
     }
 }

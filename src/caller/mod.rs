@@ -1,49 +1,45 @@
-//! Who is asking: a connection becomes a [`Caller`], or a [`Refusal`] with the evidence that was seen.
+//! Attribution: a connection becomes a [`Caller`], or a [`Refusal`] with the evidence that was seen.
 //!
 //! # Threat note
-//! What is believed, who controls it, and what it proves:
+//! The evidence, who controls it, and what it proves:
 //!
-//! * **The listener that accepted.** One inside a network namespace ([`Via::Namespace`]) hears only who is in it, or sends
-//!   into it: it says whose word to ask for. No packet crosses a bridge there, so none is diverted.
-//! * **Source address** (on the host, [`Via::Bridge`]). Whoever can send a packet writes it: with Docker's default rights
-//!   (`NET_RAW`) a container sends with its neighbour's address and MAC. It proves nothing; it says whom to ask about
-//!   ([candidates](crate::containers::index::Index::at)).
-//! * **The socket in the candidate's network namespace.** The kernel's own table, asked with the exact addresses and ports
-//!   of the connection: a neighbour's packets make no socket there. It must be ESTABLISHED: a port that the candidate left
-//!   half-open or half-closed can be driven by a neighbour.
-//! * **The cgroup id of that socket.** Written by the kernel when the socket was made; names whose process made it. Equal
-//!   to, or below, the cgroup of a verified first process of the namespace: not that of a host process that entered it,
-//!   and of several containers in one namespace exactly the one. Whoever passes a descriptor on delegates; that is its
-//!   maker's business.
-//! * **The byte counters of both ends** (over a bridge, on every request; [`other_end`]). An ESTABLISHED socket of the same
-//!   addresses and ports need not be the other end of *this* connection: a neighbour that can send packets puts a request
-//!   into an idle one, or resets our end and takes the addresses over. Then one end has received what the other never sent.
-//! * **The life.** The first process's pidfd, looked at again on every request.
-//! * **A bridge inside a container's namespace** ([`Via::Nested`], off by default). Whoever comes in over one is behind the
-//!   container: it made the bridge, and decides who is on it. Says "this container, or what runs inside it", no more.
-//! * **The engine's word alone** ([`Level::Address`], off by default). Where the kernel cannot be asked (no rights, a remote
-//!   engine, cgroup v1 alone), the operator may say that an address is enough. It is what the spoofers of the tests defeat.
+//! * **The link that the connection came over** ([`Via::Namespace`]). Each served network namespace has a link of its own to
+//!   the private namespace, with a listener that is bound to it. Only the kernel moves packets onto that link, and only those
+//!   that processes of the namespace send. It says which namespace calls, whatever the addresses say. No packet crosses a
+//!   bridge, so a neighbor can neither send nor divert one.
+//! * **The socket in that namespace.** The kernel's own table, queried with the exact addresses and ports of the connection. It
+//!   must be in a state in which the container is at the other end (`CONNECTED`).
+//! * **The cgroup ID of that socket.** The kernel writes it when a process creates the socket. It must be the cgroup of a
+//!   verified init process of the namespace, or one below. It tells containers that share a namespace apart, and excludes host
+//!   processes that entered the namespace.
+//! * **The run.** The init process's pidfd, checked on every request.
+//! * **The source address** ([`Via::Bridge`]). Any container with `NET_RAW`, Docker's default, can send with the address and MAC
+//!   of a neighbor, and can make a neighbor accept a connection with addresses of its choice. Over a bridge nothing is therefore
+//!   proven: with full proof such a connection is refused.
+//! * **The engine** ([`Level::Address`], off by default). Where the kernel cannot be queried (missing rights, a remote engine,
+//!   cgroup v1 alone), the operator may accept the source address. The spoofing trials show that this is not safe.
 //!
-//! Who controls what: the engine, and whoever may talk to it, names, labels and addresses; a container with `NET_RAW` every
-//! byte that it sends, and so addresses, MACs and sequence numbers; one with `NET_ADMIN` also the links and rules of its own
-//! namespace; a process with a delegated cgroup the *names* below it. Nobody but the kernel writes the id of a cgroup, the
-//! state and the counters of a socket, or a pidfd.
+//! Who controls what: the engine and its users choose names, labels and addresses. A container with `NET_RAW` chooses every
+//! byte that it sends. A container with `NET_ADMIN` also chooses the links, routes and rules of its own namespace. A process
+//! with a delegated cgroup chooses the *names* below it. The kernel alone decides the ID of a cgroup, the state of a socket, the
+//! index of a link, and a pidfd.
 //!
-//! What is left:
+//! Remaining risks:
 //!
-//! * A cgroup id names who *made* a socket. A process that hands its connected socket to another one (SCM_RIGHTS) delegates,
-//!   as it could by handing on the credentials themselves.
-//! * Attach `host`: answers cross the bridge that the container is on. A neighbour on the same bridge with `NET_RAW` can
-//!   divert an answer in transit while all of this is true, and one that sits in the middle of a connection can change what
-//!   is asked and answered within its lengths. It identifies who connected; it does not keep secret. Attach `namespace`,
-//!   `--cap-drop NET_RAW`, or networks of their own close that; `freeze_links` keeps neighbours from diverting (IPv4).
-//! * Attach `namespace` before it is there: what a container sends in the moment until the service listens inside (over IPv6:
-//!   until the engine is done with its network, a fraction of a second) is proven over the bridge, as with attach `host`.
-//! * Containers that share a network namespace share a boundary: whoever has `NET_RAW` in it reads along.
+//! * A cgroup ID names the process that *created* a socket. A process that passes its connected socket to another one
+//!   (SCM_RIGHTS) delegates its identity, as it could by passing on the credentials.
+//! * Containers that share a network namespace share a boundary: one with `NET_RAW` in it reads along. The same holds for
+//!   containers in the host's network.
+//! * `[serve] nested = "outer"`: what a namespace forwards from a bridge inside it, and masquerades with an address of its own,
+//!   counts as its container. A container that does that for its neighbors gives them its identity.
 
 pub mod address;
 #[cfg(target_os = "linux")]
+pub mod attachment;
+#[cfg(target_os = "linux")]
 pub mod cgroup;
+#[cfg(target_os = "linux")]
+mod cgroup_watch;
 #[cfg(target_os = "linux")]
 pub mod connection;
 #[cfg(target_os = "linux")]
@@ -61,12 +57,12 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use crate::containers::index::{EngineState, Index};
-use crate::containers::{
-    CgroupId, ContainerId, Counters, Level, Life, NamespaceId, NetworkMode, Record, SocketEvidence,
-};
+use crate::containers::{CgroupId, ContainerId, Level, Life, NamespaceId, NetworkMode, Record, SocketEvidence};
 
-/// `TCP_ESTABLISHED` (include/net/tcp_states.h).
-const ESTABLISHED: u8 = 1;
+/// States in which the container's socket is the other end of the connection: `TCP_ESTABLISHED`, `TCP_FIN_WAIT1` and `TCP_FIN_WAIT2`
+/// (include/net/tcp_states.h). In the latter two the container has sent its request and closed its side, as `nc` does. In
+/// `TCP_TIME_WAIT` there is no socket any more, and in `TCP_CLOSE_WAIT` our side has ended.
+const CONNECTED: [u8; 3] = [1, 4, 5];
 
 /// The two ends of a connection, as the client sees them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -77,20 +73,18 @@ pub struct Connection {
     pub server: SocketAddr,
     /// Where it was accepted.
     pub via: Via,
-    /// Our end's own address: with the port that we listen on.
-    pub own: SocketAddr,
+    /// Whether a container inside the container of that namespace counts as it (`[serve] nested`).
+    pub nested: bool,
 }
 
 /// Where a connection was accepted: it decides who may have made it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Via {
-    /// Inside a network namespace: that of containers, or the host's own. Only who lives in it can be at the other end.
+    /// From inside a network namespace: over the link of a namespace that containers are in, or in the host's own. Nothing
+    /// else comes that way.
     Namespace(NamespaceId),
     /// On the host, over a bridge, by its interface number: the source address leads to candidates.
     Bridge(u32),
-    /// Inside the network namespace of a container, over a bridge in there (its interface number): a container that runs
-    /// inside that container. Only where the operator lets those be the outer one.
-    Nested(NamespaceId, u32),
 }
 
 /// A life that was proven to be at the other end. Only [`identify`] makes one:
@@ -103,7 +97,6 @@ pub enum Via {
 #[derive(Clone, Debug)]
 pub struct Caller {
     life: Arc<Life>,
-    proof: Proof,
 }
 
 impl Caller {
@@ -111,21 +104,6 @@ impl Caller {
     pub fn life(&self) -> &Arc<Life> {
         &self.life
     }
-}
-
-/// What was shown of the caller.
-#[derive(Clone, Copy, Debug)]
-enum Proof {
-    /// By the kernel: a socket of exactly this connection in the life's own namespace, made by the life.
-    Socket {
-        #[expect(dead_code, reason = "the evidence, for whoever looks at a caller in a debugger")]
-        cgroup: CgroupId,
-    },
-    /// By the kernel: it came into the namespace of exactly one life over a bridge that is in there. Says that it is the
-    /// life, or in its care; the operator has allowed that to be the same.
-    Nested,
-    /// By nobody but the engine: the one container at this address runs. Only where the operator has asked for it.
-    Address,
 }
 
 /// Why nobody was proven, with what was seen. For the operator; the caller learns nothing.
@@ -159,17 +137,6 @@ pub enum Refusal {
         "no process at {0} has this connection: its addresses were translated on the way (NAT), so nobody can be proven"
     )]
     Translated(IpAddr),
-    /// It was sent into a container's network namespace from outside, or by a container inside that container.
-    #[error(
-        "came into network namespace {} over interface {interface}, not by a process in it; containers inside a container \
-         are answered where [serve] nested = \"outer\" says so", namespace.0
-    )]
-    SentInside {
-        /// The namespace.
-        namespace: NamespaceId,
-        /// The interface, as the namespace numbers it.
-        interface: u32,
-    },
     /// Several containers share the namespace, and the evidence does not tell them apart.
     #[error("{container} shares its network namespace: which of those who share it has asked cannot be told")]
     Shared {
@@ -189,16 +156,8 @@ pub enum Refusal {
     /// The engine has not told everything yet.
     #[error("not synchronised with the container engine yet")]
     NotSynchronised,
-    /// The container at the address has no such socket: somebody else sent the packets.
-    #[error("{container} may be at {address}, but has no such connection: another sender uses its address")]
-    NoSocket {
-        /// The container.
-        container: ContainerId,
-        /// The address.
-        address: IpAddr,
-    },
     /// There is one, but it is not in use.
-    #[error("the connection of {container} is in TCP state {state}, not ESTABLISHED")]
+    #[error("the connection of {container} is in TCP state {state}: expected ESTABLISHED, FIN_WAIT1 or FIN_WAIT2")]
     NotEstablished {
         /// The container.
         container: ContainerId,
@@ -213,25 +172,32 @@ pub enum Refusal {
         /// The maker's.
         cgroup: CgroupId,
     },
-    /// It came over a bridge, but its container is heard inside its own network namespace.
+    /// It came over a bridge, but its container has a link of its own to the service.
     #[error(
-        "{container} is heard inside its network namespace only; this came over a bridge: another sender uses its address"
+        "{container} has a link of its own to the service, and this connection came over a bridge: another sender uses its \
+         address, or it bound its socket to another link"
     )]
-    HeardInside {
+    OverBridge {
         /// The container.
         container: ContainerId,
     },
-    /// The container's socket has not sent what we have received, or the like: it is not the other end.
+    /// The link of its container was made while this connection, which came over a bridge, was waiting.
     #[error(
-        "the socket of {container} is not the other end of this connection: it counts {theirs:?}, our end {ours:?}"
+        "the link of {container} to the service was made while this connection waited; the next one comes over the link"
     )]
-    NotTheOtherEnd {
+    JustAttached {
         /// The container.
         container: ContainerId,
-        /// What its socket has counted.
-        theirs: Counters,
-        /// What our end has counted.
-        ours: Counters,
+    },
+    /// It came over a bridge, and its container has no link of its own.
+    #[error("{container} may be at {address}, but has no link of its own to the service: {why}")]
+    NotAttached {
+        /// The container.
+        container: ContainerId,
+        /// The address.
+        address: IpAddr,
+        /// Why.
+        why: String,
     },
     /// The kernel could not be asked.
     #[error("the kernel could not be asked about {container}: {error}")]
@@ -251,12 +217,12 @@ impl Refusal {
     pub fn container(&self) -> Option<&ContainerId> {
         match self {
             Self::NoLife { container, .. }
-            | Self::NoSocket { container, .. }
             | Self::NotEstablished { container, .. }
             | Self::ForeignCgroup { container, .. }
-            | Self::HeardInside { container }
+            | Self::OverBridge { container }
+            | Self::JustAttached { container }
+            | Self::NotAttached { container, .. }
             | Self::Shared { container }
-            | Self::NotTheOtherEnd { container, .. }
             | Self::Unasked { container, .. } => Some(container),
             Self::ForeignInterface(_)
             | Self::OtherNetwork { .. }
@@ -264,7 +230,6 @@ impl Refusal {
             | Self::UnknownAddress(_)
             | Self::Gateway(_)
             | Self::Translated(_)
-            | Self::SentInside { .. }
             | Self::NotSynchronised
             | Self::Ambiguous => None,
         }
@@ -279,15 +244,14 @@ impl Refusal {
             Self::UnknownAddress(_) => "unknown-address",
             Self::Gateway(_) => "gateway",
             Self::Translated(_) => "translated",
-            Self::SentInside { .. } => "sent-inside",
             Self::Shared { .. } => "shared",
             Self::NoLife { .. } => "no-life",
             Self::NotSynchronised => "not-synchronised",
-            Self::NoSocket { .. } => "no-socket",
             Self::NotEstablished { .. } => "not-established",
             Self::ForeignCgroup { .. } => "foreign-cgroup",
-            Self::HeardInside { .. } => "heard-inside",
-            Self::NotTheOtherEnd { .. } => "not-the-other-end",
+            Self::OverBridge { .. } => "over-bridge",
+            Self::JustAttached { .. } => "just-attached",
+            Self::NotAttached { .. } => "not-attached",
             Self::Unasked { .. } => "kernel",
             Self::Ambiguous => "ambiguous",
         }
@@ -304,7 +268,8 @@ pub async fn identify(index: &Index, connection: Connection, deadline: Instant) 
     let mut changes = index.changes();
     let mut looked = std::pin::pin!(index.look_again(address));
     // In a namespace addresses tell nothing: there is nothing to ask the engine.
-    let mut has_looked = matches!(connection.via, Via::Namespace(_) | Via::Nested(..));
+    let mut has_looked = matches!(connection.via, Via::Namespace(_));
+    let mut waited = false;
     loop {
         changes.mark_unchanged();
         let refusal = match prove(index, connection) {
@@ -312,10 +277,18 @@ pub async fn identify(index: &Index, connection: Connection, deadline: Instant) 
             Err(refusal) => refusal,
         };
         let synchronised = *index.engine() == EngineState::Synchronised;
-        // More knowledge changes the kernel's word only if somebody is just being born, or an address has just moved.
+        // It has its link: if that was so from the start, no look-up changes anything.
+        if let Refusal::OverBridge { container } = refusal {
+            return Err(match waited {
+                true => Refusal::JustAttached { container },
+                false => Refusal::OverBridge { container },
+            });
+        }
+        // More knowledge changes the answer only if a run or a link is just being made, or an address has just moved.
         if has_looked && synchronised && !awaits(index, connection, &refusal) {
             return Err(refusal);
         }
+        waited = true;
         tokio::select! {
             () = &mut looked, if !has_looked => has_looked = true,
             changed = changes.changed() => if changed.is_err() { return Err(refusal) },
@@ -330,84 +303,17 @@ pub async fn identify(index: &Index, connection: Connection, deadline: Instant) 
     }
 }
 
-/// The daemon's own ends of its connections, as the kernel counts them. Implemented on the real kernel and by a script.
-pub trait OwnEnds: Send + Sync + 'static {
-    /// What our end of the connection between `own` and `client` has counted. `Ok(None)`: there is no such connection.
-    ///
-    /// # Errors
-    /// When the kernel cannot be asked.
-    fn counters(&self, own: SocketAddr, client: SocketAddr) -> std::io::Result<Option<Counters>>;
-}
-
-/// Shows, for one request, that the proven socket is the other end of *this* connection. Asked before each answer.
-///
-/// Inside a namespace only its own sockets are heard (or, where that is allowed, its own bridges), so there is nothing to
-/// show; and with the address alone there is nothing to show it by. Over a bridge, who can send packets can
-/// learn the numbers of an open connection, put a request into it, or reset our end and connect anew with the same
-/// addresses and ports, while the container's socket stays ESTABLISHED. But then the two ends do not agree on how many
-/// bytes went which way.
-///
-/// # Errors
-/// When they do not agree, or cannot be compared.
-pub fn other_end(caller: &Caller, connection: Connection, own: &dyn OwnEnds) -> Result<(), Refusal> {
-    if matches!(connection.via, Via::Namespace(_) | Via::Nested(..)) || matches!(caller.proof, Proof::Address) {
-        return Ok(());
-    }
-    let container = || caller.life.container.clone();
-    let unasked = |error: String| Refusal::Unasked {
-        container: container(),
-        error,
-    };
-    let ours = || {
-        let counters = own
-            .counters(connection.own, connection.client)
-            .map_err(|error| unasked(error.to_string()))?;
-        counters.ok_or_else(|| unasked("our end is gone".to_owned()))
-    };
-    if caller.life.witness.listens_inside(connection.server.ip()) {
-        return Err(Refusal::HeardInside { container: container() });
-    }
-    // Bytes may be on their way meanwhile. Counters only grow: what must be less is read before, what must be more after.
-    let before = ours()?;
-    let theirs = caller.life.witness.socket(connection.client, connection.server);
-    let after = ours()?;
-    let theirs = match theirs.map_err(|error| unasked(error.to_string()))? {
-        None => {
-            return Err(Refusal::NoSocket {
-                container: container(),
-                address: connection.client.ip(),
-            });
-        }
-        Some(socket) if socket.state != ESTABLISHED => {
-            return Err(Refusal::NotEstablished {
-                container: container(),
-                state: socket.state,
-            });
-        }
-        Some(socket) => socket.counters,
-    };
-    let agree = before.received <= theirs.sent
-        && before.acked <= theirs.received
-        && theirs.received <= after.sent
-        // The client counts its SYN.
-        && theirs.acked.saturating_sub(1) <= after.received;
-    if agree {
-        Ok(())
-    } else {
-        Err(Refusal::NotTheOtherEnd {
-            container: container(),
-            theirs,
-            ours: after,
-        })
-    }
-}
-
 /// Whether somebody who may have made the connection is known and has no life yet.
 fn awaits(index: &Index, connection: Connection, refusal: &Refusal) -> bool {
     match connection.via {
-        Via::Bridge(_) => matches!(refusal, Refusal::NoLife { .. }),
-        // What runs inside a container comes long after it.
-        Via::Nested(..) => false,
+        // A container that is about to have a link of its own: its next attempt then comes over that.
+        Via::Bridge(_) => match refusal {
+            Refusal::NoLife { .. } => true,
+            Refusal::NotAttached { container, .. } => index.get(container).is_some_and(|record| attaches_soon(&record)),
+            _ => false,
+        },
+        // Its engine has not told yet whose it is.
+        Via::Namespace(namespace) if index.is_undefined(namespace) => true,
         Via::Namespace(namespace) => {
             // Who joins this namespace is born into it: the host's, or that of a container which lives in it.
             let members = index.within(namespace);
@@ -424,12 +330,26 @@ fn awaits(index: &Index, connection: Connection, refusal: &Refusal) -> bool {
     }
 }
 
+/// Whether a container's link to the service is being made.
+fn attaches_soon(record: &Record) -> bool {
+    let has_link = |life: &Arc<Life>| life.witness.is_attached();
+    record.attaches && record.not_attached.is_none() && !record.life.as_ref().is_some_and(has_link)
+}
+
+/// Why a container has no link to the service.
+fn why_not_attached(record: &Record) -> String {
+    match (&record.not_attached, record.attaches) {
+        (Some(why), _) => why.clone(),
+        (None, true) => "it is being made".to_owned(),
+        (None, false) => "it has no label of imds-router, or its endpoint is disabled".to_owned(),
+    }
+}
+
 /// Asks the kernel about every candidate.
 fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
     let address = connection.client.ip();
     let (candidates, mut refusal) = match connection.via {
         Via::Namespace(namespace) => (index.within(namespace), Refusal::Host(address)),
-        Via::Nested(namespace, interface) => return nested(index, namespace, interface),
         Via::Bridge(_) => {
             let mut candidates = index.at(address);
             // Others may live in the namespace of who holds the address.
@@ -479,15 +399,23 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
             }
             continue;
         };
-        // A socket inside such a namespace leads to the listener there: it proves nothing of what crosses a bridge.
-        if matches!(connection.via, Via::Bridge(_)) && life.witness.listens_inside(connection.server.ip()) {
-            refusal = Refusal::HeardInside { container };
+        // Packets on a bridge prove nothing, and neither does a socket that seems to belong to them: a neighbor can have the
+        // container accept a connection with the same addresses and ports. A container is answered over its own link only.
+        if matches!(connection.via, Via::Bridge(_)) && life.witness.level() == Level::Full {
+            refusal = match life.witness.is_attached() {
+                true => Refusal::OverBridge { container },
+                false => Refusal::NotAttached {
+                    container,
+                    address,
+                    why: why_not_attached(&record),
+                },
+            };
             continue;
         }
         if life.witness.level() == Level::Address {
             match by_address(index, connection, &container) {
-                Ok(proof) if proven.is_none() => proven = Some(Caller { life, proof }),
-                Ok(_) => return Err(Refusal::Ambiguous),
+                Ok(()) if proven.is_none() => proven = Some(Caller { life }),
+                Ok(()) => return Err(Refusal::Ambiguous),
                 Err(why) => refusal = why,
             }
             continue;
@@ -501,9 +429,11 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
                 asked.len() - 1
             });
         match &asked[at].1 {
-            Ok(None) if matches!(connection.via, Via::Namespace(_)) => refusal = Refusal::Translated(address),
-            Ok(None) => refusal = Refusal::NoSocket { container, address },
-            Ok(Some(socket)) if socket.state != ESTABLISHED => {
+            Ok(None) => match connection.nested && is_translated(&life, address) {
+                true => return nested(index, namespace, address),
+                false => refusal = Refusal::Translated(address),
+            },
+            Ok(Some(socket)) if !CONNECTED.contains(&socket.state) => {
                 refusal = Refusal::NotEstablished {
                     container,
                     state: socket.state,
@@ -515,12 +445,11 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
                     cgroup: socket.cgroup,
                 };
             }
-            Ok(Some(socket)) => {
+            Ok(Some(_)) => {
                 if proven.is_some() {
                     return Err(Refusal::Ambiguous);
                 }
-                let proof = Proof::Socket { cgroup: socket.cgroup };
-                proven = Some(Caller { life, proof });
+                proven = Some(Caller { life });
             }
             Err(error) => {
                 refusal = Refusal::Unasked {
@@ -534,19 +463,24 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
     proven.filter(|caller| caller.life.alive()).ok_or(refusal)
 }
 
-/// A container inside a container: the outer one, if nobody shares its namespace.
-fn nested(index: &Index, namespace: NamespaceId, interface: u32) -> Result<Caller, Refusal> {
+/// Whether a connection that no socket of the namespace has comes from inside it: the namespace has put an address of its own
+/// in the place of an inner container's. A neighbor on a bridge can send a packet to the service through the namespace, too.
+/// That keeps its source address, which is not local to the namespace; the kernel drops packets from outside that have a local
+/// one, and would deliver the answers to them locally.
+fn is_translated(life: &Life, address: IpAddr) -> bool {
+    life.witness.is_local(address).unwrap_or(false)
+}
+
+/// A container inside a container: the outer one, if it is alone in its namespace.
+fn nested(index: &Index, namespace: NamespaceId, address: IpAddr) -> Result<Caller, Refusal> {
     let lives = index
         .within(namespace)
         .into_iter()
         .filter_map(|record| record.life.clone());
     let lives: Vec<_> = lives.filter(|life| life.alive()).collect();
     match lives.as_slice() {
-        [life] => Ok(Caller {
-            life: life.clone(),
-            proof: Proof::Nested,
-        }),
-        [] => Err(Refusal::SentInside { namespace, interface }),
+        [life] => Ok(Caller { life: life.clone() }),
+        [] => Err(Refusal::Translated(address)),
         [life, ..] => Err(Refusal::Shared {
             container: life.container.clone(),
         }),
@@ -555,7 +489,7 @@ fn nested(index: &Index, namespace: NamespaceId, interface: u32) -> Result<Calle
 
 /// Where the kernel cannot be asked and the operator has said that the address is enough: it is, for a container that
 /// shares it with nobody, known or yet to come.
-fn by_address(index: &Index, connection: Connection, container: &ContainerId) -> Result<Proof, Refusal> {
+fn by_address(index: &Index, connection: Connection, container: &ContainerId) -> Result<(), Refusal> {
     let shares = |record: &Arc<Record>| match &record.definition.network_mode {
         NetworkMode::Container(owner) => owner == container,
         NetworkMode::Host | NetworkMode::Own => false,
@@ -564,8 +498,8 @@ fn by_address(index: &Index, connection: Connection, container: &ContainerId) ->
         Via::Bridge(_) if index.joining().iter().any(shares) => Err(Refusal::Shared {
             container: container.clone(),
         }),
-        Via::Bridge(_) => Ok(Proof::Address),
+        Via::Bridge(_) => Ok(()),
         // Who is in the host's network is told apart by the kernel alone.
-        Via::Namespace(_) | Via::Nested(..) => Err(Refusal::Host(connection.client.ip())),
+        Via::Namespace(_) => Err(Refusal::Host(connection.client.ip())),
     }
 }

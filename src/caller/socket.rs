@@ -6,17 +6,15 @@ use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use netlink_bindings::rt_link;
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla as _};
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP};
 use netlink_packet_sock_diag::inet::nlas::Nla;
 use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
-use netlink_socket2::NetlinkSocket;
+use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
 
-use super::OwnEnds;
-use crate::containers::{CgroupId, Counters, LinkSeen, SocketEvidence};
+use crate::containers::{CgroupId, SocketEvidence};
 
 /// `INET_DIAG_CGROUP_ID` (linux/inet_diag.h, since 5.8): the id of the socket's cgroup, 8 bytes, native order.
 const INET_DIAG_CGROUP_ID: u16 = 21;
@@ -24,12 +22,14 @@ const INET_DIAG_CGROUP_ID: u16 = 21;
 /// The kernel answers within the system call that asks; anything slower means that it will not.
 const ANSWER: Duration = Duration::from_millis(100);
 
-/// A `NETLINK_SOCK_DIAG` socket in one network namespace, and beside it one that knows the interfaces there. Both stay in
-/// the namespace that they were opened in, whoever uses them.
+/// The loopback's index: the first interface of every network namespace (`LOOPBACK_IFINDEX`, net/flow.h).
+const LOOPBACK: u32 = 1;
+
+/// A `NETLINK_SOCK_DIAG` socket in one network namespace. It stays in the namespace that it was opened in, whichever thread
+/// uses it.
 pub struct DiagSocket {
     /// One question at a time: an answer carries no more than a sequence number.
     diag: Mutex<(OwnedFd, u32)>,
-    links: Mutex<NetlinkSocket>,
 }
 
 impl DiagSocket {
@@ -45,51 +45,32 @@ impl DiagSocket {
             Some(netlink::SOCK_DIAG),
         )?;
         rustix::net::sockopt::set_socket_timeout(&diag, rustix::net::sockopt::Timeout::Recv, Some(ANSWER))?;
-        let mut links = NetlinkSocket::new();
-        // The first question opens the socket, which has to be here and now.
-        each_interface(&mut links, |_, _| ())?;
         Ok(Self {
             diag: Mutex::new((diag, 0)),
-            links: Mutex::new(links),
         })
     }
 
-    /// The socket whose connection is exactly `client` → `server`, addresses as the client sees them.
+    /// The socket whose connection is exactly `client` → `server`, addresses as the client sees them. `link` is the name of
+    /// the link that leads to the service.
     ///
     /// # Errors
-    /// When the kernel cannot be asked.
-    pub fn find(&self, client: SocketAddr, server: SocketAddr) -> io::Result<Option<SocketEvidence>> {
-        // 0 finds every socket that is bound to no device; nearly all are.
+    /// When the kernel does not answer.
+    pub fn find(&self, client: SocketAddr, server: SocketAddr, link: &str) -> io::Result<Option<SocketEvidence>> {
+        // Interface 0 finds a socket that is bound to no device, as nearly all are. The others are bound to the link that
+        // the connection came over, or to the loopback.
         if let Some(found) = self.ask(client, server, 0)? {
             return Ok(Some(found));
         }
-        let mut numbers = Vec::new();
-        self.each_interface(|number, _| numbers.push(number))?;
-        for link in numbers {
-            if let Some(found) = self.ask(client, server, link)? {
+        let index = {
+            let guard = self.diag.lock().unwrap_or_else(PoisonError::into_inner);
+            name_to_index(&guard.0, link)
+        };
+        for interface in index.ok().into_iter().chain([LOOPBACK]) {
+            if let Some(found) = self.ask(client, server, interface)? {
                 return Ok(Some(found));
             }
         }
         Ok(None)
-    }
-
-    /// The links that have another end elsewhere.
-    ///
-    /// # Errors
-    /// When the kernel cannot be asked.
-    pub fn links(&self) -> io::Result<Vec<LinkSeen>> {
-        let mut links = Vec::new();
-        self.each_interface(|_, link| {
-            let mac = link.get_address().ok().and_then(|it| it.try_into().ok());
-            if let (Some(mac), Ok(peer)) = (mac, link.get_link()) {
-                links.push(LinkSeen { mac, peer });
-            }
-        })?;
-        Ok(links)
-    }
-
-    fn each_interface(&self, each: impl FnMut(u32, &rt_link::IterableLinkAttrs<'_>)) -> io::Result<()> {
-        each_interface(&mut self.links.lock().unwrap_or_else(PoisonError::into_inner), each)
     }
 
     fn ask(&self, client: SocketAddr, server: SocketAddr, interface: u32) -> io::Result<Option<SocketEvidence>> {
@@ -123,7 +104,7 @@ fn request(client: SocketAddr, server: SocketAddr, interface: u32, sequence: u32
     let request = InetRequest {
         family: if client.is_ipv4() { AF_INET } else { AF_INET6 },
         protocol: IPPROTO_TCP,
-        extensions: ExtensionFlags::INFO,
+        extensions: ExtensionFlags::empty(),
         // The kernel ignores it in an exact look-up: the answer's state is what counts.
         states: StateFlags::all(),
         socket_id: SocketId {
@@ -160,48 +141,16 @@ fn answer(
                 Nla::Other(other) if other.kind() == INET_DIAG_CGROUP_ID => cgroup_id(other),
                 _ => None,
             });
-            let info = response.nlas.iter().find_map(|nla| match nla {
-                Nla::TcpInfo(info) => counters(info),
-                _ => None,
-            });
-            match (cgroup, info) {
-                (Some(cgroup), Some(counters)) if exact => Ok(Some(SocketEvidence {
-                    state: response.header.state,
-                    cgroup,
-                    counters,
-                })),
-                (_, None) if exact => Err(io::Error::new(
-                    io::ErrorKind::Unsupported,
-                    "the kernel does not count a connection's bytes: Linux 4.19 or newer is needed",
-                )),
-                _ => Ok(None),
-            }
+            Ok(cgroup.filter(|_| exact).map(|cgroup| SocketEvidence {
+                state: response.header.state,
+                cgroup,
+            }))
         }
         NetlinkPayload::Error(error) => match error.to_io().raw_os_error() {
             Some(code) if code == rustix::io::Errno::NOENT.raw_os_error() => Ok(None),
             _ => Err(error.to_io()),
         },
         _ => Ok(None),
-    }
-}
-
-/// Reads `struct tcp_info` (linux/tcp.h): fields were only ever added at its end.
-fn counters(info: &[u8]) -> Option<Counters> {
-    const BYTES_ACKED: usize = 120;
-    const BYTES_RECEIVED: usize = 128;
-    const BYTES_SENT: usize = 200;
-    const BYTES_RETRANS: usize = 208;
-    let field = |at: usize| Some(u64::from_ne_bytes(*info.get(at..)?.first_chunk()?));
-    Some(Counters {
-        sent: field(BYTES_SENT)?.saturating_sub(field(BYTES_RETRANS)?),
-        received: field(BYTES_RECEIVED)?,
-        acked: field(BYTES_ACKED)?,
-    })
-}
-
-impl OwnEnds for DiagSocket {
-    fn counters(&self, own: SocketAddr, client: SocketAddr) -> io::Result<Option<Counters>> {
-        Ok(self.ask(own, client, 0)?.map(|socket| socket.counters))
     }
 }
 
@@ -218,25 +167,6 @@ fn canonical(address: IpAddr) -> IpAddr {
     address.to_canonical()
 }
 
-/// The interfaces in the namespace that `links` was opened in. A container makes as many as it likes: enough are enough.
-fn each_interface(
-    links: &mut NetlinkSocket,
-    mut each: impl FnMut(u32, &rt_link::IterableLinkAttrs<'_>),
-) -> io::Result<()> {
-    const MOST: usize = 32;
-    let request = rt_link::Request::new().op_getlink_dump(&rt_link::Ifinfomsg::new());
-    let mut reply = links.request(&request)?;
-    let mut seen = 0;
-    while let Some(answer) = reply.recv() {
-        let (head, link) = answer.map_err(|error| io::Error::other(error.to_string()))?;
-        seen += 1;
-        if let (true, Ok(number)) = (seen <= MOST, u32::try_from(head.ifi_index)) {
-            each(number, &link);
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -248,22 +178,11 @@ mod tests {
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (from, to) = (client.local_addr().unwrap(), client.peer_addr().unwrap());
         let diag = DiagSocket::open().unwrap();
-        let found = diag.find(from, to).unwrap().expect("the connection is there");
+        let found = diag.find(from, to, "lo").unwrap().expect("the connection is there");
         assert_eq!(found.state, 1);
         assert_ne!(found.cgroup.0, 0);
-        // Both ends count the same, but for the SYN of who connected.
-        let (mut accepted, mut client) = (listener.accept().unwrap().0, client);
-        std::io::Write::write_all(&mut client, b"12345").unwrap();
-        std::io::Read::read_exact(&mut accepted, &mut [0; 5]).unwrap();
-        std::io::Write::write_all(&mut accepted, b"123").unwrap();
-        std::io::Read::read_exact(&mut client, &mut [0; 3]).unwrap();
-        let theirs = diag.find(from, to).unwrap().unwrap().counters;
-        let ours = diag.counters(to, from).unwrap().unwrap();
-        assert_eq!((theirs.sent, theirs.received), (5, 3));
-        assert_eq!((ours.sent, ours.received), (3, 5));
-        assert!(theirs.acked <= 6 && ours.acked <= 3);
-        assert_eq!(diag.find(SocketAddr::new(from.ip(), 1), to).unwrap(), None);
+        assert_eq!(diag.find(SocketAddr::new(from.ip(), 1), to, "lo").unwrap(), None);
         // A listener is not a connection to it.
-        assert_eq!(diag.find(to, SocketAddr::new(to.ip(), 9)).unwrap(), None);
+        assert_eq!(diag.find(to, SocketAddr::new(to.ip(), 9), "lo").unwrap(), None);
     }
 }

@@ -167,7 +167,7 @@ pub const KEYS: &[Key] = &[
         path: "serve.attach",
         default: "auto",
         expected: "\"auto\", \"namespace\", \"host\" or \"network\"",
-        about: "How containers are reached: inside their own network namespaces (auto), over the host's bridges, or over the network on which the daemon's container itself has the address (needs proof `address`, and no right).",
+        about: "How containers are reached. `auto`, `namespace`: over a link of its own into each container's network namespace. `host`: over the host's bridges. `network`: over the network on which the daemon's container itself has the address. The last two need proof `address`.",
         read: |s, v| {
             v.one_of(&[
                 ("auto", Attach::Auto),
@@ -203,7 +203,7 @@ pub const KEYS: &[Key] = &[
         path: "serve.proof",
         default: "full",
         expected: "\"full\" or \"address\"",
-        about: "The least that a caller is proven by. `full`: the kernel, on every connection. `address`: where the kernel cannot be asked, who the engine says is at that address; a neighbour with NET_RAW can send with it.",
+        about: "The least evidence that is accepted. `full`: the kernel authenticates each connection. `address`: the source address is enough; a neighbor with NET_RAW can use it.",
         read: |s, v| {
             v.one_of(&[("full", Proof::Full), ("address", Proof::Address)])
                 .map(|it| s.proof = it)
@@ -213,18 +213,11 @@ pub const KEYS: &[Key] = &[
         path: "serve.nested",
         default: "refuse",
         expected: "\"refuse\" or \"outer\"",
-        about: "What containers inside a container (Docker-in-Docker) get: nothing, or what the outer one gets. Attach `namespace` only.",
+        about: "What containers inside a container (Docker-in-Docker) get: nothing, or the outer container's role. Attach `namespace` only.",
         read: |s, v| {
             v.one_of(&[("refuse", Nested::Refuse), ("outer", Nested::Outer)])
                 .map(|it| s.nested = it)
         },
-    },
-    Key {
-        path: "serve.freeze_links",
-        default: "false",
-        expected: "true or false",
-        about: "Whether a served container's MAC and IPv4 address are taken from its own link only, on every bridge of this host: then no neighbour diverts what goes over one (attach `host`).",
-        read: |s, v| v.boolean().map(|it| s.freeze_links = it),
     },
     Key {
         path: "serve.hold",

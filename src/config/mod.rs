@@ -31,9 +31,9 @@ pub const DEFAULT_DMI_DIR: &str = "/sys/class/dmi/id";
 pub enum Attach {
     /// [`Attach::Namespace`].
     Auto,
-    /// The daemon listens inside each container's network namespace: no packet crosses a bridge.
+    /// Each container's network namespace has a link of its own to the service: no packet crosses a bridge.
     Namespace,
-    /// The address on the host; the source address leads to the container, the kernel decides.
+    /// The address on the host, over its bridges. The source address is the only evidence.
     Host,
     /// The daemon is a container, and the address its own on a network of the engine's: without any right, and with the
     /// engine's word on who is at which address.
@@ -45,7 +45,7 @@ pub enum Attach {
 pub enum HostService {
     /// [`HostService::Keep`] on a machine of a cloud, else [`HostService::Replace`].
     Auto,
-    /// The host's processes go on with it; containers are rejected there, and served inside their namespaces only.
+    /// The host's processes go on with it; containers are rejected there, and served over their own links only.
     Keep,
     /// Its address is ours, for everybody on this host.
     Replace,
@@ -143,8 +143,6 @@ pub struct Settings {
     pub proof: Proof,
     /// `serve.nested`
     pub nested: Nested,
-    /// `serve.freeze_links`: whether neighbours are kept from diverting what goes over a bridge.
-    pub freeze_links: bool,
     /// `serve.hold`: the longest that a request waits, in all.
     pub hold: Duration,
     /// `serve.admin_socket`
@@ -227,7 +225,6 @@ impl Default for Settings {
             dmi_dir: DEFAULT_DMI_DIR.into(),
             proof: Proof::Full,
             nested: Nested::Refuse,
-            freeze_links: false,
             hold: Duration::from_millis(400),
             admin_socket: DEFAULT_ADMIN_SOCKET.into(),
             metrics: None,

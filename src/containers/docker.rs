@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwapOption;
@@ -15,6 +15,7 @@ use bollard::Docker;
 use bollard::errors::Error;
 use bollard::models::{
     ContainerSummary, ContainerSummaryStateEnum, EventMessage, EventMessageTypeEnum, NetworkInspect,
+    SystemVersionComponents,
 };
 use bollard::query_parameters::{
     EventsOptions, InspectContainerOptions, InspectNetworkOptions, ListContainersOptions, StopContainerOptions,
@@ -67,6 +68,7 @@ pub struct Engine {
     clock: Clock,
     client: Arc<ArcSwapOption<Docker>>,
     lag: Arc<Lag>,
+    is_podman: Arc<AtomicBool>,
 }
 
 /// How far behind the engine's events are when they come here.
@@ -100,6 +102,7 @@ impl Engine {
             clock,
             client: Arc::default(),
             lag: Arc::default(),
+            is_podman: Arc::default(),
         }
     }
 
@@ -156,6 +159,10 @@ fn filters(pairs: &[(&str, &[&str])]) -> Option<HashMap<String, Vec<String>>> {
 }
 
 impl ContainerEngine for Engine {
+    fn announces_late(&self) -> bool {
+        self.is_podman.load(Ordering::Relaxed)
+    }
+
     fn subscribe(&self) -> BoxFuture<'static, Result<BoxStream<'static, Event>, EngineError>> {
         let this = self.clone();
         async move {
@@ -169,6 +176,11 @@ impl ContainerEngine for Engine {
                 .await
                 .map_err(at)?;
             this.client.store(Some(Arc::new(client.clone())));
+            let version = client.version().await.map_err(at)?;
+            let is_podman = |component: &SystemVersionComponents| component.name.starts_with("Podman");
+            let components = version.components.unwrap_or_default();
+            this.is_podman
+                .store(components.iter().any(is_podman), Ordering::Relaxed);
             let since = this.clock.wall_seconds().saturating_sub(OVERLAP.as_secs());
             let options = EventsOptions {
                 since: Some(since.to_string()),

@@ -37,6 +37,8 @@ pub struct Index {
     by_address: DashMap<IpAddr, Vec<ContainerId>>,
     /// Who lives in a network namespace.
     by_namespace: DashMap<NamespaceId, Vec<ContainerId>>,
+    /// Namespaces of runs whose definition the engine has not told yet.
+    undefined: DashSet<NamespaceId>,
     /// Who is, or will be, in a network namespace that is not its own: few.
     joining: DashSet<ContainerId>,
     /// Each network's gateways: addresses of this host.
@@ -57,6 +59,7 @@ impl Index {
             records: DashMap::new(),
             by_address: DashMap::new(),
             by_namespace: DashMap::new(),
+            undefined: DashSet::new(),
             joining: DashSet::new(),
             gateways: DashMap::new(),
             version: watch::Sender::new(0),
@@ -97,6 +100,22 @@ impl Index {
     /// Containers that are, or will be, in a network namespace that is not their own.
     pub fn joining(&self) -> Vec<Arc<Record>> {
         self.joining.iter().filter_map(|id| self.get(&id)).collect()
+    }
+
+    /// Whether there is a run in that namespace whose definition the engine has not told yet.
+    pub fn is_undefined(&self, namespace: NamespaceId) -> bool {
+        self.undefined.contains(&namespace)
+    }
+
+    /// Notes whether that is so. For the writer.
+    pub(super) fn set_undefined(&self, namespace: NamespaceId, undefined: bool) {
+        let changed = match undefined {
+            true => self.undefined.insert(namespace),
+            false => self.undefined.remove(&namespace).is_some(),
+        };
+        if changed {
+            self.changed();
+        }
     }
 
     /// Whether `address` is the gateway of a network.

@@ -230,26 +230,6 @@ pub struct CgroupId(pub u64);
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct NamespaceId(pub u64);
 
-/// What one end of a TCP connection has counted, in bytes (`struct tcp_info`, linux/tcp.h).
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Counters {
-    /// Sent, each byte once: `tcpi_bytes_sent` without `tcpi_bytes_retrans`.
-    pub sent: u64,
-    /// Received in order: `tcpi_bytes_received`.
-    pub received: u64,
-    /// Sent, and acknowledged by the other end: `tcpi_bytes_acked`. Who connected counts its SYN as one byte.
-    pub acked: u64,
-}
-
-/// A link in a container's network namespace, and its other end on the host.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct LinkSeen {
-    /// Its MAC address.
-    pub mac: [u8; 6],
-    /// Number of the interface on the host at its other end.
-    pub peer: u32,
-}
-
 /// What the kernel says of one TCP socket.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SocketEvidence {
@@ -257,8 +237,6 @@ pub struct SocketEvidence {
     pub state: u8,
     /// The cgroup of the process that created the socket.
     pub cgroup: CgroupId,
-    /// What it has sent and received.
-    pub counters: Counters,
 }
 
 /// Whose word there is on a life.
@@ -291,36 +269,48 @@ pub trait Witness: Send + Sync + 'static {
     /// When the kernel cannot be asked.
     fn socket(&self, client: SocketAddr, server: SocketAddr) -> std::io::Result<Option<SocketEvidence>>;
 
+    /// Whether `address` is one of the container's network namespace's own.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    fn is_local(&self, _address: IpAddr) -> std::io::Result<bool> {
+        Ok(false)
+    }
+
     /// Whether `cgroup` is the container's or lies below it.
     fn holds(&self, cgroup: CgroupId) -> bool;
 
     /// The container's network namespace; several containers may share one, or have the host's.
     fn namespace(&self) -> NamespaceId;
 
-    /// The links of the container's network namespace that lead to the host: as a rule, one an endpoint.
+    /// Whether the namespace has a link of its own to the service. Connections of its processes then come over that link and
+    /// over nothing else.
+    fn is_attached(&self) -> bool;
+
+    /// Gives the container's network namespace a link of its own to the service, for this run, and keeps it in place. Blocks
+    /// for a moment. The host's namespace needs none. Returns what another program has put beside it, for `status`.
     ///
     /// # Errors
-    /// When the kernel cannot be asked.
-    fn links(&self) -> std::io::Result<Vec<LinkSeen>>;
+    /// Why it is not possible now; `status` shows the text.
+    fn attach(&self) -> Result<Vec<String>, String>;
 
-    /// Whether the service listens inside the namespace now, at that address of its: then whoever lives there is heard there and
-    /// nowhere else.
-    fn listens_inside(&self, at: IpAddr) -> bool;
-
-    /// Has the service listen inside the container's network namespace, for this life. Blocks for a moment; done again it adds
-    /// what the namespace could not have before. Unless the network is `settled`, it goes on for a while to put back what the
-    /// engine takes away, until it is called again. In the host's namespace there is nothing to be done. Returns what another
-    /// program had put there and was left alone, for `status`.
-    ///
-    /// # Errors
-    /// Why not; the text is shown in `status`.
-    fn attach(&self, settled: bool) -> Result<Vec<String>, String>;
-
-    /// Takes that away again, when no other life of the namespace wants it.
+    /// Removes the link, unless another run in the namespace needs it.
     ///
     /// # Errors
     /// What is left, and why.
     fn detach(&self) -> Result<(), String>;
+
+    /// Why the link was not in place at its last change: it could not be restored, or repairs are suspended. `None`: it was, or
+    /// there is none to be in place.
+    fn path_problem(&self) -> Option<String> {
+        None
+    }
+
+    /// Looks, now and in the kernel, whether a request of the container gets to the service. Blocks for a moment.
+    ///
+    /// # Errors
+    /// What is missing; and whether repairs are suspended because something removes the link again and again.
+    fn check_path(&self) -> Result<(), String>;
 }
 
 /// One run of one container, from the start of its first process to its end. Connections, tokens and the instance
@@ -335,7 +325,7 @@ pub struct Life {
     /// When the first process started.
     pub started: SystemTime,
     /// The kernel's side of it.
-    pub witness: Box<dyn Witness>,
+    pub witness: Arc<dyn Witness>,
     /// What this container is to see; replaced whole on any change.
     pub instance: ArcSwap<Instance>,
     /// Its open connections, and their limit.
@@ -395,7 +385,9 @@ pub struct Record {
     pub life: Option<Arc<Life>>,
     /// Why there is no life although the engine says that it runs.
     pub no_life: Option<String>,
-    /// Why the service does not listen in its namespace although it should.
+    /// Whether its network namespace is to have a link to the service.
+    pub attaches: bool,
+    /// Why it has no link although it should.
     pub not_attached: Option<String>,
     /// What another program has put into its namespace beside ours.
     pub left_alone: Vec<String>,

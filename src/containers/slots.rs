@@ -3,6 +3,9 @@
 //! At the limit a new connection waits. The connection that has been idle longest is asked to close and frees its slot. A
 //! connection is idle from the moment its answer is ready until its next request. If no connection becomes idle before the
 //! deadline of the new one, the server answers it with 503.
+//!
+//! A client may send its next request while an idle connection is being closed, and some clients do not repeat it. Above
+//! [`KEPT_LIMIT`] a connection therefore closes with its answer, which the client sees before it sends another request.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,8 +15,10 @@ use tokio::time::{Instant, timeout_at};
 
 /// Open connections of one container run, at most.
 pub const LIMIT: usize = 64;
+/// Open connections of one container run up to which idle ones are kept.
+pub const KEPT_LIMIT: usize = LIMIT / 2;
 /// New connections of one container run that wait for a slot or are being answered with 503, at most.
-pub const WAITING_LIMIT: usize = 64;
+pub const WAITING_LIMIT: usize = 192;
 
 /// The connections of one container run. Each open one holds a [`Slot`].
 #[derive(Debug, Default)]
@@ -39,6 +44,8 @@ struct Open {
     /// Number of its idle period: the smallest is the longest. `None`: it waits for its first request, or answers one.
     idle_since: Option<u64>,
     asked_to_close: bool,
+    /// It closes with the answer that it has just got.
+    closes: bool,
     close: Arc<Notify>,
 }
 
@@ -100,6 +107,7 @@ impl ConnectionSlots {
             number,
             idle_since: None,
             asked_to_close: false,
+            closes: false,
             close: close.clone(),
         });
         Slot {
@@ -132,9 +140,10 @@ impl State {
         }
         let closing = self.open.iter().filter(|open| open.asked_to_close).count();
         for _ in closing..self.waiting.len() {
+            // First those that have had their last answer: they only wait for their clients to close.
             let idle = self.open.iter_mut().filter(|open| !open.asked_to_close);
-            let idlest = idle.filter_map(|open| Some((open.idle_since?, open)));
-            let Some((_, idlest)) = idlest.min_by_key(|(since, _)| *since) else {
+            let idlest = idle.filter_map(|open| Some((!open.closes, open.idle_since?, open)));
+            let Some((.., idlest)) = idlest.min_by_key(|(kept, since, _)| (*kept, *since)) else {
                 return;
             };
             idlest.asked_to_close = true;
@@ -160,15 +169,17 @@ impl Slot {
         }
     }
 
-    /// The answer to a request is ready. True: the connection has to close after it, because a new one needs the slot.
+    /// The answer to a request is ready. True: the connection has to close after it, because many are open or a new one needs
+    /// the slot.
     pub fn idle(&self) -> bool {
         let mut state = self.slots.lock();
         let now = state.number();
+        let closes = state.open.len() > KEPT_LIMIT;
         if let Some(open) = state.find(self.number) {
-            open.idle_since = Some(now);
+            (open.idle_since, open.closes) = (Some(now), closes);
         }
         state.make_room();
-        state.find(self.number).is_some_and(|open| open.asked_to_close)
+        closes || state.find(self.number).is_some_and(|open| open.asked_to_close)
     }
 
     /// Whether the connection was asked to close for a new one.
@@ -219,11 +230,15 @@ mod tests {
 
     const WAIT: Duration = Duration::from_millis(400);
 
-    /// Slots that are all taken, each by a connection that reads its first request.
-    async fn full() -> (Arc<ConnectionSlots>, Vec<Slot>) {
+    /// Slots that are all taken, each by a connection that reads its first request, but for those of these numbers, which
+    /// become idle in that order.
+    async fn full(idle: &[usize]) -> (Arc<ConnectionSlots>, Vec<Slot>) {
         let slots = Arc::new(ConnectionSlots::default());
-        let mut taken = Vec::new();
-        for _ in 0..LIMIT {
+        let mut taken: Vec<Slot> = Vec::new();
+        for number in 0..LIMIT {
+            if number == KEPT_LIMIT {
+                idle.iter().for_each(|number| assert!(!taken[*number].idle()));
+            }
             taken.push(slots.take(Instant::now()).await.unwrap());
         }
         (slots, taken)
@@ -241,10 +256,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn longest_idle_connection_is_asked_to_close() {
-        let (slots, mut taken) = full().await;
-        for number in [7, 3, 9] {
-            assert!(!taken[number].idle());
-        }
+        let (slots, mut taken) = full(&[7, 3, 9]).await;
         // Idle for longest, but busy again.
         taken[7].busy();
         let new = spawn_take(&slots);
@@ -257,10 +269,11 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn one_connection_closes_for_each_that_waits() {
-        let (slots, taken) = full().await;
+        let (slots, taken) = full(&[0, 1, 2]).await;
         let new = [spawn_take(&slots), spawn_take(&slots)];
         settle().await;
-        assert!(taken[0].idle() && taken[1].idle() && !taken[2].idle());
+        let asked: Vec<_> = taken.iter().take(4).map(Slot::asked_to_close).collect();
+        assert_eq!(asked, [true, true, false, false]);
         drop(taken);
         for new in new {
             assert!(new.await.unwrap().is_ok());
@@ -269,9 +282,18 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_connection_that_has_had_its_last_answer_makes_room_first() {
+        let (slots, taken) = full(&[7]).await;
+        assert!(taken[5].idle(), "many are open");
+        let _new = spawn_take(&slots);
+        settle().await;
+        assert!(taken[5].asked_to_close() && !taken[7].asked_to_close());
+        assert_eq!(slots.made_room(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_connection_that_is_asked_while_it_answers_closes_after_the_answer() {
-        let (slots, taken) = full().await;
-        taken[0].idle();
+        let (slots, taken) = full(&[0]).await;
         let _new = spawn_take(&slots);
         taken[0].close_asked().await;
         // Its next request had arrived already.
@@ -282,20 +304,20 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn without_an_idle_connection_a_new_one_waits_until_its_deadline() {
-        let (slots, taken) = full().await;
+        let (slots, taken) = full(&[]).await;
         let started = Instant::now();
         assert!(matches!(spawn_take(&slots).await.unwrap(), Err(Full::TimedOut(_))));
         assert_eq!(started.elapsed(), WAIT);
         assert_eq!((slots.open(), slots.made_room(), slots.refused()), (LIMIT, 0, 1));
         // It no longer waits: no connection closes for it.
-        assert!(!taken[0].idle());
+        assert!(!taken[0].asked_to_close());
         drop(taken);
         assert_eq!(slots.open(), 0);
     }
 
     #[tokio::test(start_paused = true)]
     async fn slots_go_to_those_who_wait_in_the_order_of_arrival() {
-        let (slots, mut taken) = full().await;
+        let (slots, mut taken) = full(&[]).await;
         let gives_up = spawn_take(&slots);
         settle().await;
         gives_up.abort();
@@ -310,7 +332,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn waiting_connections_are_limited() {
-        let (slots, _taken) = full().await;
+        let (slots, _taken) = full(&[]).await;
         let waiting: Vec<_> = (0..WAITING_LIMIT).map(|_| spawn_take(&slots)).collect();
         settle().await;
         let now = Instant::now();

@@ -32,6 +32,10 @@ use crate::instance::{Instance, Role};
 pub trait ContainerEngine: Send + Sync + 'static {
     /// Connects, and streams events from now on. A stream that ends means that the engine was lost.
     fn subscribe(&self) -> BoxFuture<'static, Result<BoxStream<'static, Event>, EngineError>>;
+    /// Whether it announces a container only after its first instruction, as Podman does. Known once it is subscribed to.
+    fn announces_late(&self) -> bool {
+        false
+    }
     /// All containers, whatever their state.
     fn containers(&self) -> BoxFuture<'static, Result<Vec<Row>, EngineError>>;
     /// One container, by its row of the list: does not block while it starts.
@@ -176,6 +180,11 @@ pub trait Kernel: Send + Sync + 'static {
     /// Why it is not there, or not yet; the text is shown in `status`.
     fn birth(&self, id: &ContainerId, run: Option<&Run>, mode: Option<&NetworkMode>) -> Result<Birth, String>;
 
+    /// Containers whose cgroups appear from now on. For engines that announce them late.
+    fn appearing(&self) -> BoxStream<'static, ContainerId> {
+        futures_util::stream::pending().boxed()
+    }
+
     /// The engine says that the container does not run. The real kernel knows that itself, and better.
     fn engine_says_ended(&self, _id: &ContainerId) {}
 
@@ -192,7 +201,7 @@ pub struct Birth {
     /// When that started.
     pub started: SystemTime,
     /// The kernel's side.
-    pub witness: Box<dyn Witness>,
+    pub witness: Arc<dyn Witness>,
 }
 
 /// What the rest of the daemon makes of a container.
@@ -274,8 +283,7 @@ struct Known {
     birth: Option<Birth>,
     life: Option<Arc<Life>>,
     no_life: Option<String>,
-    /// What the service was asked to do in the namespace of the present life.
-    attached: Attach,
+    attach: AttachState,
     not_attached: Option<String>,
     left_alone: Vec<String>,
     hold: Option<Box<dyn Hold>>,
@@ -289,22 +297,39 @@ struct KnownNetwork {
     members: HashSet<ContainerId>,
 }
 
+impl Known {
+    /// The present run, as the kernel sees it: its cgroup and the rest.
+    fn run(&self) -> Option<(CgroupId, Arc<dyn Witness>)> {
+        let birth = self.birth.as_ref().map(|birth| (birth.cgroup, &birth.witness));
+        let life = self.life.as_ref().map(|life| (life.cgroup, &life.witness));
+        birth.or(life).map(|(cgroup, witness)| (cgroup, witness.clone()))
+    }
+}
+
 impl KnownNetwork {
     fn may_hold(&self, address: IpAddr) -> bool {
         self.subnets.iter().any(|subnet| within(address, *subnet))
     }
 }
 
-/// Whether the service is to listen inside, and what that depended on: the engine gives a namespace IPv6 late, with its first
-/// network that has it, and then there is more to be done.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Attach {
-    No,
-    Yes { ipv6: bool, running: bool },
+/// How it stands with the link of a run's namespace to the service.
+#[derive(Default)]
+struct AttachState {
+    /// Whether it is to have one.
+    wanted: bool,
+    /// What the last call has done: attached, or detached.
+    done: bool,
+    /// A call for it is under way. There is one at a time, so that they cannot overtake each other.
+    in_flight: bool,
+    /// Failures in a row.
+    failures: u32,
 }
 
-/// What came of an attempt to listen in a life's namespace, or to stop it.
-type Attached = (ContainerId, CgroupId, Result<Vec<String>, String>);
+/// The result of an attempt to attach a run's namespace (`true`), or to detach it.
+type Attached = (ContainerId, CgroupId, bool, Result<Vec<String>, String>);
+
+/// The pauses after an attempt that failed: the first one, which doubles, and the longest.
+const ATTACH_RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 
 struct Awaited {
     since: Instant,
@@ -351,6 +376,10 @@ pub struct Watcher {
     births: FuturesUnordered<BoxFuture<'static, (ContainerId, Result<Birth, String>)>>,
     ends: FuturesUnordered<BoxFuture<'static, (ContainerId, CgroupId)>>,
     attachings: FuturesUnordered<BoxFuture<'static, Attached>>,
+    /// Detaching what turned out not to be a container of the engine.
+    detachings: FuturesUnordered<BoxFuture<'static, ()>>,
+    /// When an attempt to attach or to detach that failed is made again.
+    attach_retries: HashMap<ContainerId, Instant>,
     waiters: Vec<Waiter>,
 
     /// Whose an instance id is: that of one life.
@@ -401,6 +430,8 @@ impl Watcher {
             births: FuturesUnordered::new(),
             ends: FuturesUnordered::new(),
             attachings: FuturesUnordered::new(),
+            detachings: FuturesUnordered::new(),
+            attach_retries: HashMap::new(),
             waiters: Vec::new(),
             ids: HashMap::new(),
             timed: HashMap::new(),
@@ -413,6 +444,7 @@ impl Watcher {
         let mut events: BoxStream<'static, Event> = futures_util::stream::pending().boxed();
         let mut connecting: BoxFuture<'static, Result<BoxStream<'static, Event>, EngineError>> =
             self.engine.subscribe();
+        let mut appearing: Option<BoxStream<'static, ContainerId>> = None;
         let mut connected = false;
         let mut back_off = Duration::from_millis(10);
         let mut tick = tokio::time::interval(BIRTH_TICK);
@@ -425,6 +457,9 @@ impl Watcher {
                     Ok(stream) => {
                         events = stream;
                         (connected, back_off) = (true, Duration::from_millis(10));
+                        if self.engine.announces_late() && appearing.is_none() {
+                            appearing = Some(self.kernel.appearing());
+                        }
                         self.resync();
                     }
                     Err(error) => {
@@ -443,19 +478,21 @@ impl Watcher {
                         connecting = async move { tokio::time::sleep(pause).await; again.subscribe().await }.boxed();
                     }
                 },
+                Some(id) = next_of(&mut appearing) => self.appeared(id),
                 Some((subject, found)) = self.answers.next(), if !self.answers.is_empty() => {
                     self.answered(subject, found, connected);
                 }
                 Some((id, birth)) = self.births.next(), if !self.births.is_empty() => self.born(id, birth),
                 Some((id, cgroup)) = self.ends.next(), if !self.ends.is_empty() => self.ended(&id, cgroup),
                 Some(attached) = self.attachings.next(), if !self.attachings.is_empty() => self.attached(attached),
+                Some(()) = self.detachings.next(), if !self.detachings.is_empty() => {}
                 Some(miss) = self.misses.recv() => self.missed(miss, connected),
                 Ok(()) = self.changed.changed() => {
                     let all: Vec<_> = self.known.keys().cloned().collect();
                     all.iter().for_each(|id| self.publish(id));
                 }
                 () = clock.until(next), if next.is_some() => self.again(),
-                _ = tick.tick(), if !self.awaited.is_empty() || !self.retries.is_empty() => self.tick(),
+                _ = tick.tick(), if !self.awaited.is_empty() || !self.retries.is_empty() || !self.attach_retries.is_empty() => self.tick(),
             }
         }
     }
@@ -503,6 +540,14 @@ impl Watcher {
         self.failures.clear();
         self.touch(Subject::Rows);
         self.touch(Subject::Networks);
+    }
+
+    /// A container's cgroup has appeared, before the engine announces it.
+    fn appeared(&mut self, id: ContainerId) {
+        debug!(container = %id, "its cgroup has appeared");
+        self.touch(Subject::Container(id.clone()));
+        self.touch(Subject::Inspect(id.clone()));
+        self.expect(id);
     }
 
     fn event(&mut self, event: Event) {
@@ -748,7 +793,7 @@ impl Watcher {
                 birth: None,
                 life: None,
                 no_life: None,
-                attached: Attach::No,
+                attach: AttachState::default(),
                 not_attached: None,
                 left_alone: Vec::new(),
                 hold: None,
@@ -798,9 +843,16 @@ impl Watcher {
     fn forget(&mut self, id: &ContainerId) {
         self.kernel.engine_says_ended(id);
         self.awaited.remove(id);
+        self.attach_retries.remove(id);
         self.timed.remove(id);
         let known = self.known.remove(id);
         self.index.remove(id);
+        if let Some(birth) = known.as_ref().and_then(|known| known.birth.as_ref()) {
+            // It is not a container of this engine.
+            self.index.set_undefined(birth.witness.namespace(), false);
+            let witness = birth.witness.clone();
+            self.detachings.push(blocking(move || drop(witness.detach())));
+        }
         if let Some(known) = known {
             debug!(container = %id, name = known.definition.as_ref().map(|it| &it.name), "forgotten");
             let instance = known.life.map(|life| life.instance.load_full());
@@ -863,6 +915,7 @@ impl Watcher {
             true
         });
         self.look_for_births();
+        self.retry_attachments(now);
         let (due, later) = self.retries.drain(..).partition(|(at, _)| *at <= now);
         self.retries = later;
         due.into_iter()
@@ -877,8 +930,18 @@ impl Watcher {
                 self.awaited.remove(&id);
                 let known = self.known(&id);
                 known.no_life = None;
-                if known.life.as_ref().is_none_or(|life| life.cgroup != birth.cgroup) {
+                let is_known = known.run().is_some_and(|(cgroup, _)| cgroup == birth.cgroup);
+                if !is_known {
+                    let (namespace, undefined) = (birth.witness.namespace(), known.definition.is_none());
                     known.birth = Some(birth);
+                    (known.attach, known.not_attached) = (AttachState::default(), None);
+                    known.left_alone.clear();
+                    // The engine tells about it after its first instruction. It gets a link meanwhile, and its requests wait.
+                    known.attach.wanted = undefined;
+                    if undefined && self.instances.attaches() {
+                        self.index.set_undefined(namespace, true);
+                        self.sync_attachment(&id);
+                    }
                     self.publish(&id);
                 }
             }
@@ -908,22 +971,68 @@ impl Watcher {
         }
     }
 
-    fn attached(&mut self, (id, cgroup, done): Attached) {
-        let Some(known) = self.known.get_mut(&id) else { return };
-        // A life that ends meanwhile takes its namespace with it: that is no failure.
-        let Some(life) = known.life.as_ref().filter(|life| life.cgroup == cgroup && life.alive()) else {
+    /// Attaches or detaches the namespace of a container's run, if that is not what it is.
+    fn sync_attachment(&mut self, id: &ContainerId) {
+        let Some(known) = self.known.get_mut(id) else { return };
+        let Some((cgroup, witness)) = known.run() else { return };
+        let attach = &mut known.attach;
+        let wanted = attach.wanted;
+        if attach.in_flight || wanted == attach.done || self.attach_retries.contains_key(id) {
             return;
-        };
+        }
+        attach.in_flight = true;
+        let id = id.clone();
+        self.attachings.push(blocking(move || {
+            let done = match wanted {
+                true => witness.attach(),
+                false => witness.detach().map(|()| Vec::new()),
+            };
+            (id, cgroup, wanted, done)
+        }));
+    }
+
+    fn attached(&mut self, (id, cgroup, attached, done): Attached) {
+        let now = self.clock.now();
+        let Some(known) = self.known.get_mut(&id) else { return };
+        // A run that ends meanwhile takes its namespace with it: that is no failure.
+        let run = known.run().filter(|(run, witness)| *run == cgroup && witness.alive());
+        if run.is_none() {
+            return;
+        }
+        let attach = &mut known.attach;
+        attach.in_flight = false;
         let before = (known.not_attached.take(), std::mem::take(&mut known.left_alone));
         match done {
-            Ok(left_alone) => known.left_alone = left_alone,
+            Ok(left_alone) => {
+                known.left_alone = left_alone;
+                (attach.done, attach.failures) = (attached, 0);
+            }
             Err(why) => {
-                warn!(container = %id, pid = life.pid, why, "the service does not listen inside the container");
+                let pause = ATTACH_RETRY.0 * 2u32.saturating_pow(attach.failures);
+                self.attach_retries.insert(id.clone(), now + pause.min(ATTACH_RETRY.1));
+                if attach.failures == 0 {
+                    warn!(container = %id, why, "the container has no link to the service; trying again");
+                }
+                attach.failures = (attach.failures + 1).min(16);
                 known.not_attached = Some(why);
             }
         }
-        if before != (known.not_attached.clone(), known.left_alone.clone()) {
+        // Those who wait for the link look at the index.
+        let changed = before != (known.not_attached.clone(), known.left_alone.clone());
+        if changed || attached {
             self.publish(&id);
+        } else {
+            self.sync_attachment(&id);
+        }
+    }
+
+    /// Attempts to attach that are due again.
+    fn retry_attachments(&mut self, now: Instant) {
+        let due = self.attach_retries.iter().filter(|(_, at)| **at <= now);
+        let due: Vec<_> = due.map(|(id, _)| id.clone()).collect();
+        for id in due {
+            self.attach_retries.remove(&id);
+            self.sync_attachment(&id);
         }
     }
 
@@ -1002,6 +1111,9 @@ impl Watcher {
             instance.role = Role::Session(hold.session().clone());
         }
         let instance = Arc::new(instance);
+        // While it is open whether there is a role, a request waits for that at the link.
+        let served = instance.endpoint || instance.endpoint_open;
+        let attaches = self.instances.attaches() && served && definition.network_mode != NetworkMode::Host;
         if let Some(birth) = known.birth.take() {
             let life = Arc::new(Life {
                 container: id.clone(),
@@ -1022,34 +1134,15 @@ impl Watcher {
                 .boxed(),
             );
             debug!(container = %id, name = definition.name, pid = life.pid, cgroup = life.cgroup.0, "lives");
+            self.index.set_undefined(life.witness.namespace(), false);
             known.life = Some(life);
-            (known.attached, known.not_attached) = (Attach::No, None);
-            known.left_alone.clear();
         }
         if let Some(life) = &known.life {
             life.instance.store(instance.clone());
             if !is_twin {
                 self.ids.insert(instance.id.clone(), (id.clone(), Arc::downgrade(life)));
             }
-            let wanted = match self.instances.attaches() && instance.endpoint {
-                false => Attach::No,
-                true => Attach::Yes {
-                    ipv6: known.attachments.0.values().any(|endpoint| endpoint.ipv6.is_some()),
-                    running: known.running,
-                },
-            };
-            if known.attached != wanted {
-                known.attached = wanted;
-                let life = life.clone();
-                self.attachings.push(blocking(move || {
-                    let done = match wanted {
-                        // While the engine sets a network up, it turns IPv6 off and on, and addresses go.
-                        Attach::Yes { ipv6, running } => life.witness.attach(running || !ipv6),
-                        Attach::No => life.witness.detach().map(|()| Vec::new()),
-                    };
-                    (life.container.clone(), life.cgroup, done)
-                }));
-            }
+            known.attach.wanted = attaches;
             if let Some(hold) = &mut known.hold {
                 hold.started();
             }
@@ -1059,10 +1152,12 @@ impl Watcher {
             attachments: known.attachments.clone(),
             life: known.life.clone(),
             no_life: known.no_life.clone(),
+            attaches,
             not_attached: known.not_attached.clone(),
             left_alone: known.left_alone.clone(),
             instance,
         });
+        self.sync_attachment(id);
         if let Some(other) = displaced {
             self.publish(&other);
         }
@@ -1125,6 +1220,13 @@ impl Watcher {
         } else {
             self.waiters.push(waiter);
         }
+    }
+}
+
+async fn next_of(stream: &mut Option<BoxStream<'static, ContainerId>>) -> Option<ContainerId> {
+    match stream {
+        Some(stream) => stream.next().await,
+        None => future::pending().await,
     }
 }
 

@@ -21,15 +21,13 @@ const SETTLE: Duration = Duration::from_millis(20);
 /// A [`Plan`] that is up.
 ///
 /// Dropping it is what a crash does: the owned table goes with its socket, the rest stays and refuses connections.
-/// [`Interception::down`] is the clean way. A [`Plan::namespace`] owns nothing: there, dropping leaves everything as it
-/// is, and closes four descriptors.
+/// [`Interception::down`] is the clean way.
 #[must_use = "what it owns is gone when this is dropped"]
 pub struct Interception {
     plan: Plan,
     kernel: Kernel,
     bell: Bell,
     taken_over: Vec<Part>,
-    left_alone: Vec<(Part, u32)>,
 }
 
 impl Interception {
@@ -49,19 +47,12 @@ impl Interception {
             Step::Add(part) | Step::Repair(part) | Step::Remove(part) => part,
         });
         let taken_over = taken_over.collect();
-        let left_alone = plan.foreign(&before);
         Ok(Self {
             plan,
             kernel,
             bell,
             taken_over,
-            left_alone,
         })
-    }
-
-    /// What was there already and is somebody else's: it does what ours would, and stays. With the number of its link.
-    pub fn left_alone(&self) -> &[(Part, u32)] {
-        &self.left_alone
     }
 
     /// What was there already and is ours: an earlier process did not end cleanly, or `intercept up` came first.

@@ -1,17 +1,17 @@
-//! How 169.254.169.254 gets there.
+//! How 169.254.169.254 gets to the processes that call it: on the host by links, addresses, routes and rules, and in each
+//! served network namespace over a [`link`] of its own to the [`private`] one.
 //!
-//! A [`Plan`] is what shall be there, as data: links, addresses, routes and port rules. [`Observed`] is what is there
-//! now. [`diff`] and [`teardown`] say what to do about the difference; only [`apply`] does it.
+//! On the host, a [`Plan`] is the target state, as data: links, addresses, routes and port rules. [`Observed`] is the present
+//! state. [`diff`] and [`teardown`] compute the steps between them; only [`apply`] performs them.
 //!
-//! Three promises hold between any two steps, and after a crash at any of them:
-//! the rules are there before the address, so no publisher of port 80 ever answers for it; what stays behind when the
-//! daemon dies refuses connections; and nothing that somebody else made is replaced or removed.
+//! Three promises hold between any two steps, and after a crash at any of them: the rules exist before the address, so no
+//! publisher of port 80 ever answers for it; the parts that a crash leaves behind refuse connections; and parts of other
+//! programs are never replaced or removed.
 //!
-//! A host that has a real service there ([`cloud`]) keeps it: then only what it passes on to others is refused.
+//! A host that has a metadata service of its own ([`cloud`]) keeps it: only what the host forwards to it is rejected.
 
 pub mod apply;
 pub mod cloud;
-pub mod freeze;
 mod kernel;
 pub mod link;
 pub mod private;
@@ -26,9 +26,10 @@ use std::net::{IpAddr, SocketAddr};
 pub const RULES_TABLE: &str = "imds_router";
 /// The table that refuses what [`RULES_TABLE`] did not take. It survives the daemon.
 pub const GUARD_TABLE: &str = "imds_router_guard";
-/// The link that carries the address where the kernel can make a dummy; a dummy of this name is ours.
+/// On the host, the link that carries the address where the kernel can make a dummy; a dummy of this name is ours. In a
+/// container's namespace, the link to the service.
 pub const LINK: &str = "imds0";
-/// Carries the address in a namespace, and on the host where the kernel has no dummy.
+/// Carries the address on the host where the kernel has no dummy.
 pub const LOOPBACK: &str = "lo";
 /// The port that every client of the metadata service asks for.
 pub const IMDS_PORT: u16 = 80;
@@ -165,48 +166,6 @@ impl Plan {
         }
         plan.parts.push(Part::Delivery { address, port });
         plan
-    }
-
-    /// A container's namespace: it dies with the container, so there is nothing to guard and nothing to lock.
-    /// `nested`: containers inside the container are to reach the listener, too, over bridges in there.
-    pub fn namespace(listener: impl Into<SocketAddr>, nested: bool) -> Self {
-        let (address, port) = split(listener);
-        // What leaves through `out` comes back in through `lo`: without this, connection tracking would see half of it.
-        let returning = Rule {
-            input: Input::Is(LOOPBACK),
-            ..Rule::to(address, None, Action::Untrack)
-        };
-        // Who lives here comes over the loopback. Where another program has the address on another link, the socket that
-        // accepts cannot tell any more.
-        let sent_in = Rule {
-            input: Input::IsNot(LOOPBACK),
-            ..Rule::to(address, Some(port), Action::Drop)
-        };
-        let mut before_routing = vec![returning, sent_in];
-        before_routing.extend(nested.then(|| Rule::request(address, port)));
-        let rules = vec![
-            Chain::swapping(
-                "out",
-                Hook::Output,
-                vec![Rule::request(address, port), Rule::answer(address, port)],
-            ),
-            Chain::swapping("pre", Hook::Prerouting, before_routing),
-        ];
-        Self {
-            parts: vec![
-                Part::Table(Table {
-                    family: Family::of(address),
-                    name: RULES_TABLE,
-                    owned: false,
-                    chains: rules,
-                }),
-                Part::Address {
-                    address,
-                    link: LOOPBACK.to_owned(),
-                },
-            ],
-            stays: false,
-        }
     }
 
     /// What may stay without a daemon: everything but what a daemon owns. Who asks is refused.
@@ -435,8 +394,6 @@ pub enum Hook {
 /// Which packets, and what becomes of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
-    /// Only what comes in through these links.
-    pub input: Input,
     /// The end of the connection that `address` and `port` are about.
     pub end: End,
     /// The address of that end.
@@ -452,7 +409,6 @@ pub struct Rule {
 impl Rule {
     fn to(address: IpAddr, port: Option<u16>, action: Action) -> Self {
         Self {
-            input: Input::Any,
             end: End::Destination,
             address,
             port,
@@ -471,17 +427,6 @@ impl Rule {
             ..Self::to(address, Some(listener), Action::Port(IMDS_PORT))
         }
     }
-}
-
-/// Links that a packet comes in through.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Input {
-    /// Any.
-    Any,
-    /// This one.
-    Is(&'static str),
-    /// Any but this one.
-    IsNot(&'static str),
 }
 
 /// What has ports; the value is its number (linux/in.h).
@@ -505,9 +450,7 @@ pub enum End {
 /// What a rule does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    /// Hides the packet from connection tracking, and so from everybody's NAT.
-    Untrack,
-    /// The same, and puts this port in place of the one that matched.
+    /// Hides the packet from connection tracking, and so from all NAT, and puts this port in place of the one that matched.
     Port(u16),
     /// Answers with a TCP reset: "connection refused". What is no TCP is not meant.
     Reset,
@@ -515,8 +458,6 @@ pub enum Action {
     Prohibit,
     /// Nothing more of this chain.
     Accept,
-    /// Says nothing.
-    Drop,
 }
 
 impl fmt::Display for Table {
@@ -558,23 +499,16 @@ impl fmt::Display for Rule {
             Protocol::Tcp => "tcp",
             Protocol::Udp => "udp",
         };
-        match self.input {
-            Input::Any => {}
-            Input::Is(link) => write!(f, "iifname \"{link}\" ")?,
-            Input::IsNot(link) => write!(f, "iifname != \"{link}\" ")?,
-        }
         write!(f, "{} {address} {} ", Family::of(self.address), self.address)?;
         if let Some(number) = self.port {
             write!(f, "{protocol} {port} {number} ")?;
         }
         match self.action {
-            Action::Untrack => write!(f, "notrack"),
             Action::Port(new) => write!(f, "notrack tcp {port} set {new}"),
             Action::Reset => write!(f, "reject with tcp reset"),
             Action::Prohibit if self.address.is_ipv4() => write!(f, "reject with icmp admin-prohibited"),
             Action::Prohibit => write!(f, "reject with icmpv6 admin-prohibited"),
             Action::Accept => write!(f, "accept"),
-            Action::Drop => write!(f, "drop"),
         }
     }
 }

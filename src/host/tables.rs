@@ -12,7 +12,7 @@ use netlink_bindings::utils::Pusher;
 use rustix::io::Errno;
 
 use super::kernel::{AF_INET, AF_INET6, Kernel, is};
-use super::{Action, Chain, End, Family, HostError, Input, Observed, Part, Plan, Rule, Step, Table, TableSeen};
+use super::{Action, Chain, End, Family, HostError, Observed, Part, Plan, Rule, Step, Table, TableSeen};
 
 /// The subsystem that a batch is for (linux/netfilter/nfnetlink.h).
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
@@ -26,8 +26,6 @@ const CHECKSUM_INET: u32 = 1;
 const TCP_CHECKSUM_OFFSET: u32 = 16;
 /// linux/icmp.h, ICMP_PKT_FILTERED, and linux/icmpv6.h, ICMPV6_ADM_PROHIBITED.
 const PROHIBITED: (u8, u8) = (13, 1);
-/// In bytes (linux/if.h). A link's name is compared with all of it.
-const IFNAMSIZ: usize = 16;
 /// More than any batch of ours has messages: tens for a table, two for a thousand elements of a set.
 const BATCH: u32 = 1024;
 /// Kind of the one entry in a rule's user data: not among those of libnftnl (`libnftnl/udata.h`), so that nft does not
@@ -275,15 +273,6 @@ fn push_rule<P: Pusher>(mut list: PushExprListAttrs<P>, rule: &Rule) {
         (End::Source, IpAddr::V6(_)) => (8, 0),
         (End::Destination, IpAddr::V6(_)) => (24, 2),
     };
-    if let Input::Is(link) | Input::IsNot(link) = rule.input {
-        let mut name = [0; IFNAMSIZ];
-        name[..link.len()].copy_from_slice(link.as_bytes());
-        let how = match rule.input {
-            Input::IsNot(_) => CmpOps::Neq,
-            _ => CmpOps::Eq,
-        };
-        list = compare(meta(list, MetaKeys::Iifname, REGISTER), how, &name);
-    }
     list = match rule.address {
         IpAddr::V4(octets) => equals(
             load(list, PayloadBase::NetworkHeader, (address, 4), REGISTER),
@@ -302,16 +291,12 @@ fn push_rule<P: Pusher>(mut list: PushExprListAttrs<P>, rule: &Rule) {
         list = equals(list, &number.to_be_bytes());
     }
     match rule.action {
-        Action::Untrack => {
-            list.nested_elem().push_name(c"notrack");
-        }
-        Action::Drop | Action::Accept => {
-            let code = match rule.action {
-                Action::Accept => VerdictCode::Accept,
-                _ => VerdictCode::Drop,
-            };
+        Action::Accept => {
             let verdict = list.nested_elem().nested_data_immediate().push_dreg(VERDICT);
-            verdict.nested_data().nested_verdict().push_code(code as u32);
+            verdict
+                .nested_data()
+                .nested_verdict()
+                .push_code(VerdictCode::Accept as u32);
         }
         Action::Prohibit => {
             let code = if rule.address.is_ipv4() {

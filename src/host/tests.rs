@@ -149,14 +149,6 @@ fn without_a_daemon_only_the_owned_table_is_left_out() {
 }
 
 #[test]
-fn a_namespace_needs_the_rules_and_the_address() {
-    assert_eq!(
-        told(&diff(&Plan::namespace(LISTENER, false), &Observed::default())),
-        ["add table ip imds_router", "add address 169.254.169.254/32 on lo"]
-    );
-}
-
-#[test]
 fn tables_read_as_nft_writes_them() {
     let text: Vec<String> = Plan::host(LISTENER).tables().map(Table::to_string).collect();
     let guard = "table ip imds_router_guard {
@@ -185,15 +177,6 @@ fn tables_read_as_nft_writes_them() {
 \t}
 }";
     assert_eq!(text, [guard, rules]);
-    let text: Vec<String> = Plan::namespace(LISTENER, false)
-        .tables()
-        .map(Table::to_string)
-        .collect();
-    assert!(
-        text[0].contains("\t\tiifname \"lo\" ip daddr 169.254.169.254 notrack\n"),
-        "{}",
-        text[0]
-    );
 }
 
 #[test]
@@ -321,24 +304,6 @@ fn ipv6_has_the_same_rules_and_leaves_the_link_to_ipv4() {
             "add address fd00:ec2::254/128 on imds0",
         ]
     );
-    let inside: Vec<String> = Plan::namespace(LISTENER, true).tables().map(Table::to_string).collect();
-    assert_eq!(
-        inside,
-        ["table ip6 imds_router {
-\tchain out {
-\t\ttype filter hook output priority -310; policy accept;
-\t\tip6 daddr fd00:ec2::254 tcp dport 80 notrack tcp dport set 51254
-\t\tip6 saddr fd00:ec2::254 tcp sport 51254 notrack tcp sport set 80
-\t}
-
-\tchain pre {
-\t\ttype filter hook prerouting priority -310; policy accept;
-\t\tiifname \"lo\" ip6 daddr fd00:ec2::254 notrack
-\t\tiifname != \"lo\" ip6 daddr fd00:ec2::254 tcp dport 51254 drop
-\t\tip6 daddr fd00:ec2::254 tcp dport 80 notrack tcp dport set 51254
-\t}
-}"]
-    );
 }
 
 #[test]
@@ -347,7 +312,7 @@ fn an_address_of_somebody_else_is_told_of() {
         addresses: vec![seen("eth0", false), seen("lo", true)],
         ..Observed::default()
     };
-    let told: Vec<_> = Plan::namespace(LISTENER, false)
+    let told: Vec<_> = Plan::host(LISTENER)
         .foreign(&observed)
         .iter()
         .map(|(part, link)| format!("{part}, {link}"))

@@ -14,7 +14,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::timeout;
 use tracing::trace;
 
 use super::linger;
@@ -30,16 +30,10 @@ const IDLE_LIMIT: Duration = Duration::from_secs(20);
 /// How long a connection that has to close may take to send its last answer.
 const LAST_ANSWER: Duration = Duration::from_secs(1);
 
-/// Why a request gets no answer.
+/// A request gets no answer: the connection is cut at once.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-pub(super) enum NoAnswer {
-    /// The connection is cut at once.
-    #[error("the other end of the connection is no longer the authenticated caller")]
-    Ended,
-    /// The connection stays open without an answer until the client closes it, but not for longer than this.
-    #[error("the answer may not leave this host")]
-    Withheld(Instant),
-}
+#[error("the run of the authenticated caller has ended")]
+pub(super) struct Ended;
 
 /// Serves one connection until it is closed. `close` completes when it has to close early: at once if it is idle or
 /// lingers, else after the present answer.
@@ -47,7 +41,7 @@ pub(super) async fn serve<S, A, F>(stream: S, close: impl Future<Output = ()>, a
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     A: Fn(Parts) -> F + Unpin,
-    F: Future<Output = Result<Reply, NoAnswer>> + Send,
+    F: Future<Output = Result<Reply, Ended>> + Send,
 {
     // Boxed, because hyper returns the stream of such services only.
     let service = service_fn(|request: Request<Incoming>| {
@@ -57,13 +51,13 @@ where
         async move {
             let reply = reply.await?;
             let reply = if keep_alive { reply.keep_alive(IDLE) } else { reply };
-            Ok::<_, NoAnswer>(reply.into_response())
+            Ok::<_, Ended>(reply.into_response())
         }
         .boxed()
     });
     // With `half_close`, a client that shuts its side down after the request still reads its answer. The price: hyper does not
-    // notice a client that is gone before it writes the answer. Every answer has a deadline, and one that is withheld does
-    // not wait here, so such a client costs at most that.
+    // notice a client that is gone before it writes the answer. Every answer has a deadline, so such a client costs at most
+    // that.
     let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(IDLE_LIMIT)
@@ -94,17 +88,8 @@ where
     if let Err(error) = ended {
         // Clients that leave early, malformed heads: faults of the client.
         trace!(%error, "connection broken");
-        let cause = std::error::Error::source(&error).and_then(|cause| cause.downcast_ref::<NoAnswer>());
-        match cause {
-            Some(NoAnswer::Ended) => return,
-            Some(NoAnswer::Withheld(end)) if !must_close => {
-                tokio::select! {
-                    _ = timeout_at(*end, linger::discard(stream)) => {}
-                    () = close => {}
-                }
-                return;
-            }
-            Some(NoAnswer::Withheld(_)) | None => {}
+        if std::error::Error::source(&error).is_some_and(|cause| cause.is::<Ended>()) {
+            return;
         }
     }
     if !must_close {

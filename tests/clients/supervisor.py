@@ -25,6 +25,8 @@ listener.setsockopt(socket.SOL_IP, IP_FREEBIND, 1)
 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as systemd does
 listener.bind(("169.254.169.254", 51254))
 listener.listen(1024)
+reserved = os.open("/dev/null", os.O_RDONLY)  # the next one, for what the daemon has kept
+assert reserved == FIRST + 1
 HEARS_AT = f"{tempfile.mkdtemp()}/notify"
 heard = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 heard.bind(HEARS_AT)
@@ -34,9 +36,18 @@ def say(what):
     print(f"supervisor: {what}", flush=True)
 
 
+kept = []  # the descriptor store (FileDescriptorStoreMax=1)
+
+
 def hear():
     while True:
-        for line in heard.recv(4096).decode().splitlines():
+        message, descriptors, _, _ = socket.recv_fds(heard, 4096, 4)
+        lines = message.decode().splitlines()
+        if "FDSTORE=1" in lines:
+            kept[:] = descriptors[:1]
+        if "FDSTOREREMOVE=1" in lines:
+            kept.clear()
+        for line in lines:
             say(f"heard {line}")
 
 
@@ -54,7 +65,11 @@ environment = dict(os.environ, LISTEN_FDS="1", NOTIFY_SOCKET=HEARS_AT, WATCHDOG_
 environment.pop("WATCHDOG_PID", None)
 while not ending.is_set():
     as_itself = ["sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *sys.argv[1:]]
-    daemon = subprocess.Popen(as_itself, env=environment, pass_fds=[FIRST])
+    if kept:
+        # Right after the listener.
+        os.dup2(kept[0], FIRST + 1)
+        environment.update(LISTEN_FDS="2", LISTEN_FDNAMES="imds-router.socket:netns")
+    daemon = subprocess.Popen(as_itself, env=environment, pass_fds=range(FIRST, FIRST + 1 + len(kept)))
     signal.signal(signal.SIGTERM, end)
     say(f"started {daemon.pid}")
     code = daemon.wait()

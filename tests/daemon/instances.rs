@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, DuplexStream, ReadBuf};
 
-use imds_router::caller::{Connection, Via};
+use imds_router::caller::Connection;
 use imds_router::config::Settings;
 use imds_router::containers::SocketEvidence;
 use imds_router::metadata::events::{Event, Kind, Run};
@@ -620,17 +620,13 @@ async fn an_answer_with_a_token_is_limited_before_it_is_sent_and_no_other() {
     let address = daemon.run(1, &[("imds.http-put-response-hop-limit", "1")]).await;
     let client = daemon.client(address);
     let cgroup = daemon.kernel.alive(&id(1)).unwrap();
-    let evidence = SocketEvidence {
-        state: 1,
-        cgroup,
-        counters: Default::default(),
-    };
+    let evidence = SocketEvidence { state: 1, cgroup };
     daemon.kernel.socket(cgroup, client, evidence);
     let connection = Connection {
         client,
         server: "169.254.169.254:80".parse().unwrap(),
-        via: Via::Bridge(5),
-        own: "169.254.169.254:51254".parse().unwrap(),
+        via: daemon.way_of(1),
+        nested: false,
     };
     let (mut ours, theirs) = tokio::io::duplex(64 * 1024);
     let seen: Arc<Mutex<Vec<String>>> = Arc::default();

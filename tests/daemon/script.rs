@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::future::Future;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU16, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Du
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
 
-use imds_router::caller::{Connection, OwnEnds, Via};
+use imds_router::caller::{Connection, Via};
 use imds_router::clock::Clock;
 use imds_router::config::{CredentialSource, Settings};
 use imds_router::containers::index::{EngineState, Index};
@@ -23,8 +23,8 @@ use imds_router::containers::watcher::{
     Watcher,
 };
 use imds_router::containers::{
-    Attachments, CgroupId, ContainerId, Counters, Definition, Endpoint, Environment, LinkSeen, NamespaceId, NetworkId,
-    NetworkMode, SocketEvidence, Witness,
+    Attachments, CgroupId, ContainerId, Definition, Endpoint, Environment, NamespaceId, NetworkId, NetworkMode,
+    SocketEvidence, Witness,
 };
 use imds_router::credentials::broker::{Broker, CredentialProvider, Lease, Limits, Provided, ProviderError};
 use imds_router::credentials::{Credentials, RoleArn, Secret, Session};
@@ -41,6 +41,10 @@ use crate::conformance::Reply;
 pub const HOST: NamespaceId = NamespaceId(1);
 /// The gateway of every network.
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 255, 255, 254);
+/// The address of every namespace by which it masquerades what containers inside its container send.
+pub const INNER: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 2);
+/// How long a container's init process exists before its first instruction, at least (Docker 20.10 to 28.5, measured).
+pub const FIRST_INSTRUCTION: Duration = Duration::from_millis(135);
 pub const WALL: Duration = Duration::from_secs(1_767_607_872);
 
 /// An id made of a number. It is in front: what is derived from an id looks there.
@@ -70,6 +74,8 @@ pub struct World {
     pub containers: BTreeMap<ContainerId, Container>,
     pub networks: BTreeMap<NetworkId, BTreeMap<ContainerId, Endpoint>>,
     pub away: bool,
+    /// Questions about one container wait, as Podman has them wait while it starts.
+    pub container_blocks: bool,
     /// Who was stopped, in this order.
     pub stopped: Vec<ContainerId>,
     events: Option<mpsc::UnboundedSender<Event>>,
@@ -165,8 +171,15 @@ impl ContainerEngine for ScriptedEngine {
     }
 
     fn container(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Row>, EngineError>> {
-        let id = id.clone();
-        self.ask(move |world| world.containers.get(&id).map(|container| row(&id, container)))
+        let (this, id) = (self.clone(), id.clone());
+        async move {
+            while this.world(|world| world.container_blocks) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            let row = this.ask(move |world| world.containers.get(&id).map(|container| row(&id, container)));
+            row.await
+        }
+        .boxed()
     }
 
     fn inspect(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Inspection>, EngineError>> {
@@ -226,10 +239,10 @@ struct Lives {
     lives: HashMap<ContainerId, (CgroupId, NamespaceId, watch::Sender<bool>)>,
     /// Sockets, by the life in whose namespace they are.
     sockets: HashMap<(CgroupId, SocketAddr), SocketEvidence>,
-    /// Our ends, where they are not all zero.
-    own: HashMap<SocketAddr, Counters>,
-    /// Namespaces in which the service listens.
-    inside: HashSet<NamespaceId>,
+    /// Namespaces with a link to the service.
+    attached: HashSet<NamespaceId>,
+    /// Why no link can be made.
+    attach_error: Option<String>,
     next: u64,
 }
 
@@ -276,22 +289,18 @@ impl ScriptedKernel {
 }
 
 impl ScriptedKernel {
-    /// What our end of a connection has counted.
-    pub fn own_end(&self, client: SocketAddr, counters: Counters) {
-        self.0.lock().unwrap().own.insert(client, counters);
+    /// Whether links can be made from now on, or why not.
+    pub fn fail_to_attach(&self, why: Option<&str>) {
+        self.0.lock().unwrap().attach_error = why.map(str::to_owned);
     }
 
-    /// The service listens inside a namespace from now on.
-    pub fn listen_inside(&self, namespace: NamespaceId) {
-        self.0.lock().unwrap().inside.insert(namespace);
+    pub fn is_attached(&self, namespace: NamespaceId) -> bool {
+        self.0.lock().unwrap().attached.contains(&namespace)
     }
-}
 
-impl OwnEnds for ScriptedKernel {
-    fn counters(&self, _own: SocketAddr, client: SocketAddr) -> std::io::Result<Option<Counters>> {
-        Ok(Some(
-            self.0.lock().unwrap().own.get(&client).copied().unwrap_or_default(),
-        ))
+    /// The namespace of a container that runs.
+    pub fn namespace(&self, id: &ContainerId) -> Option<NamespaceId> {
+        self.0.lock().unwrap().lives.get(id).map(|(_, namespace, _)| *namespace)
     }
 }
 
@@ -319,7 +328,7 @@ impl Kernel for ScriptedKernel {
             cgroup: *cgroup,
             pid: 1,
             started: UNIX_EPOCH + WALL,
-            witness: Box::new(witness),
+            witness: Arc::new(witness),
         })
     }
 }
@@ -354,19 +363,29 @@ impl Witness for ScriptedWitness {
         self.namespace
     }
 
-    fn listens_inside(&self, _at: IpAddr) -> bool {
-        self.lives.lock().unwrap().inside.contains(&self.namespace)
+    fn is_local(&self, address: std::net::IpAddr) -> std::io::Result<bool> {
+        Ok(address == INNER)
     }
 
-    fn links(&self) -> std::io::Result<Vec<LinkSeen>> {
-        Ok(Vec::new())
+    fn is_attached(&self) -> bool {
+        self.lives.lock().unwrap().attached.contains(&self.namespace)
     }
 
-    fn attach(&self, _settled: bool) -> Result<Vec<String>, String> {
+    fn attach(&self) -> Result<Vec<String>, String> {
+        let mut lives = self.lives.lock().unwrap();
+        if let Some(why) = &lives.attach_error {
+            return Err(why.clone());
+        }
+        lives.attached.insert(self.namespace);
         Ok(Vec::new())
     }
 
     fn detach(&self) -> Result<(), String> {
+        self.lives.lock().unwrap().attached.remove(&self.namespace);
+        Ok(())
+    }
+
+    fn check_path(&self) -> Result<(), String> {
         Ok(())
     }
 }
@@ -560,20 +579,12 @@ impl Daemon {
             permitted: Box::new(move || permits.lock().unwrap().triggers_may_stop),
         };
         let watcher = Watcher::new(ports, index.clone(), misses, clock.clone());
-        let own_ends = Box::new(kernel.clone());
         let clocks = tokio::spawn(broker.clone().watch_clocks());
         Self {
             engine,
             kernel,
             sts,
-            service: Service::new(
-                index.clone(),
-                broker,
-                (tokens, signer()),
-                clock.clone(),
-                options,
-                own_ends,
-            ),
+            service: Service::new(index.clone(), broker, (tokens, signer()), clock.clone(), options),
             index,
             clock,
             changed,
@@ -675,28 +686,51 @@ impl Daemon {
         });
     }
 
-    /// A connection that container `number` really makes from `address`.
+    /// A connection that container `number` really makes from `address`. Its first instruction comes [`FIRST_INSTRUCTION`]
+    /// after its init process; by then it has its link, if it gets one.
     pub fn connect(&self, number: u32, address: SocketAddr) -> Client {
         let client = self.open_socket(number, address);
-        self.dial(client)
+        let namespace = self.kernel.namespace(&id(number)).expect("it runs");
+        let (ours, theirs) = tokio::io::duplex(64 * 1024);
+        let (kernel, service) = (self.kernel.clone(), self.service.clone());
+        tokio::spawn(async move {
+            let linked = async {
+                while !kernel.is_attached(namespace) {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            };
+            let linked = tokio::time::timeout(FIRST_INSTRUCTION, linked).await;
+            let via = linked.map_or(Via::Bridge(5), |()| Via::Namespace(namespace));
+            server::serve(theirs, connection(client, via), service).await;
+        });
+        Client::over(ours)
+    }
+
+    /// Where the connections of a container come in.
+    pub fn way_of(&self, number: u32) -> Via {
+        let namespace = self.kernel.namespace(&id(number)).expect("it runs");
+        match self.kernel.is_attached(namespace) {
+            true => Via::Namespace(namespace),
+            false => Via::Bridge(5),
+        }
     }
 
     /// The same over TCP on the loopback interface. Time must not be paused: it would run ahead of the kernel.
     pub async fn connect_tcp(&self, number: u32, address: SocketAddr) -> TcpStream {
         let client = self.open_socket(number, address);
-        self.tcp_from(client).await
+        self.tcp_via(client, self.way_of(number)).await
     }
 
-    /// A TCP connection that arrives from `client`, whoever made it.
+    /// A TCP connection that arrives from `client` over a bridge, whoever made it.
     pub async fn tcp_from(&self, client: SocketAddr) -> TcpStream {
+        self.tcp_via(client, Via::Bridge(5)).await
+    }
+
+    async fn tcp_via(&self, client: SocketAddr, via: Via) -> TcpStream {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (accepted, _) = listener.accept().await.unwrap();
-        tokio::spawn(server::serve(
-            accepted,
-            connection(client, Via::Bridge(5)),
-            self.service.clone(),
-        ));
+        tokio::spawn(server::serve(accepted, connection(client, via), self.service.clone()));
         stream
     }
 
@@ -704,15 +738,9 @@ impl Daemon {
     fn open_socket(&self, number: u32, address: SocketAddr) -> SocketAddr {
         let cgroup = self.kernel.alive(&id(number)).expect("it runs");
         let client = self.client(address);
-        self.kernel.socket(
-            cgroup,
-            client,
-            SocketEvidence {
-                state: 1,
-                cgroup,
-                counters: Default::default(),
-            },
-        );
+        let namespace = self.kernel.namespace(&id(number)).expect("it runs");
+        self.kernel
+            .socket(CgroupId(namespace.0), client, SocketEvidence { state: 1, cgroup });
         client
     }
 
@@ -732,6 +760,17 @@ impl Daemon {
         tokio::spawn(server::serve(theirs, connection(client, via), self.service.clone()));
         Client::over(ours)
     }
+
+    /// The same over the link of a namespace whose containers inside containers count as it.
+    pub fn dial_nested(&self, client: SocketAddr, namespace: NamespaceId) -> Client {
+        let (ours, theirs) = tokio::io::duplex(64 * 1024);
+        let connection = Connection {
+            nested: true,
+            ..connection(client, Via::Namespace(namespace))
+        };
+        tokio::spawn(server::serve(theirs, connection, self.service.clone()));
+        Client::over(ours)
+    }
 }
 
 fn connection(client: SocketAddr, via: Via) -> Connection {
@@ -739,7 +778,7 @@ fn connection(client: SocketAddr, via: Via) -> Connection {
         client,
         server: "169.254.169.254:80".parse().unwrap(),
         via,
-        own: "169.254.169.254:51254".parse().unwrap(),
+        nested: false,
     }
 }
 

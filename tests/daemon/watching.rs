@@ -276,17 +276,12 @@ async fn play(steps: Vec<(Happens, Told)>) {
                     continue;
                 }
                 let client = daemon.client(at(a));
-                daemon.kernel.socket(
-                    cgroup,
-                    client,
-                    imds_router::containers::SocketEvidence {
-                        state: 1,
-                        cgroup,
-                        counters: Default::default(),
-                    },
-                );
+                let evidence = imds_router::containers::SocketEvidence { state: 1, cgroup };
+                daemon.kernel.socket(cgroup, client, evidence);
                 let path = "/latest/meta-data/iam/security-credentials/";
-                if let Some(reply) = daemon.dial(client).get(path).await
+                let over_bridge = daemon.dial(client).get(path).await;
+                assert!(over_bridge.is_none_or(|reply| reply.status != 200));
+                if let Some(reply) = daemon.dial_via(client, daemon.way_of(n)).get(path).await
                     && reply.status == 200
                 {
                     assert_eq!(reply.text(), format!("role{n}"));

@@ -20,6 +20,8 @@ const LIST: &str = "/latest/meta-data/iam/security-credentials/";
 const VICTIM: &str = "victim";
 /// Where the stand-in listens, on the bridge's gateway.
 const NAIVE_PORT: &str = "8181";
+/// Where the one listens that demands a socket of the victim, too.
+const PROVING_PORT: &str = "8182";
 
 pub fn trials(rig: &Rig) -> Vec<Trial> {
     vec![
@@ -28,10 +30,6 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
             a_neighbour_sends_as_the_victim,
         ),
         rig.once("attacks::answers_diverted", answers_diverted),
-        rig.once(
-            "attacks::answers_not_diverted_from_frozen_links",
-            answers_not_diverted_from_frozen_links,
-        ),
         rig.once(
             "attacks::ports_that_the_victim_has_left",
             ports_that_the_victim_has_left,
@@ -44,6 +42,10 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
             "attacks::packets_sent_into_the_victims_namespace",
             packets_sent_into_the_victims_namespace,
         ),
+        rig.once(
+            "attacks::connections_that_the_victim_has_accepted",
+            connections_that_the_victim_has_accepted,
+        ),
         rig.once("attacks::net_admin", net_admin),
         rig.once(
             "attacks::kept_alive_beyond_its_owners_death",
@@ -55,6 +57,7 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
             processes_of_the_host_in_the_namespace,
         ),
         rig.once("attacks::squatting_beside_a_killed_daemon", squatting),
+        rig.once("attacks::squatting_in_the_victims_namespace", squatting_inside),
         rig.once("attacks::requests_that_no_client_makes", requests_that_no_client_makes),
     ]
 }
@@ -62,8 +65,6 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
 /// A bridge with a victim, a neighbour with Docker's default rights, the daemon, and the stand-in.
 struct Field {
     attach: Attach,
-    /// Whether links are frozen: then neighbours get nothing of any server, the stand-in included.
-    frozen: bool,
     daemon: Option<Daemon>,
     _naive: Background,
     victim: Container,
@@ -86,25 +87,23 @@ enum Target {
 impl Field {
     #[track_caller]
     fn new(engine: &Arc<Engine>, neighbours_options: &[&str]) -> Field {
-        Field::with(engine, neighbours_options, Attach::of_this_run(), false)
+        Field::with(engine, neighbours_options, "")
     }
 
-    /// Over the host, with frozen links.
+    /// `keys`: more lines of `[serve]`.
     #[track_caller]
-    fn frozen(engine: &Arc<Engine>) -> Field {
-        Field::with(engine, &[], Attach::Host, true)
-    }
-
-    #[track_caller]
-    fn with(engine: &Arc<Engine>, neighbours_options: &[&str], attach: Attach, frozen: bool) -> Field {
+    fn with(engine: &Arc<Engine>, neighbours_options: &[&str], keys: &str) -> Field {
+        let attach = Attach::of_this_run();
         // Of its own: whatever is poisoned goes with it.
         let network = engine.network("battlefield", &[]);
-        let config = format!("{}freeze_links = {frozen}\n", attach.config());
+        let config = format!("{}{keys}\n", attach.config());
         let daemon = Daemon::start(engine, &config, &engine.moto().daemon_environment());
         let victim = engine
             .run("victim")
             .label("imds.role", VICTIM)
             .network(network.name())
+            // As on every host of a container engine: a new namespace has the settings of the machine's first one.
+            .arg("--sysctl=net.ipv4.ip_forward=1")
             .start();
         let mut neighbour = engine
             .run("neighbour")
@@ -119,7 +118,6 @@ impl Field {
         let naive = on_host(engine, "naive", &["--port", NAIVE_PORT, &format!("{address}={VICTIM}")]);
         let field = Field {
             attach,
-            frozen,
             daemon: Some(daemon),
             _naive: naive,
             gateway: victim.gateway().to_string(),
@@ -282,15 +280,14 @@ fn a_neighbour_sends_as_the_victim(engine: &Arc<Engine>) {
         println!("the victim meanwhile: {asked}");
         assert_nothing(&name, &loot);
         assert!(
-            field.attach != Attach::Host || number(&loot, "connections") > 0,
+            number(&loot, "connections") > 0,
             "{name}: not one handshake with the daemon's host, so nothing was tried: {loot}"
         );
     }
     field.stop();
 }
 
-/// What is read of the answers that the victim asks for. Attach `host` cannot keep them from whoever may send raw frames on
-/// the bridge, and says so: there it is counted.
+/// Answers to the victim do not cross the bridge, so that a neighbor that diverts the bridge's traffic reads none of them.
 fn answers_diverted(engine: &Arc<Engine>) {
     let field = Field::new(engine, &[]);
     // The victim asks about 40 times a second.
@@ -305,10 +302,9 @@ fn answers_diverted(engine: &Arc<Engine>) {
             let asked = last_line(&victim.stop(&field.victim));
             println!("the victim meanwhile: {asked}");
             assert_eq!(number(&asked, "foreign"), 0, "{asked}");
-            match (target, field.attach) {
-                (Target::Naive, _) => assert_works(&name, &loot),
-                (Target::Daemon, Attach::Host) => {}
-                (Target::Daemon, Attach::Namespace | Attach::Auto) => {
+            match target {
+                Target::Naive => assert_works(&name, &loot),
+                Target::Daemon => {
                     assert_nothing(&name, &loot);
                     assert!(number(&asked, "own") > 5, "{asked}");
                 }
@@ -317,37 +313,7 @@ fn answers_diverted(engine: &Arc<Engine>) {
     }
     // The same, further: the victim's connection ends at the neighbour, one of the neighbour's goes on in its name.
     let loot = field.taken_over("middle", "connecting");
-    if field.attach != Attach::Host {
-        assert_nothing("in the middle", &loot);
-    }
-    field.stop();
-}
-
-/// The same with frozen links: nothing is diverted, from nobody, and the victim does not notice. That the attacks themselves
-/// work is shown above.
-fn answers_not_diverted_from_frozen_links(engine: &Arc<Engine>) {
-    let field = Field::frozen(engine);
-    let seconds = (1.0 + f64::from(rounds(6)) * 0.1).to_string();
-    for how in ["arp", "fdb"] {
-        let name = format!("divert {how}, links frozen");
-        for target in [Target::Naive, Target::Daemon] {
-            let asking = [&["ask"][..], &field.server(target)].concat();
-            let victim = Program::start(&field.victim, "victim", &asking);
-            let loot = field.attack("divert", target, &["--how", how, "--seconds", &seconds]);
-            report(&name, field.attach, target, &loot);
-            assert_nothing(&name, &loot);
-            let asked = assert_own(&victim.stop(&field.victim), 5);
-            println!("the victim meanwhile: {asked}");
-        }
-    }
-    for how in [&["--tries", "4"][..], &["--tries", "4", "--talk"]] {
-        let loot = field.attack("impersonate", Target::Naive, how);
-        report("impersonate, links frozen", field.attach, Target::Naive, &loot);
-        assert_nothing("impersonate", &loot);
-    }
-    for (how, state) in [("middle", "connecting"), ("inject", "established"), ("reset", "silent")] {
-        assert_nothing(how, &field.taken_over(how, state));
-    }
+    assert_nothing("in the middle", &loot);
     field.stop();
 }
 
@@ -395,6 +361,65 @@ fn connections_that_the_victim_has_open(engine: &Arc<Engine>) {
     // All figures first.
     for (name, loot) in &all {
         assert_nothing(name, loot);
+    }
+    field.stop();
+}
+
+/// Connections that the neighbor opens to the victim, with the server's address and port as its own. The victim's socket is
+/// ESTABLISHED and has the victim's cgroup, but the victim did not connect.
+fn connections_that_the_victim_has_accepted(engine: &Arc<Engine>) {
+    let field = Field::new(engine, &[]);
+    // The stand-in for a server that takes a socket of the victim as proof.
+    let pid = field.victim.pid().to_string();
+    let role = format!("{}={VICTIM}", field.address);
+    let words = ["--port", PROVING_PORT, "--socket-of", &pid, &role];
+    let _proving = on_host(engine, "naive", &words);
+    let url = format!("http://{}:{PROVING_PORT}{LIST}", field.gateway);
+    poll(
+        Duration::from_secs(5),
+        "the stand-in to see the victim's socket",
+        || (field.victim.request("GET", &url, &[]).ok()?.body == VICTIM).then_some(()),
+    );
+    // It is not as easily deceived as the other one.
+    let proving = ["--server", &field.gateway, "--server-port", PROVING_PORT];
+    let more = ["--tries", "4", "--arp"];
+    let spoofing = attack(
+        &field.neighbour,
+        "impersonate",
+        &[&field.victim_is()[..], &proving, &more].concat(),
+    );
+    assert_nothing("impersonate", &spoofing);
+
+    let of_the_daemon = ["--server", "169.254.169.254", "--server-port", "80"];
+    for (server, target, times) in [(proving, Target::Naive, 2), (of_the_daemon, Target::Daemon, rounds(4))] {
+        let mut all = Value::Null;
+        for _ in 0..times {
+            let port = field.new_port();
+            let listen = [
+                "hold",
+                "--state",
+                "listening",
+                "--bind",
+                &field.address,
+                "--port",
+                &port,
+            ];
+            let holder = Program::start(&field.victim, "victim", &listen);
+            let accept = ["--how", "accept", "--port", &port, "--seconds", "5"];
+            let taking = [&field.victim_is()[..], &server, &accept].concat();
+            add(&mut all, attack(&field.neighbour, "takeover", &taking));
+            holder.stop(&field.victim);
+        }
+        let name = "connections that the victim has accepted";
+        report(name, field.attach, target, &all);
+        println!("the victim has accepted {} of {times}", all["accepted"]);
+        match target {
+            Target::Naive => assert_works(name, &all),
+            Target::Daemon => {
+                assert!(number(&all, "connections") > 0, "{name}: nothing was tried: {all}");
+                assert_nothing(name, &all);
+            }
+        }
     }
     field.stop();
 }
@@ -452,10 +477,8 @@ impl Field {
                 }
             }
             report(&name, self.attach, target, &all);
-            match (target, self.frozen) {
-                (Target::Naive, false) => assert_works(&name, &all),
-                (Target::Naive, true) => assert_nothing(&name, &all),
-                (Target::Daemon, _) => {}
+            if target == Target::Naive {
+                assert_works(&name, &all);
             }
         }
         self.everybody_is_served();
@@ -487,9 +510,25 @@ fn add(all: &mut Value, one: Value) {
     }
 }
 
-/// Where the service listens inside the victim's namespace, other links of that namespace lead to it, too.
+/// The victim's namespace has a link to the service, and may forward what comes over another link to it. Packets of inner
+/// containers arrive in this way, and with `nested = "outer"` they are served.
 fn packets_sent_into_the_victims_namespace(engine: &Arc<Engine>) {
-    let field = Field::new(engine, &[]);
+    for nested in ["refuse", "outer"] {
+        packets_sent_into(engine, nested);
+    }
+}
+
+fn packets_sent_into(engine: &Arc<Engine>, nested: &str) {
+    // With br_netfilter, which not every host has, frames that cross a bridge pass the host's rules, which change the port.
+    let over_rules = |value: &str| {
+        let set =
+            format!("f=/proc/sys/net/bridge/bridge-nf-call-iptables; [ ! -e $f ] || {{ cat $f; echo {value} > $f; }}");
+        engine.host("sh", &["-c", &set])
+    };
+    let before = over_rules("0");
+    let field = Field::with(engine, &[], &format!("nested = \"{nested}\""));
+    let forwards = field.victim.exec(&["cat", "/proc/sys/net/ipv4/ip_forward"]);
+    println!("nested = {nested}; the victim's ip_forward is {}", forwards.trim());
     // A stand-in in the victim's own namespace.
     let mut naive = field.victim.exec_command(&[]);
     naive.args([
@@ -518,7 +557,7 @@ fn packets_sent_into_the_victims_namespace(engine: &Arc<Engine>) {
     let mut loot = Value::Null;
     for part in parts(rounds(1).min(50)) {
         let asking = field.victim_asks();
-        // Every port that listens there, the service's own among them, and the one that clients use.
+        // Every port that listens there, and the one that clients use.
         let listening = field.victim.exec(&["sh", "-c", "cat /proc/net/tcp"]);
         let mut ports: Vec<String> = listening
             .lines()
@@ -539,6 +578,10 @@ fn packets_sent_into_the_victims_namespace(engine: &Arc<Engine>) {
     }
     report("intrude", field.attach, Target::Daemon, &loot);
     assert_nothing("intrude", &loot);
+    // The victim forwards packets, but not over its link. That the packets arrive, the stand-in inside has shown.
+    assert_eq!(forwards.trim(), "1");
+    assert_eq!(number(&loot, "connections"), 0, "{loot}");
+    over_rules(&before);
     field.stop();
 }
 
@@ -560,15 +603,11 @@ fn net_admin(engine: &Arc<Engine>) {
         report(&name, field.attach, Target::Naive, &control);
         println!("the victim meanwhile: {asked}");
         assert_works(&name, &control);
-        if field.attach == Attach::Host {
-            assert_nothing(&name, &loot);
-        } else {
-            // Whatever address it takes, it asks inside its own namespace, as itself: it has no role of the victim's name.
-            assert_eq!(number(&loot, "tells"), 0, "{name}: {loot}");
-            let own = loot["statuses"].as_object().into_iter().flatten();
-            let harmless = own.clone().all(|(status, _)| status == "403" || status == "404");
-            assert!(harmless, "{name}: neither refused nor itself: {loot}");
-        }
+        // Whatever address it takes, it asks over its own link, as itself: it has no role of the victim's name.
+        assert_eq!(number(&loot, "tells"), 0, "{name}: {loot}");
+        let own = loot["statuses"].as_object().into_iter().flatten();
+        let harmless = own.clone().all(|(status, _)| status == "403" || status == "404");
+        assert!(harmless, "{name}: neither refused nor itself: {loot}");
         field.stop();
     }
 }
@@ -806,6 +845,49 @@ fn squat_over_kills(engine: &Arc<Engine>, attach: Attach, victim: &Container, sh
         "the squatter came in beside a living daemon: {counts}"
     );
     daemon.stop();
+}
+
+/// A process of the victim's namespace that listens where the service does, and where it did in earlier versions, while the
+/// daemon dies and comes back.
+fn squatting_inside(engine: &Arc<Engine>) {
+    let attach = Attach::of_this_run();
+    let moto = engine.moto();
+    let victim = engine.run("victim").label("imds.role", VICTIM).start();
+    let squat = |port: &'static str| {
+        let mut squat = Program::start(&victim, "squat", &["--address", "0.0.0.0", "--port", port]);
+        squat.wait_for("bound");
+        squat
+    };
+    let squatters = ["80", "51254"].map(|port| (port, squat(port)));
+    let mut daemon = Daemon::start(engine, &attach.config(), &moto.daemon_environment());
+    let is_served = || {
+        poll(Duration::from_secs(5), "the victim to be served", || {
+            let body = victim.request("GET", LIST, &[]).ok()?.body;
+            assert_ne!(body, "stolen", "the squatter answers the victim");
+            (body == VICTIM).then_some(())
+        });
+    };
+    is_served();
+    for _ in 0..rounds(2) {
+        let directory = daemon.directory().to_owned();
+        daemon.kill();
+        for port in ["80", "51254"] {
+            let url = format!("http://169.254.169.254:{port}{LIST}");
+            let reply = victim.request("GET", &url, &[]);
+            assert!(reply.as_ref().is_err_and(|why| why.connection_refused()), "{reply:?}");
+        }
+        daemon = Daemon::start_in(engine, directory, &attach.config(), &moto.daemon_environment());
+        is_served();
+    }
+    daemon.stop();
+    // The control: they answer at every address of the namespace.
+    for (port, squatter) in squatters {
+        let control = victim.request("GET", &format!("http://127.0.0.1:{port}/"), &[]);
+        assert_eq!(control.expect("the squatter").body, "stolen");
+        let counts = last_line(&squatter.stop(&victim));
+        println!("attack squat inside, port {port} | attach {} | {counts}", attach.name());
+        assert_eq!(number(&counts, "taken"), 1, "only the control: {counts}");
+    }
 }
 
 fn requests_that_no_client_makes(engine: &Arc<Engine>) {

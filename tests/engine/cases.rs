@@ -1,23 +1,21 @@
-//! Every way to run a container and to reach the address from it: each is itself, by both attaches.
+//! Every way to run a container and to reach the address from it: each is itself.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
 
-use crate::rig::{BOX, Container, Daemon, Engine, Rig, poll, rounds};
+use crate::rig::{BOX, Container, Daemon, Engine, Rig, attach_keys, poll, rounds};
 
 pub const LIST: &str = "/latest/meta-data/iam/security-credentials/";
 
 pub fn trials(rig: &Rig) -> Vec<Trial> {
-    let mut trials = Vec::new();
+    let mut trials = rig.in_each_view("cases::cgroups_and_process_namespaces", cgroups_and_process_namespaces);
+    trials.push(rig.once("cases::bound_sockets", bound_sockets));
+    // Attach host follows the addresses that the container engine reports.
     for attach in ["namespace", "host"] {
-        let name = format!("cases::cgroups_and_process_namespaces::{attach}");
-        trials.extend(rig.each_view(&name, move |engine| cgroups_and_process_namespaces(engine, attach)));
         let name = format!("cases::several_networks::{attach}");
         trials.push(rig.once(&name, move |engine| several_networks(engine, attach)));
-        let name = format!("cases::a_socket_bound_to_a_device::{attach}");
-        trials.push(rig.once(&name, move |engine| a_socket_bound_to_a_device(engine, attach)));
         let name = format!("cases::restarts::{attach}");
         trials.push(rig.once(&name, move |engine| restarts(engine, attach)));
     }
@@ -33,9 +31,12 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
     trials
 }
 
+fn config(attach: &str) -> String {
+    format!("account_id = \"111122223333\"\n[serve]\n{}", attach_keys(attach))
+}
+
 pub fn daemon(engine: &Arc<Engine>, attach: &str) -> Daemon {
-    let config = format!("account_id = \"111122223333\"\n[serve]\nattach = \"{attach}\"");
-    Daemon::start(engine, &config, &engine.moto().daemon_environment())
+    Daemon::start(engine, &config(attach), &engine.moto().daemon_environment())
 }
 
 /// The container gets its own role, soon.
@@ -55,8 +56,8 @@ pub fn is_itself(container: &Container) {
     );
 }
 
-fn cgroups_and_process_namespaces(engine: &Arc<Engine>, attach: &str) {
-    let daemon = daemon(engine, attach);
+fn cgroups_and_process_namespaces(engine: &Arc<Engine>) {
+    let daemon = daemon(engine, "namespace");
     let run = |name: &str, option: &str| engine.run(name).label("imds.role", name).arg(option).start();
     let parent = run("own-parent", "--cgroup-parent=/tenants/a");
     let pid_host = run("pid-host", "--pid=host");
@@ -136,26 +137,37 @@ fn several_networks(engine: &Arc<Engine>, attach: &str) {
     daemon.stop();
 }
 
-/// A client whose socket is bound to `eth0` (or an IPv6 socket that carries IPv4) is its container like any other.
-fn a_socket_bound_to_a_device(engine: &Arc<Engine>, attach: &str) {
-    let daemon = daemon(engine, attach);
+/// A client that binds its socket to an address of another link, or an IPv6 socket that carries IPv4, is served like any
+/// other. One that binds it to the link `eth0` sends over the bridge, where it is refused.
+fn bound_sockets(engine: &Arc<Engine>) {
+    let daemon = daemon(engine, "namespace");
     let container = engine.run("bound").label("imds.role", "bound").start();
     is_itself(&container);
     let ask = |open: &str| {
         let script = format!(
             "import socket\n{open}\ns.sendall(b'GET {LIST} HTTP/1.1\\r\\nConnection: close\\r\\n\\r\\n')\n\
-             data = b''\nwhile chunk := s.recv(4096): data += chunk\nprint(data.decode().split('\\r\\n\\r\\n', 1)[1], end='')"
+             data = b''\nwhile chunk := s.recv(4096): data += chunk\n\
+             head, _, body = data.decode().partition('\\r\\n\\r\\n')\nprint(head.split()[1], body, end='')"
         );
         container.exec(&["/usr/bin/python3", "-c", &script])
     };
-    let to_device = "s = socket.socket(); s.settimeout(3); s.setsockopt(socket.SOL_SOCKET, 25, b'eth0\\0'); \
-                     s.connect(('169.254.169.254', 80))";
-    // Inside a namespace the address is on the loopback, which such a socket does not use.
-    if attach == "host" {
-        assert_eq!(ask(to_device), "bound");
-    }
     let mapped = "s = socket.socket(socket.AF_INET6); s.settimeout(3); s.connect(('::ffff:169.254.169.254', 80))";
-    assert_eq!(ask(mapped), "bound");
+    assert_eq!(ask(mapped), "200 bound");
+    let to_address = format!(
+        "s = socket.socket(); s.settimeout(3); s.bind(('{}', 0)); s.connect(('169.254.169.254', 80))",
+        container.inspect("{{.NetworkSettings.IPAddress}}")
+    );
+    assert_eq!(ask(&to_address), "200 bound");
+    let to_device = |device: &str| {
+        ask(&format!(
+            "s = socket.socket(); s.settimeout(3); s.setsockopt(socket.SOL_SOCKET, 25, b'{device}\\0'); \
+             s.connect(('169.254.169.254', 80))"
+        ))
+    };
+    assert_eq!(to_device("imds0"), "200 bound");
+    assert_eq!(to_device("eth0"), "403");
+    let refused = &daemon.status()["refused_connections"];
+    assert_eq!(refused["over-bridge"], 1, "{refused}");
     daemon.stop();
 }
 
@@ -172,8 +184,7 @@ fn restarts(engine: &Arc<Engine>, attach: &str) {
     is_itself(&before);
     let directory = daemon.directory().to_owned();
     daemon.kill();
-    let config = format!("account_id = \"111122223333\"\n[serve]\nattach = \"{attach}\"");
-    let daemon = Daemon::start_in(engine, directory, &config, &engine.moto().daemon_environment());
+    let daemon = Daemon::start_in(engine, directory, &config(attach), &engine.moto().daemon_environment());
     is_itself(&before);
     before.restart();
     is_itself(&before);
@@ -181,15 +192,23 @@ fn restarts(engine: &Arc<Engine>, attach: &str) {
     before.request("GET", LIST, &[]).expect_err("nobody serves any more");
 }
 
-/// Addresses and rules of a container's network namespace.
+/// Links, addresses, routes and rules of a container's network namespace.
 fn inside(container: &Container) -> String {
-    let list = |program: &str, arguments: &[&str]| {
-        let mut command = container.intruder(program);
-        command.args(arguments);
+    let list = |words: &str| {
+        let mut words = words.split(' ');
+        let mut command = container.intruder(words.next().unwrap_or_default());
+        command.args(words);
         crate::rig::Done::of(command).ok()
     };
-    let addresses = list("ip", &["-o", "-4", "addr"]);
-    format!("{addresses}\n{}", list("nft", &["list", "ruleset"]))
+    let all = [
+        "ip -o addr",
+        "ip -o link",
+        "ip -4 route show table all",
+        "ip -6 route show table all",
+        "ip rule",
+        "nft list ruleset",
+    ];
+    all.map(list).join("\n")
 }
 
 fn nothing_is_left_in_any_namespace(engine: &Arc<Engine>) {
@@ -202,15 +221,59 @@ fn nothing_is_left_in_any_namespace(engine: &Arc<Engine>) {
     let bare = engine.run("bare").start();
     let containers = [&labelled, &lonely, &bare];
     let before = containers.map(inside);
+    let addresses = |container: &Container| {
+        let mut ip = container.intruder("ip");
+        ip.args(["-o", "-4", "addr"]);
+        crate::rig::Done::of(ip).ok()
+    };
+    let own = containers.map(addresses);
     let daemon = daemon(engine, "namespace");
     is_itself(&labelled);
     is_itself(&lonely);
-    assert!(inside(&labelled).contains("169.254.169.254") && inside(&labelled).contains("imds_router"));
-    assert_eq!(inside(&bare), before[2], "who is not served is not touched");
-    daemon.stop();
-    for (container, before) in containers.iter().zip(before) {
-        assert_eq!(inside(container), before, "{}", container.name());
+    for (container, own) in [(&labelled, &own[0]), (&lonely, &own[1])] {
+        let served = inside(container);
+        for part in [
+            "169.254.169.254 dev imds0 table 169",
+            "unreachable 169.254.169.254 table 169",
+            "from all to 169.254.169.254 iif lo ipproto tcp lookup 169",
+        ] {
+            assert!(served.contains(part), "{part} is not in {served}");
+        }
+        assert_eq!(&addresses(container), own, "a link without addresses");
     }
+    assert_eq!(inside(&bare), before[2], "who is not served is not touched");
+    let directory = daemon.directory().to_owned();
+    assert!(Daemon::is_pinned(engine, &directory));
+    daemon.stop();
+    for (container, before) in containers.iter().zip(&before) {
+        assert_eq!(&inside(container), before, "{}", container.name());
+    }
+    assert!(!Daemon::is_pinned(engine, &directory));
+    // A daemon that was killed leaves all of it, and the next one removes it.
+    let start = || {
+        Daemon::start_in(
+            engine,
+            directory.clone(),
+            &config("namespace"),
+            &engine.moto().daemon_environment(),
+        )
+    };
+    let killed = start();
+    is_itself(&labelled);
+    killed.kill();
+    assert!(Daemon::is_pinned(engine, &directory));
+    let refused = labelled.request("GET", LIST, &[]);
+    assert!(
+        refused.as_ref().is_err_and(|why| why.connection_refused()),
+        "{refused:?}"
+    );
+    let next = start();
+    is_itself(&labelled);
+    next.stop();
+    for (container, before) in containers.iter().zip(&before) {
+        assert_eq!(&inside(container), before, "{}", container.name());
+    }
+    assert!(!Daemon::is_pinned(engine, &directory));
 }
 
 /// Who is served no more, by a configuration that has changed, has its namespace back as it was; and is served again.
@@ -272,8 +335,12 @@ fn many_containers_after_a_kill(engine: &Arc<Engine>) {
             got(container).is_empty().then_some(())
         });
     }
-    let config = "account_id = \"111122223333\"\n[serve]\nattach = \"namespace\"";
-    let second = Daemon::start_in(engine, directory, config, &engine.moto().daemon_environment());
+    let second = Daemon::start_in(
+        engine,
+        directory,
+        &config("namespace"),
+        &engine.moto().daemon_environment(),
+    );
     let started = Instant::now();
     poll(Duration::from_secs(10), "all of them to be served again", || {
         let status = second.status();

@@ -452,7 +452,7 @@ fn attach_host_is_for_whoever_means_it(engine: &Arc<Engine>) {
     // Addresses of IPv6 settle by themselves, a while later.
     let at_rest = || engine.network_at_rest().without_ipv6_of("ec2");
     let before = at_rest();
-    let config = format!("{OFFLINE}[serve]\nattach = \"host\"\n");
+    let config = format!("{OFFLINE}[serve]\nattach = \"host\"\nproof = \"address\"\n");
     let on_network = format!("{OFFLINE}[serve]\nattach = \"network\"\nproof = \"address\"\n");
     for (attach, config) in [("host", &config), ("network", &on_network)] {
         let (code, output) = Daemon::start_in_vain(engine, config, &ec2.environment());
@@ -514,7 +514,7 @@ fn where_the_address_is_ours_nothing_leads_to_the_hosts_own(engine: &Arc<Engine>
         }
     };
     leaks();
-    let replace = format!("{OFFLINE}[serve]\nattach = \"host\"\nhost_service = \"replace\"\n");
+    let replace = format!("{OFFLINE}[serve]\nattach = \"host\"\nproof = \"address\"\nhost_service = \"replace\"\n");
     let disabled = format!("{replace}[imds]\nhttp_protocol_ipv6 = \"disabled\"\n");
     for (config, off_on_loopback, served) in [(&replace, "0", true), (&disabled, "0", false), (&replace, "1", false)] {
         let off = format!("net.ipv6.conf.lo.disable_ipv6={off_on_loopback}");
@@ -568,7 +568,7 @@ fn daemon_between(engine: &Arc<Engine>, ec2: &Ec2, app: &Container, config: &str
     let status = daemon.status();
     assert_eq!(
         (&status["attach"], &status["proof"]),
-        (&json!("host"), &json!("full")),
+        (&json!("host"), &json!("address")),
         "{status}"
     );
     assert!(daemon.cli(&["health"]).ok().starts_with("serves "));

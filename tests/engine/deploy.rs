@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::cases::is_itself;
 use crate::rig::tools::{self, DAEMON};
-use crate::rig::{Daemon, Engine, Rig, poll};
+use crate::rig::{Daemon, Done, Engine, Rig, poll};
 
 pub fn trials(rig: &Rig) -> Vec<Trial> {
     let mut trials = rig.in_each_view(
@@ -100,6 +100,14 @@ fn the_listener_outlives_a_daemon_that_is_killed(engine: &Arc<Engine>) {
         inode.unwrap_or_else(|| panic!("nothing listens: {listed}")).to_owned()
     };
     let before = listener();
+    // The link of the container leads to the private namespace. A unit has mounts of its own, so that its pin is lost with it.
+    let link = || {
+        let mut ip = container.intruder("ip");
+        ip.args(["-brief", "link", "show", "imds0"]);
+        Done::of(ip).ok()
+    };
+    let far_end = link();
+    daemon.unpin();
 
     let [first] = started()[..] else {
         panic!("one daemon is started at first:\n{}", daemon.log());
@@ -112,10 +120,12 @@ fn the_listener_outlives_a_daemon_that_is_killed(engine: &Arc<Engine>) {
     });
     is_itself(&container);
     assert_eq!(listener(), before);
+    assert_eq!(link(), far_end, "the service manager has kept the private namespace");
     let nobody = engine.request("GET", "http://169.254.169.254/", &[]);
     assert!(nobody.as_ref().is_ok_and(|reply| reply.status == 403), "{nobody:?}");
     let log = daemon.stop();
     assert!(log.contains("supervisor: heard STOPPING=1"), "{log}");
+    assert!(log.contains("supervisor: heard FDSTOREREMOVE=1"), "{log}");
 
     let no_listener = ["sh", "-c", "LISTEN_FDS=1 exec \"$@\" 3</dev/null", "sh"];
     let (code, said) = Daemon::start_in_vain_by(engine, &no_listener, OFFLINE, &[]);

@@ -1,39 +1,32 @@
 //! The interception, in network namespaces without any way out.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
-use std::os::fd::AsFd;
-use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 use std::time::{Duration, Instant};
 
 use imds_router::host::apply::{Interception, clear, install, pending};
-use imds_router::host::freeze::{Frozen, Held};
 use imds_router::host::{HostError, Part, Plan, Step};
 use libtest_mimic::{Failed, Trial};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt};
-use rustix::thread::{CapabilitySet, LinkNameSpaceType, capabilities, move_into_link_name_space, set_capabilities};
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
-const ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+use crate::rig::namespace::{ADDRESS, Namespace, PATIENCE, eventually, sorted};
+
 const LISTENER: SocketAddrV4 = SocketAddrV4::new(ADDRESS, 51254);
 const LISTENER_IPV6: SocketAddr =
     SocketAddr::new(IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)), 51254);
 const OTHER_LISTENER: SocketAddrV4 = SocketAddrV4::new(ADDRESS, 51255);
-/// How long the kernel and a busy machine may take for what is over in milliseconds.
-const PATIENCE: Duration = Duration::from_secs(5);
 
 type Outcome = Result<(), Failed>;
 type Case = (&'static str, fn() -> Outcome);
 
 /// All of them.
 pub fn trials() -> Vec<Trial> {
-    let all: [Case; 23] = [
+    let all: [Case; 20] = [
         ("up_is_what_the_documentation_lists", up_is_what_the_documentation_lists),
         (
             "clients_reach_the_listener_and_keep_their_address",
             clients_reach_the_listener_and_keep_their_address,
         ),
-        ("a_namespace_keeps_its_own_port_80", a_namespace_keeps_its_own_port_80),
         ("a_second_daemon_is_told", a_second_daemon_is_told),
         (
             "of_two_that_start_together_one_serves",
@@ -72,14 +65,6 @@ pub fn trials() -> Vec<Trial> {
         (
             "without_a_daemon_everybody_is_refused",
             without_a_daemon_everybody_is_refused,
-        ),
-        (
-            "a_namespace_goes_back_to_what_it_was",
-            a_namespace_goes_back_to_what_it_was,
-        ),
-        (
-            "frozen_links_let_nobody_speak_for_another",
-            frozen_links_let_nobody_speak_for_another,
         ),
     ];
     all.into_iter()
@@ -141,19 +126,6 @@ fn clients_reach_the_listener_and_keep_their_address() -> Outcome {
         near.read_exact(&mut answer)?;
         assert_eq!(&answer, b"pong");
     }
-    up.down()?;
-    Ok(())
-}
-
-fn a_namespace_keeps_its_own_port_80() -> Outcome {
-    let ns = Namespace::new();
-    let application = ns.listen(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 80), false);
-    let ours = ns.listen(LISTENER, true);
-    let up = ns.enter(|| Interception::up(Plan::namespace(LISTENER, false)))?;
-    let near = ns.connect()?;
-    assert_eq!(ours.accept()?.1, near.local_addr()?);
-    let local = ns.enter(|| TcpStream::connect((Ipv4Addr::LOCALHOST, 80)))?;
-    assert_eq!(application.accept()?.1, local.local_addr()?);
     up.down()?;
     Ok(())
 }
@@ -620,96 +592,10 @@ fn without_a_daemon_everybody_is_refused() -> Outcome {
     Ok(())
 }
 
-fn a_namespace_goes_back_to_what_it_was() -> Outcome {
-    let ns = Namespace::new();
-    let before = ns.listing();
-    for (listener, nested) in [(LISTENER.into(), false), (LISTENER.into(), true), (LISTENER_IPV6, true)] {
-        let plan = Plan::namespace(listener, nested);
-        let up = ns.enter(move || Interception::up(Plan::namespace(listener, nested)))?;
-        assert_eq!(ns.rules(), sorted(plan.parts().iter().filter_map(text)));
-        up.down()?;
-        assert_eq!(ns.listing(), before);
-    }
-    Ok(())
-}
-
-/// What neighbours on a bridge may say: a container's MAC and address from its own port only, and nothing is left behind.
-fn frozen_links_let_nobody_speak_for_another() -> Outcome {
-    let bridge = Namespace::new();
-    let before = bridge.listing();
-    let mut frozen = bridge.enter(Frozen::up)?;
-    let held = Held {
-        macs: [([2, 0x42, 0, 0, 0, 9], 7)].into(),
-        addresses: [([10, 9, 0, 2].into(), 7)].into(),
-        nobodys: [[10, 9, 0, 1].into()].into(),
-    };
-    frozen.hold(held.clone())?;
-    let listed = bridge.run("nft", &["list", "ruleset"]);
-    for part in [
-        "table bridge imds_router",
-        "flags owner",
-        "ether saddr @macs iif . ether saddr != @ports drop",
-        "arp saddr ip @addresses iif . arp saddr ip != @holders drop",
-        "elements = { 02:42:00:00:00:09 }",
-        "10.9.0.1",
-    ] {
-        assert!(listed.contains(part), "{part} is not in {listed}");
-    }
-    frozen.hold(Held::default())?;
-    let listed = bridge.run("nft", &["list", "ruleset"]);
-    assert!(!listed.contains("elements"), "{listed}");
-    frozen.down()?;
-    assert_eq!(bridge.listing(), before);
-    Ok(())
-}
-
-/// A network namespace of our own, with nothing but `lo`; gone when dropped, also by a panic.
-struct Namespace {
-    name: String,
-}
-
 impl Namespace {
-    fn new() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("host{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let made = Command::new("ip")
-            .args(["netns", "add", &name])
-            .status()
-            .expect("iproute2 is installed");
-        assert!(made.success(), "a namespace needs root");
-        let this = Self { name };
-        this.run("ip", &["link", "set", "lo", "up"]);
-        this
-    }
-
-    /// Runs on a thread that sits in this namespace and does only this.
-    fn enter<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        let namespace = std::fs::File::open(format!("/run/netns/{}", self.name)).expect("it is there");
-        let inside = move || {
-            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).expect("root may enter");
-            work()
-        };
-        std::thread::spawn(inside)
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    }
-
     fn up(&self, listener: impl Into<SocketAddr>) -> Result<Interception, HostError> {
         let listener = listener.into();
         self.enter(move || Interception::up(Plan::host(listener)))
-    }
-
-    fn listen(&self, at: SocketAddrV4, freebind: bool) -> TcpListener {
-        self.enter(move || {
-            let flags = SocketFlags::CLOEXEC;
-            let listener = socket_with(AddressFamily::INET, SocketType::STREAM, flags, None);
-            let listener = listener.expect("a socket");
-            sockopt::set_ip_freebind(&listener, freebind).expect("an option");
-            sockopt::set_socket_reuseaddr(&listener, true).expect("an option");
-            eventually(|| bind(&listener, &at).is_ok());
-            listen(&listener, 16).expect("to listen");
-            listener.into()
-        })
     }
 
     /// The daemon is gone without a word.
@@ -721,121 +607,12 @@ impl Namespace {
     fn has_owned_table(&self) -> bool {
         self.rules().iter().any(|table| table.contains("flags owner"))
     }
-
-    /// A new connection to 169.254.169.254:80.
-    fn connect(&self) -> io::Result<TcpStream> {
-        self.enter(|| {
-            let stream = TcpStream::connect_timeout(&(ADDRESS, 80).into(), PATIENCE)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
-            Ok(stream)
-        })
-    }
-
-    /// A pair of links to `guest`, which has its default route here. Returns the address there.
-    fn bridge_to(&self, guest: &Self) -> Ipv4Addr {
-        self.bridge_to_at(guest, "10.9.0")
-    }
-
-    /// The same, on another network.
-    fn bridge_to_at(&self, guest: &Self, network: &str) -> Ipv4Addr {
-        let (near, far) = (format!("{network}.1"), format!("{network}.2"));
-        self.run(
-            "ip",
-            &[
-                "link",
-                "add",
-                "veth0",
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "eth0",
-                "netns",
-                &guest.name,
-            ],
-        );
-        self.run("ip", &["addr", "add", &format!("{near}/24"), "dev", "veth0"]);
-        self.run("ip", &["link", "set", "veth0", "up"]);
-        guest.run("ip", &["addr", "add", &format!("{far}/24"), "dev", "eth0"]);
-        guest.run("ip", &["link", "set", "eth0", "up"]);
-        guest.run("ip", &["route", "add", "default", "via", &near]);
-        far.parse().expect("an address")
-    }
-
-    fn try_run(&self, program: &str, arguments: &[&str]) -> std::process::Output {
-        let inside = ["--net".to_owned() + "=/run/netns/" + &self.name, program.to_owned()];
-        Command::new("nsenter")
-            .args(inside)
-            .args(arguments)
-            .output()
-            .expect("util-linux is installed")
-    }
-
-    fn run(&self, program: &str, arguments: &[&str]) -> String {
-        let output = self.try_run(program, arguments);
-        assert!(
-            output.status.success(),
-            "{program} {arguments:?}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        String::from_utf8(output.stdout).expect("text")
-    }
-
-    fn json(&self, arguments: &[&str]) -> serde_json::Value {
-        serde_json::from_str(&self.run("ip", &[&["-j"], arguments].concat())).expect("JSON")
-    }
-
-    /// Each table as nft lists it, with numbers as priorities, by name: the kernel has them in order of creation.
-    fn rules(&self) -> Vec<String> {
-        let text = self.run("nft", &["--numeric-priority", "list", "ruleset"]);
-        sorted(
-            text.split_inclusive("\n}\n")
-                .map(|table| without_comment(table.trim_end())),
-        )
-    }
-
-    /// Everything that an interception could change.
-    fn listing(&self) -> (String, String, Vec<String>) {
-        (
-            self.run("ip", &["-j", "addr"]),
-            self.run("ip", &["-j", "route", "show", "table", "all"]),
-            self.rules(),
-        )
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        // A second panic would hide the first; a namespace that stays shows in `ip netns`.
-        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
-    }
-}
-
-/// nft names the owner of a table behind its name.
-fn without_comment(table: &str) -> String {
-    let (first, rest) = table.split_once('\n').expect("a table has lines");
-    format!("{}\n{rest}", first.split(" #").next().expect("split has a first part"))
 }
 
 fn text(part: &Part) -> Option<String> {
     match part {
         Part::Table(table) => Some(table.to_string()),
         _ => None,
-    }
-}
-
-fn sorted(tables: impl Iterator<Item = String>) -> Vec<String> {
-    let mut list: Vec<String> = tables.collect();
-    list.sort();
-    list
-}
-
-/// Waits for what takes a moment: a program that another trial is just starting keeps our descriptors open until it runs.
-fn eventually(mut condition: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition() {
-        assert!(Instant::now() < deadline, "not within {PATIENCE:?}");
-        std::thread::sleep(Duration::from_millis(1));
     }
 }
 

@@ -58,6 +58,20 @@ fn keep_log(daemon: &Container) {
     fs::write(&log, said.stdout + &said.stderr).unwrap_or_else(|e| panic!("cannot write {}: {e}", log.display()));
 }
 
+/// Keeps the log of a daemon in a container when a trial fails before it does that itself.
+struct KeptLog(Arc<Engine>, &'static str);
+
+impl Drop for KeptLog {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let mut logs = self.0.docker_command();
+            logs.args(["logs", self.1]);
+            let said = Done::of(logs);
+            let _ = fs::write(self.0.log(&format!("daemon-{}", self.1)), said.stdout + &said.stderr);
+        }
+    }
+}
+
 /// The line that the daemon prints where something is lacking, and the image that it is about.
 fn as_the_daemon_itself_says(engine: &Arc<Engine>) {
     engine.socket_in_its_usual_place();
@@ -88,6 +102,7 @@ fn as_the_daemon_itself_says(engine: &Arc<Engine>) {
     );
     engine.docker(&words);
     let daemon = Container::of(engine, "imds-router").made_ours();
+    let _log = KeptLog(Arc::clone(engine), "imds-router");
     let app = engine.run("app").label("imds.role", "app").start();
     is_itself(&app);
     let whoami = Client::Boto3.whoami(&app, moto, &[]);
@@ -414,7 +429,7 @@ fn unprivileged(engine: &Arc<Engine>) {
     // A process of the host: it has no container's address.
     let vain = "[serve]\nattach = \"network\"\n";
     for (config, told) in [
-        (vain.to_owned(), "proof = \"address\" says that this is meant"),
+        (vain.to_owned(), "proof = \"address\" accepts the source address"),
         (
             format!("{vain}proof = \"address\""),
             "for a container that has this address on a network",
@@ -533,7 +548,9 @@ fn swarm(engine: &Arc<Engine>) {
     let credentials = file("credentials", &base_credentials());
     // Where STS is comes by a file of AWS's, since the stack names no endpoint.
     // Over the host: then a task's address is one that only docker_gwbridge knows.
-    let config = format!("region = \"{REGION}\"\n[serve]\nattach = \"host\"\n[credentials]\nallow_process = true\n");
+    let config = format!(
+        "region = \"{REGION}\"\n[serve]\nattach = \"host\"\nproof = \"address\"\n[credentials]\nallow_process = true\n"
+    );
     let config = file("config.toml", &config);
     let aws = file("aws", &format!("[default]\nendpoint_url = {}\n", moto.url()));
     engine.docker(&["config", "create", "imds-router-config", &config]);

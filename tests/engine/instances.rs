@@ -9,7 +9,7 @@ use libtest_mimic::Trial;
 use serde_json::Value;
 
 use crate::rig::container::{IMDS_ROUTER, SCRIPTS};
-use crate::rig::{Container, Daemon, Engine, Rig, poll, tools};
+use crate::rig::{Container, Daemon, Engine, Rig, attach_keys, poll, tools};
 
 pub fn trials(rig: &Rig) -> Vec<Trial> {
     vec![
@@ -20,7 +20,14 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
             notices,
         ),
         rig.once("instances::a_spot_instance_is_stopped_where_that_is_allowed", stopped),
-        rig.once("instances::an_answer_with_a_token_goes_no_further_than_its_limit", hops),
+        rig.once(
+            "instances::an_answer_with_a_token_goes_no_further_than_its_limit::namespace",
+            |engine| hops(engine, "namespace"),
+        ),
+        rig.once(
+            "instances::an_answer_with_a_token_goes_no_further_than_its_limit::host",
+            |engine| hops(engine, "host"),
+        ),
     ]
 }
 
@@ -282,8 +289,8 @@ fn stopped(engine: &Arc<Engine>) {
     daemon.stop();
 }
 
-fn hops(engine: &Arc<Engine>) {
-    let config = format!("{CONFIG}[serve]\nattach = \"host\"\n");
+fn hops(engine: &Arc<Engine>, attach: &str) {
+    let config = format!("{CONFIG}[serve]\n{}", attach_keys(attach));
     let daemon = Daemon::start(engine, &config, &engine.moto().daemon_environment());
     let network = engine.network_with_ipv6("hops", "fd12:3457::/64");
     let run = engine.run("near").label("imds.role", "near").network(network.name());

@@ -13,7 +13,7 @@ use crate::cases::LIST;
 use crate::rig::container::SCRIPTS;
 use crate::rig::engine::SDK;
 use crate::rig::tools::{directory, scripts};
-use crate::rig::{Background, Daemon, Done, Engine, Rig, http, poll, run};
+use crate::rig::{Background, Daemon, Done, Engine, Rig, attach_keys, http, poll, rounds, run};
 
 const ACCOUNT: &str = "111122223333";
 /// Podman's own choice for its default network (podman-network(1)).
@@ -39,6 +39,8 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
             trials.push(rig.alone(&name, move || two_containers_two_roles(&Engine::start(view), attach)));
         }
     }
+    let view = rig.views()[0];
+    trials.push(rig.alone("podman::first_acts", move || first_acts(&Engine::start(view))));
     trials
 }
 
@@ -126,6 +128,12 @@ impl Podman {
     }
 
     #[track_caller]
+    fn is_refused(&self, container: &str) {
+        let refused = self.asks(container, LIST);
+        assert_eq!(refused, Some(("403".to_owned(), String::new())), "{container}");
+    }
+
+    #[track_caller]
     fn is(&self, container: &str, role: &str) {
         let expected = ("200".to_owned(), role.to_owned());
         poll(Duration::from_secs(5), &format!("the role of {container}"), || {
@@ -154,7 +162,7 @@ impl Drop for Podman {
 fn two_containers_two_roles(engine: &Arc<Engine>, attach: &str) {
     let podman = Podman::start(engine);
     let moto = engine.moto();
-    let config = format!("account_id = \"{ACCOUNT}\"\n[serve]\nattach = \"{attach}\"");
+    let config = format!("account_id = \"{ACCOUNT}\"\n[serve]\n{}", attach_keys(attach));
     let mut environment = moto.daemon_environment();
     environment.push(("DOCKER_HOST".to_owned(), podman.host()));
     podman.run("before", &["--label=imds.role=before"]);
@@ -183,14 +191,17 @@ fn two_containers_two_roles(engine: &Arc<Engine>, attach: &str) {
         let expected = format!("arn:aws:sts::{ACCOUNT}:assumed-role/{role}/{role}@");
         assert!(arn.starts_with(&expected), "{arn}");
     }
-    let refused = podman.asks("nobody", LIST);
-    assert_eq!(refused.map(|told| told.0).as_deref(), Some("403"));
+    podman.is_refused("nobody");
     // In one namespace, with a role of its own; and in the host's.
     podman.run("sharer", &["--label=imds.role=sharer", "--network=container:orders"]);
-    podman.is("sharer", "sharer");
-    podman.is("orders", "orders");
     podman.run("at-host", &["--label=imds.role=at-host", "--network=host"]);
-    podman.is("at-host", "at-host");
+    for container in ["sharer", "orders", "at-host"] {
+        match attach {
+            // They share their source address with others.
+            "host" => podman.is_refused(container),
+            _ => podman.is(container, container),
+        }
+    }
     // What has gone is nobody any more; its address is the next one's.
     podman.does(&["rm", "--force", "--time", "0", "reports"]);
     podman.run("next", &["--label=imds.role=next"]);
@@ -206,5 +217,31 @@ fn two_containers_two_roles(engine: &Arc<Engine>, attach: &str) {
         .collect();
     assert!(!names.iter().any(|name| name.contains("reports")), "{names:?}");
     assert!(names.iter().any(|name| name.contains("before")), "{names:?}");
+    daemon.stop();
+}
+
+/// Podman reports a container after its first instruction, and does not answer questions about it before that. It has its link
+/// nevertheless, and its first request waits there.
+fn first_acts(engine: &Arc<Engine>) {
+    // curl's exit code, what it got, status and seconds.
+    const ASK: &str =
+        "got=$(curl -s -w ' %{http_code} %{time_total}' --max-time 2 http://169.254.169.254$0); echo \"$? $got\"";
+    let podman = Podman::start(engine);
+    let config = format!("account_id = \"{ACCOUNT}\"");
+    let mut environment = engine.moto().daemon_environment();
+    environment.push(("DOCKER_HOST".to_owned(), podman.host()));
+    let daemon = Daemon::start(engine, &config, &environment);
+    poll(Duration::from_secs(5), "Podman to be known", || {
+        (daemon.status()["engine"]["state"] == "synchronised").then_some(())
+    });
+    for number in 0..rounds(10) {
+        let name = format!("first-{number}");
+        let label = format!("--label=imds.role={name}");
+        let run = ["run", "--rm", "--name", &name, "--volume=/usr:/usr:ro", &label, SDK];
+        let said = podman.does(&[&run[..], &["/bin/sh", "-c", ASK, LIST]].concat());
+        println!("first act under Podman: {said}");
+        assert!(said.starts_with(&format!("0 {name} 200 ")), "{said}");
+    }
+    println!("refused: {}", daemon.status()["refused_connections"]);
     daemon.stop();
 }

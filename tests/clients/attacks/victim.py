@@ -24,7 +24,7 @@ parser.add_argument("--bind", default="", help="the address to come from")
 parser.add_argument("--port", type=int, default=0, help="the port to come from")
 parser.add_argument(
     "--state",
-    choices=["established", "silent", "close-wait", "time-wait", "connecting", "closing", "asking-last"],
+    choices=["established", "silent", "close-wait", "time-wait", "connecting", "closing", "asking-last", "listening"],
     default="established",
 )
 told = parser.parse_args()
@@ -84,6 +84,13 @@ def stay():
 
 
 def hold():
+    if told.state == "listening":
+        # Any service of the victim's. The kernel accepts connections to it by itself.
+        listener = socket.socket()
+        listener.bind((told.bind, told.port))
+        listener.listen(8)
+        stay()
+        return
     if told.state == "connecting":
         # Somebody takes the answer to our SYN: this goes on until it times out. Nobody is told so.
         print("ready", flush=True)

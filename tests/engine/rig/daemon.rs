@@ -22,11 +22,21 @@ pub const LOG_LEVEL: (&str, &str) = ("IMDS_ROUTER_LOG", "trace");
 /// How the verbs that talk to a daemon are told which.
 const ADMIN_SOCKET: &str = "IMDS_ROUTER_SERVE_ADMIN_SOCKET";
 
-/// A running daemon. Dropping it kills it.
+/// The keys of `[serve]` for an attach. `host` needs the lower level of proof.
+pub fn attach_keys(attach: &str) -> String {
+    match attach {
+        "host" => "attach = \"host\"\nproof = \"address\"\n".to_owned(),
+        other => format!("attach = \"{other}\"\n"),
+    }
+}
+
+/// A running daemon. Dropping it kills it, and removes the private network namespace that it has pinned.
 pub struct Daemon {
     engine: Arc<Engine>,
     process: Background,
     directory: PathBuf,
+    /// Whether the private network namespace is left to the next daemon in this directory, as after a crash.
+    leaves_pin: bool,
 }
 
 impl Daemon {
@@ -124,12 +134,33 @@ impl Daemon {
             process: engine.background(&mut command, &format!("daemon-{number}")),
             engine: Arc::clone(engine),
             directory,
+            leaves_pin: false,
         }
     }
 
     /// Its directory: configuration, admin socket, state.
     pub fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// Where it pins the private network namespace.
+    pub fn pin(&self) -> PathBuf {
+        self.directory.join("state/netns")
+    }
+
+    /// Whether a private network namespace is pinned in that directory of a daemon.
+    pub fn is_pinned(engine: &Engine, directory: &Path) -> bool {
+        let pin = directory.join("state/netns");
+        let mounts = engine.host("cat", &["/proc/self/mounts"]);
+        mounts.lines().any(|line| line.split(' ').nth(1) == pin.to_str())
+    }
+
+    /// Takes the pin away, as the end of a mount namespace does.
+    #[track_caller]
+    pub fn unpin(&self) {
+        let mut umount = self.engine.command("umount");
+        umount.arg("--lazy").arg(self.pin());
+        Done::of(umount).ok();
     }
 
     pub fn admin_socket(&self) -> PathBuf {
@@ -157,9 +188,11 @@ impl Daemon {
         self.log()
     }
 
-    /// Ends it as a crash would.
+    /// Ends it as a crash would. Its private network namespace stays pinned until the next daemon in its directory stops, or
+    /// the engine ends.
     #[track_caller]
     pub fn kill(mut self) {
+        self.leaves_pin = true;
         let status = self.end(Signal::KILL);
         assert_eq!(
             status.signal(),
@@ -218,6 +251,19 @@ impl Daemon {
             Ok(start)
         };
         ask().is_ok_and(|start| start == b"HTTP/1.")
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if self.leaves_pin {
+            return;
+        }
+        self.process.end();
+        // After a clean stop nothing is mounted there.
+        let mut umount = self.engine.command("umount");
+        umount.args(["--lazy", "--quiet"]).arg(self.pin());
+        let _ = Done::of(umount);
     }
 }
 

@@ -552,12 +552,17 @@ impl Background {
     pub fn output(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
+
+    /// Ends it the hard way.
+    pub fn end(&mut self) {
+        let _ = self.child.kill(); // it may have ended already
+        let _ = self.child.wait();
+    }
 }
 
 impl Drop for Background {
     fn drop(&mut self) {
-        let _ = self.child.kill(); // it may have ended already
-        let _ = self.child.wait();
+        self.end();
     }
 }
 

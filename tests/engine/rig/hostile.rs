@@ -8,10 +8,10 @@ use super::run;
 use super::shell::{Done, poll_quietly};
 use super::tools;
 
-/// How the daemon is attached: `IMDS_TRIALS_ATTACH`, `host` without it.
+/// How the daemon is attached: `IMDS_TRIALS_ATTACH`, `namespace` without it. Attach `host` is not among them: it identifies
+/// callers by their source address only, which these trials spoof.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Attach {
-    Host,
     Namespace,
     Auto,
 }
@@ -19,16 +19,14 @@ pub enum Attach {
 impl Attach {
     pub fn of_this_run() -> Attach {
         match std::env::var("IMDS_TRIALS_ATTACH").as_deref() {
-            Err(_) | Ok("" | "host") => Attach::Host,
-            Ok("namespace") => Attach::Namespace,
+            Err(_) | Ok("" | "namespace") => Attach::Namespace,
             Ok("auto") => Attach::Auto,
-            Ok(other) => panic!("IMDS_TRIALS_ATTACH={other}: expected host, namespace or auto"),
+            Ok(other) => panic!("IMDS_TRIALS_ATTACH={other}: expected namespace or auto"),
         }
     }
 
     pub fn name(self) -> &'static str {
         match self {
-            Attach::Host => "host",
             Attach::Namespace => "namespace",
             Attach::Auto => "auto",
         }

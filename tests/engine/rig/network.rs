@@ -43,10 +43,22 @@ impl Snapshot {
         lines.filter(|line| line.contains(text)).collect()
     }
 
-    /// Without the IPv6 routes of a link.
+    /// Without the IPv6 routes and addresses of a link.
     pub fn without_ipv6_of(mut self, link: &str) -> Snapshot {
         self.0
             .retain(|line| !(line.starts_with("route6 ") && line.contains(link)));
+        for line in self.0.iter_mut().filter(|line| line.contains(link)) {
+            let json = line
+                .strip_prefix("address ")
+                .and_then(|it| serde_json::from_str(it).ok());
+            let Some(mut shown): Option<serde_json::Value> = json else {
+                continue;
+            };
+            if let Some(addresses) = shown["addr_info"].as_array_mut() {
+                addresses.retain(|address| address["family"] != "inet6");
+                *line = format!("address {shown}");
+            }
+        }
         self
     }
 
