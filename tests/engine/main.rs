@@ -15,9 +15,19 @@ mod cloud;
 #[path = "../conformance/mod.rs"]
 mod conformance;
 #[cfg(target_os = "linux")]
+mod connections;
+#[cfg(target_os = "linux")]
+mod crash;
+#[cfg(target_os = "linux")]
 mod credentials;
 #[cfg(target_os = "linux")]
 mod deploy;
+#[cfg(target_os = "linux")]
+mod descriptors;
+#[cfg(target_os = "linux")]
+mod filters;
+#[cfg(target_os = "linux")]
+mod half_closed;
 #[cfg(target_os = "linux")]
 mod host;
 #[cfg(target_os = "linux")]
@@ -26,6 +36,8 @@ mod identities;
 mod image;
 #[cfg(target_os = "linux")]
 mod instances;
+#[cfg(target_os = "linux")]
+mod interfaces;
 #[cfg(target_os = "linux")]
 mod links;
 #[cfg(target_os = "linux")]
@@ -36,6 +48,8 @@ mod networks;
 mod podman;
 #[cfg(target_os = "linux")]
 mod refusals;
+#[cfg(target_os = "linux")]
+mod repair;
 #[cfg(target_os = "linux")]
 mod rig;
 #[cfg(target_os = "linux")]
@@ -60,6 +74,13 @@ fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
     trials.extend(networks::trials(rig));
     trials.extend(podman::trials(rig));
     trials.extend(load::trials(rig));
+    trials.extend(connections::trials(rig));
+    trials.extend(half_closed::trials(rig));
+    trials.extend(repair::trials(rig));
+    trials.extend(filters::trials(rig));
+    trials.extend(crash::trials(rig));
+    trials.extend(descriptors::trials(rig));
+    trials.extend(interfaces::trials(rig));
     trials.extend(instances::trials(rig));
     trials.extend(attacks::trials(rig));
     trials.extend(churn::trials(rig));

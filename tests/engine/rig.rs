@@ -47,7 +47,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use libtest_mimic::{Failed, Trial};
 
-pub use clients::{Client, Identity};
+pub use clients::{Client, Identity, run_script, run_tool};
 pub use container::Container;
 pub use daemon::{Daemon, attach_keys};
 pub use engine::{BOX, Background, Engine, Kind, Network, Release, View};

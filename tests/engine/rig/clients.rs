@@ -1,6 +1,9 @@
 //! The clients whose credentials it is all about: real SDKs, each with its default chain, started by `docker exec`.
 
+use serde_json::Value;
+
 use super::container::{Container, EXAMPLES, SCRIPTS};
+use super::hostile::last_line;
 use super::moto::{Moto, REGION};
 use super::shell::Done;
 use super::tools;
@@ -76,4 +79,30 @@ impl Client {
             false => Err(done),
         }
     }
+}
+
+/// Runs a client of `tests/clients` in a container (a Python script, or a JavaScript module) and returns the last line that it
+/// prints, as JSON.
+#[track_caller]
+pub fn run_script(container: &Container, script: &str, arguments: &[&str]) -> Value {
+    let program = if script.ends_with(".mjs") {
+        "node"
+    } else {
+        "venv/bin/python"
+    };
+    let script = format!("{SCRIPTS}/{script}");
+    run_tool(container, program, &[&[script.as_str()], arguments].concat())
+}
+
+/// Runs a program that `tests/setup` has installed in a container, and returns the last line that it prints, as JSON.
+#[track_caller]
+pub fn run_tool(container: &Container, program: &str, arguments: &[&str]) -> Value {
+    let mut command = container.exec_command(&[("AWS_REGION", REGION), ("AWS_DEFAULT_REGION", REGION)]);
+    command.arg(tools::directory().join(program)).args(arguments);
+    let done = Done::of(command);
+    assert!(done.succeeded(), "{done}");
+    if !done.stderr.is_empty() {
+        println!("{}", done.stderr);
+    }
+    last_line(&done.stdout)
 }

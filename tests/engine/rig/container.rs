@@ -250,6 +250,11 @@ impl Container {
         reply.body
     }
 
+    /// Does not remove it, since the trial has done so.
+    pub fn forget(mut self) {
+        self.ours = false;
+    }
+
     /// A field of `docker inspect`, as a Go template.
     #[track_caller]
     pub fn inspect(&self, template: &str) -> String {
