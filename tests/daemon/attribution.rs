@@ -98,6 +98,23 @@ async fn a_connection_over_a_bridge_is_never_answered() {
     assert!(last.contains("no label of imds-router"), "{last}");
 }
 
+/// Those who are refused keep their places for a while.
+#[tokio::test(start_paused = true)]
+async fn callers_on_bridges_do_not_take_the_places_of_links() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    let address = daemon.run(1, APP).await;
+    daemon.settle().await;
+    let silent: Vec<_> = (0..400)
+        .map(|number| daemon.dial_via(daemon.client(address), Via::Bridge(5 + number % 20)))
+        .collect();
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    let asked = daemon.clock.now();
+    assert_eq!(daemon.connect(1, address).get(LIST).await.unwrap().text(), "app");
+    assert_eq!(daemon.clock.now(), asked, "it does not wait");
+    drop(silent);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_connection_that_comes_before_the_link_is_closed_once_there_is_one() {
     let daemon = Daemon::start(settings());
