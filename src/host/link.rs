@@ -117,7 +117,7 @@ pub fn connect(network: &PrivateNetwork, namespace: u64, options: Options) -> io
     let (link, is_new) = match find(network, &mut netlink, namespace)? {
         Some(link) => (link, false),
         None => {
-            // The near end of a link whose far end was renamed or moved away.
+            // The near end of a link whose far end was renamed, moved away, or changed.
             network.with_netlink(|netlink| remove_link(netlink, &near))?;
             let created = create(network, &mut netlink, namespace);
             added.push(format!("link {LINK}"));
@@ -447,7 +447,11 @@ fn find(network: &PrivateNetwork, netlink: &mut NetlinkSocket, namespace: u64) -
     let far = state(netlink, LINK, namespace)?;
     let near = network.with_netlink(|netlink| state(netlink, &near_name(namespace), namespace))?;
     Ok(match (far, near) {
-        (Some(far), Some(near)) if far.peer == Some(near.index) && near.peer == Some(far.index) => Some(far.index),
+        // With another MAC address an end would drop what the other one sends.
+        (Some(far), Some(near)) if far.is_ours && near.is_ours => {
+            let are_pair = far.peer == Some(near.index) && near.peer == Some(far.index);
+            are_pair.then_some(far.index)
+        }
         _ => None,
     })
 }

@@ -272,6 +272,7 @@ fn restores_what_is_removed() -> Outcome {
         &["link del imds0"],
         &["link set imds0 name other"],
         &["link set imds0 arp on"],
+        &["link set imds0 address 02:11:22:33:44:55"],
         &["addr flush dev lo"],
         &["link set lo down", "link set lo up"],
     ] {
