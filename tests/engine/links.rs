@@ -19,7 +19,7 @@ type Outcome = Result<(), Failed>;
 type Case = (&'static str, fn() -> Outcome);
 
 pub fn trials() -> Vec<Trial> {
-    let all: [Case; 11] = [
+    let all: [Case; 12] = [
         ("adds_no_address_and_leaves_nothing", adds_no_address_and_leaves_nothing),
         (
             "serves_a_namespace_with_its_own_port_80",
@@ -32,6 +32,10 @@ pub fn trials() -> Vec<Trial> {
         ("removes_all_links_at_once", removes_all_links_at_once),
         ("clears_what_a_crash_left", clears_what_a_crash_left),
         ("restores_what_is_removed", restores_what_is_removed),
+        (
+            "takes_back_a_link_that_was_given_away",
+            takes_back_a_link_that_was_given_away,
+        ),
         (
             "refuses_after_a_crash_and_is_adopted",
             refuses_after_a_crash_and_is_adopted,
@@ -288,6 +292,20 @@ fn restores_what_is_removed() -> Outcome {
         let _near = dial(&container, ADDRESS.into(), any(false)).map_err(|error| format!("{commands:?}: {error}"))?;
         listener.accept()?;
     }
+    Ok(())
+}
+
+/// A container with NET_ADMIN gives its end of the link to another namespace, which then calls as that container.
+fn takes_back_a_link_that_was_given_away() -> Outcome {
+    let (private, giver, taker) = (Private::new(), container("10.1.0.2/24"), container("10.2.0.2/24"));
+    let near = private.connect(&giver)?.near;
+    giver.run("ip", &["link", "set", "imds0", "netns", &taker.name]);
+    assert!(private.check(&giver).is_err());
+    assert!(private.connect(&giver)?.is_new);
+    let listener = listen(&private, &near);
+    let _near = dial(&giver, ADDRESS.into(), any(false))?;
+    listener.accept()?;
+    eventually(|| !taker.try_run("ip", &["link", "show", "imds0"]).status.success());
     Ok(())
 }
 
