@@ -95,7 +95,7 @@ pub enum AppError {
     #[error(
         "{what} would take {IMDS_ADDRESS} away from this host, which has a metadata service of its own: {kept}\n\
          hint: attach = \"auto\" with full proof serves containers inside their namespaces, and leaves the host's own alone\n\
-         hint: attach = \"host\" with [serve] host_service = \"keep\" intercepts what containers on bridges ask, and nobody else\n\
+         hint: attach = \"host\" with [serve] host_service = \"keep\" and proof = \"address\" intercepts only requests from bridges\n\
          hint: [serve] host_service = \"replace\" takes the address all the same: this host's own processes then lose their \
          metadata service, and with it their role"
     )]
