@@ -6,6 +6,7 @@ mod admin_socket;
 mod base;
 pub mod check;
 pub mod doctor;
+mod image_files;
 mod interception;
 mod kept;
 mod metrics;
@@ -31,6 +32,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
+use self::image_files::ImageFiles;
 use self::interception::{PORTS, give_up, guard, host_plan, intercept_ipv6, make_transparent};
 pub use self::interception::{everything, plans};
 use self::kept::Kept;
@@ -348,6 +350,7 @@ pub async fn run(
         engine: port,
         kernel,
         instances: resolver.clone(),
+        images: Arc::new(ImageFiles::new(&settings.state_dir)),
         changed: changes,
     };
     let observer = Arc::new(Observer {

@@ -62,7 +62,13 @@ const MAP: &[(&str, &[&str])] = &[
     ("containers::docker", &["clock", "telemetry"]),
     (
         "containers::labels",
-        &["config", "credentials", "credentials::inputs", "metadata::events"],
+        &[
+            "config",
+            "credentials",
+            "credentials::inputs",
+            "metadata::catalogue",
+            "metadata::events",
+        ],
     ),
     ("containers::watcher", &["clock", "credentials", "instance"]),
     ("credentials", &[]),
@@ -81,7 +87,9 @@ const MAP: &[(&str, &[&str])] = &[
         &[
             "config",
             "containers",
+            "containers::compose",
             "containers::labels",
+            "containers::pairs",
             "credentials",
             "credentials::inputs",
             "credentials::naming",

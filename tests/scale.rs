@@ -14,10 +14,10 @@ use futures_util::future::{self, BoxFuture};
 use futures_util::stream::{BoxStream, StreamExt as _};
 use imds_router::clock::Clock;
 use imds_router::config::Settings;
+use imds_router::containers::images::{Image, ImageStore};
 use imds_router::containers::index::{EngineState, Index};
 use imds_router::containers::watcher::{
-    Birth, ContainerEngine, EngineError, Event, Hold, Image, Inspection, Instances, Kernel, Network, Ports, Row, Run,
-    Watcher,
+    Birth, ContainerEngine, EngineError, Event, Hold, Inspection, Instances, Kernel, Network, Ports, Row, Run, Watcher,
 };
 use imds_router::containers::{
     Attachments, CgroupId, ContainerId, Definition, Endpoint, Environment, NamespaceId, NetworkId, NetworkMode,
@@ -206,6 +206,14 @@ impl ContainerEngine for Scripted {
 
 struct Witnessed(NamespaceId);
 
+impl ImageStore for Scripted {
+    fn load(&self, _: &str) -> Option<Image> {
+        None
+    }
+
+    fn store(&self, _: u64, _: &BTreeMap<String, Arc<Image>>) {}
+}
+
 impl Kernel for Scripted {
     fn birth(&self, id: &ContainerId, _: Option<&Run>, _: Option<&NetworkMode>) -> Result<Birth, String> {
         let number = number_of(id);
@@ -294,10 +302,6 @@ impl Instances for Resolver {
     fn image_labels_count(&self) -> bool {
         false
     }
-
-    fn label_prefix(&self) -> String {
-        "imds.".to_owned()
-    }
 }
 
 /// A host with so many containers, synchronised.
@@ -339,6 +343,7 @@ impl Host {
                 around: Arc::default(),
                 broker,
             }),
+            images: Arc::new(engine.clone()),
             changed: changes,
         };
         let started = Instant::now();

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use super::image_files::ImageFiles;
 use super::kept::Kept;
 use super::{NOTHING_OF_HOST, base, engine_host, host_name, of_host};
 use crate::clock::Clock;
@@ -11,7 +12,8 @@ use crate::config::{Compat, CredentialSource, Settings};
 use crate::containers::compat;
 use crate::containers::compose::{self, ComposeError};
 use crate::containers::docker::Engine;
-use crate::containers::watcher::{ContainerEngine as _, EngineError, own_environment};
+use crate::containers::images::ImageStore as _;
+use crate::containers::watcher::{ContainerEngine as _, EngineError, split_environment};
 use crate::containers::{Attachments, ContainerId, Definition};
 use crate::credentials::sts::Sts;
 use crate::instance::{Instance, Role, Surroundings, resolve};
@@ -36,10 +38,12 @@ pub async fn containers(settings: Settings, compat: bool) -> Result<Checked, Eng
     let engine = Engine::new(&host, Clock::system());
     // The subscription connects; the events themselves are not wanted.
     drop(engine.subscribe().await?);
+    let stored = ImageFiles::new(&settings.state_dir);
     let mut checker = Checker::new(settings).await;
     let mut attachments = attachments(&engine).await?;
     for row in engine.containers().await? {
         let image = engine.image(&row.image_id).await?;
+        let image = image.or_else(|| stored.load(&row.image_id));
         let all = engine
             .inspect(&row.id)
             .await?
@@ -48,16 +52,11 @@ pub async fn containers(settings: Settings, compat: bool) -> Result<Checked, Eng
         let attached = attachments.remove(&row.id).unwrap_or_default();
         let settings = &checker.settings;
         let prefix = format!("{}.", settings.label_prefix);
-        let mut whole = row.clone().define(None, true, &prefix);
-        let mut definition = row.define(image.as_ref(), settings.image_labels, &prefix);
-        definition.environment = Some(own_environment(&all, image.as_ref(), settings.image_labels));
+        let mut whole = row.clone().define(None, true);
+        let mut definition = row.define(image.as_ref(), settings.image_labels);
+        definition.environment = Some(split_environment(&all, image.as_ref(), settings.image_labels));
         checker.look_at(&definition, &attached).await;
         let name = printable(&definition.name, 40);
-        for label in &definition.image_labels {
-            checker.text.push_str(&format!(
-                "{name}: label {label} comes from the image and does not count\n"
-            ));
-        }
         let settings = &checker.settings;
         let found = compat::found(&whole.labels, &all, &settings.label_prefix);
         if !compat || found.is_empty() {
@@ -66,8 +65,8 @@ pub async fn containers(settings: Settings, compat: bool) -> Result<Checked, Eng
         // What the other program saw: all labels and variables, the image's among them, and none of ours.
         whole
             .labels
-            .retain(|label, _| !label.starts_with(&prefix) || found.contains(label));
-        whole.environment = Some(all);
+            .retain(|label| !label.starts_with(&prefix) || found.iter().any(|it| it == label));
+        whole.environment = Some(all.0.into_iter().collect());
         let old = Settings {
             compat: Compat::ALL,
             allow: Vec::new(),
@@ -164,11 +163,15 @@ impl Checker {
             let (base, _) = base::ask(sts, Some(profile)).await;
             base::note(&mut self.around, Some(profile), base);
         }
-        let (said, fine) = self.gets(definition, attached, &self.settings);
+        let instance = self.resolved(definition, attached, &self.settings);
+        let (said, fine) = described(&instance);
         self.containers += 1;
         self.problems += usize::from(!fine);
-        self.text
-            .push_str(&format!("{}: {said}\n", printable(&definition.name, 40)));
+        let name = printable(&definition.name, 40);
+        self.text.push_str(&format!("{name}: {said}\n"));
+        for note in &instance.notes {
+            self.text.push_str(&format!("{name}: {}\n", printable(note, 800)));
+        }
     }
 
     fn resolved(&self, definition: &Definition, attached: &Attachments, settings: &Settings) -> Instance {

@@ -379,7 +379,12 @@ impl Observer {
         let ways: [&dyn Fn(&Record) -> bool; 3] = [
             &|record| record.definition.name == container,
             &|record| container.len() >= 4 && record.definition.id.as_str().starts_with(container),
-            &|record| record.definition.service() == Some(container),
+            &|record| {
+                record
+                    .definition
+                    .service()
+                    .is_some_and(|(service, _)| service == container)
+            },
         ];
         let found = ways
             .iter()
@@ -541,12 +546,7 @@ impl Observer {
         problems.extend(record.left_alone.iter().cloned());
         problems.extend(self.shares(record));
         problems.extend(self.not_on_the_network(record).filter(|_| instance.endpoint));
-        if !record.definition.image_labels.is_empty() {
-            problems.push(format!(
-                "label {} comes from the image and does not count; [docker] image_labels = true lets it",
-                record.definition.image_labels.join(", ")
-            ));
-        }
+        problems.extend(instance.notes.iter().cloned());
         ContainerStatus {
             id: record.definition.id.as_str().to_owned(),
             name: record.definition.name.clone(),

@@ -147,10 +147,6 @@ impl Instances for Resolver {
     fn image_labels_count(&self) -> bool {
         self.settings.load().image_labels
     }
-
-    fn label_prefix(&self) -> String {
-        format!("{}.", self.settings.load().label_prefix)
-    }
 }
 
 impl Hold for Lease {

@@ -95,6 +95,38 @@ fn no_follow() -> i32 {
 /// The most that a file of ours may hold.
 const MOST_KEPT: u64 = 16 * 1024 * 1024;
 
+/// Creates the directory of a file, 0700, if it does not exist.
+fn create_directory(path: &Path) -> io::Result<()> {
+    let Some(directory) = path.parent() else { return Ok(()) };
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)
+}
+
+/// Writes a file of mode 0600 in a directory of mode 0700, whole or not at all.
+pub(super) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    create_directory(path)?;
+    write_whole(path, bytes)
+}
+
+/// Reads a file that only this user can read and write. Follows no symbolic link.
+///
+/// # Errors
+/// `InvalidInput`: the file is not a regular file of mode 0600 that belongs to this user. Others as from open(2) and read(2).
+pub(super) fn read_private(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(no_follow())
+        .open(path)?;
+    let meta = file.metadata()?;
+    let own = meta.uid() == rustix::process::geteuid().as_raw();
+    if !meta.is_file() || meta.mode() & 0o077 != 0 || !own {
+        let what = "expected a file of mode 0600, owned by this user";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+    }
+    let mut bytes = Vec::new();
+    file.take(max_bytes).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 /// A secret that is kept on disk. Made on first use, 0600 in a 0700 directory; no symbolic link is followed, and a file that
 /// others could have read is not used. `bad`: what is said of such a file.
 fn kept_secret(
@@ -106,37 +138,16 @@ fn kept_secret(
         let path = path.to_owned();
         move |source| AppError::State { path, what, source }
     };
-    if let Some(directory) = path.parent() {
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(directory)
-            .map_err(state("its directory cannot be made"))?;
-    }
-    match std::fs::OpenOptions::new()
-        .read(true)
-        .custom_flags(no_follow())
-        .open(path)
-    {
-        Ok(file) => {
-            let meta = file.metadata().map_err(state("cannot be looked at"))?;
-            let own = meta.uid() == rustix::process::geteuid().as_raw();
-            if !meta.is_file() || meta.mode() & 0o077 != 0 || !own {
-                let source = io::Error::other("expected a file of mode 0600, owned by this user");
-                return Err(state(bad)(source));
-            }
-            let mut bytes = Vec::new();
-            file.take(MOST_KEPT)
-                .read_to_end(&mut bytes)
-                .map_err(state("cannot be read"))?;
-            Ok(bytes)
-        }
+    create_directory(path).map_err(state("its directory cannot be made"))?;
+    match read_private(path, MOST_KEPT) {
+        Ok(bytes) => Ok(bytes),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             let bytes = make().map_err(state("cannot be made up"))?;
             write_whole(path, &bytes).map_err(state("cannot be written"))?;
             Ok(bytes)
         }
-        Err(error) => Err(state("cannot be opened")(error)),
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => Err(state(bad)(error)),
+        Err(error) => Err(state("cannot be read")(error)),
     }
 }
 

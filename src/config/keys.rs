@@ -150,7 +150,7 @@ pub const KEYS: &[Key] = &[
         path: "docker.image_labels",
         default: "false",
         expected: "true or false",
-        about: "Whether labels that the image brought count: then whoever builds an image chooses roles.",
+        about: "Whether labels and variables of images count like those of containers: the author of an image then chooses its role.",
         read: |s, v| v.boolean().map(|it| s.image_labels = it),
     },
     Key {

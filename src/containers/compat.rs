@@ -13,7 +13,8 @@
 
 use std::time::Duration;
 
-use super::labels::{ContainerSpec, LabelError};
+use super::labels::{Class, ContainerSpec, LabelError};
+use super::pairs::Pairs;
 use super::{Environment, Labels};
 use crate::config::Settings;
 use crate::credentials::{Secret, inputs};
@@ -22,16 +23,32 @@ use crate::credentials::{Secret, inputs};
 pub const IAM_DOCKER: &str = "com.swipely.iam-docker.iam-profile";
 /// What imds-server's labels start with, after our prefix.
 pub const IMDS_SERVER: &str = "aws.";
-/// The variables.
-pub const VARIABLES: [&str; 3] = ["IAM_ROLE", "IAM_EXTERNAL_ID", "IAM_POLICY"];
+const IAM_ROLE: &str = "IAM_ROLE";
+const IAM_EXTERNAL_ID: &str = "IAM_EXTERNAL_ID";
+const IAM_POLICY: &str = "IAM_POLICY";
+/// The variables, and the effect of each when the image has the same.
+pub(super) const VARIABLES: [(&str, Class); 3] = [
+    (IAM_ROLE, Class::Chooses),
+    (IAM_EXTERNAL_ID, Class::Chooses),
+    (IAM_POLICY, Class::SessionPolicy),
+];
+
+/// The effect of a label of imds-server, by its name after our prefix, when the image has the same.
+pub(super) fn imds_server_class(name: &str) -> Class {
+    match name.strip_prefix(IMDS_SERVER) {
+        Some("session-duration") => Class::Restricts,
+        Some("ambient") => Class::Fact,
+        _ => Class::Chooses,
+    }
+}
 
 /// The labels and variables of other programs that a container has, by name.
-pub fn found(labels: &Labels, environment: &Environment, label_prefix: &str) -> Vec<String> {
+pub fn found(labels: &Pairs, environment: &Environment, label_prefix: &str) -> Vec<String> {
     let imds_server = format!("{label_prefix}.{IMDS_SERVER}");
-    let labels = labels
-        .keys()
-        .filter(|it| *it == IAM_DOCKER || it.starts_with(&imds_server));
-    let variables = VARIABLES.into_iter().filter(|it| environment.get(it).is_some());
+    let labels = labels.iter().map(|(label, ..)| label);
+    let labels = labels.filter(|it| *it == IAM_DOCKER || it.starts_with(&imds_server));
+    let variables = VARIABLES.into_iter().map(|(name, _)| name);
+    let variables = variables.filter(|it| environment.get(it).is_some());
     labels.cloned().chain(variables.map(str::to_owned)).collect()
 }
 
@@ -47,7 +64,7 @@ fn bad(label: &str, value: &str, expected: &str) -> LabelError {
 /// Adds what other programs' settings say to what ours say.
 pub(super) fn read(
     labels: &Labels,
-    environment: Option<&Environment>,
+    environment: Option<&Labels>,
     settings: &Settings,
     spec: &mut ContainerSpec,
     errors: &mut Vec<LabelError>,
@@ -82,27 +99,26 @@ pub(super) fn read(
     }
 }
 
-fn variables(environment: &Environment, spec: &mut ContainerSpec, errors: &mut Vec<LabelError>) {
-    let get = |name: &str| environment.get(name).filter(|it| !it.is_empty());
-    let [role, external_id, policy] = VARIABLES;
-    let Some(value) = get(role) else { return };
+fn variables(environment: &Labels, spec: &mut ContainerSpec, errors: &mut Vec<LabelError>) {
+    let get = |name: &str| environment.get(name).map(String::as_str).filter(|it| !it.is_empty());
+    let Some(value) = get(IAM_ROLE) else { return };
     spec.labelled = true;
     spec.role = Some(value.to_owned());
-    if let Some(value) = get(external_id).filter(|_| spec.inputs.external_id.is_none()) {
+    if let Some(value) = get(IAM_EXTERNAL_ID).filter(|_| spec.inputs.external_id.is_none()) {
         match inputs::is_external_id(value) {
             true => spec.inputs.external_id = Some(Secret::new(value)),
             false => errors.push(bad(
-                external_id,
+                IAM_EXTERNAL_ID,
                 "…",
                 "2 to 1224 characters: letters, digits and _+=,.@:/-",
             )),
         }
     }
-    if let Some(value) = get(policy).filter(|_| spec.inputs.policy.is_none()) {
+    if let Some(value) = get(IAM_POLICY).filter(|_| spec.inputs.policy.is_none()) {
         match inputs::is_policy(value) {
             true => spec.inputs.policy = Some(value.to_owned()),
             false => errors.push(bad(
-                policy,
+                IAM_POLICY,
                 value,
                 "an IAM policy in JSON with a Statement, of at most 2048 characters",
             )),

@@ -8,7 +8,29 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Attachments, ContainerId, Definition, Endpoint, Environment, Labels, NetworkId, NetworkMode};
+use super::pairs::Pairs;
+use super::{Attachments, ContainerId, Definition, Endpoint, NetworkId, NetworkMode};
+
+/// Labels that compose writes (docker/compose, `pkg/api/labels.go`).
+pub const PROJECT: &str = "com.docker.compose.project";
+/// The service of the project.
+pub const SERVICE: &str = "com.docker.compose.service";
+/// The number of the container in its service, from 1.
+pub const CONTAINER_NUMBER: &str = "com.docker.compose.container-number";
+/// A digest of the service's configuration.
+const CONFIG_HASH: &str = "com.docker.compose.config-hash";
+
+/// Counts compose's own labels as own on a container that compose created.
+///
+/// `docker compose build` writes project and service into the image, too (`getImageBuildLabels` of docker/compose), so that both
+/// have the same pairs. Compose writes all of these labels on each container that it creates, and the last two on no image: if the
+/// image does not have one of the two, compose created the container, and wrote the others as well.
+pub fn own_labels(labels: &mut Pairs) {
+    let is_compose = [CONFIG_HASH, CONTAINER_NUMBER];
+    if is_compose.iter().any(|name| labels.get_own(name).is_some()) {
+        labels.count_as_own(&[PROJECT, SERVICE, CONTAINER_NUMBER, CONFIG_HASH]);
+    }
+}
 
 /// Why a text is not what `docker compose config` prints.
 #[derive(Debug, thiserror::Error)]
@@ -127,12 +149,10 @@ impl Service {
         networks: &BTreeMap<String, Option<Network>>,
     ) -> Result<(Definition, Attachments), ComposeError> {
         let of_service = |ComposeError(why)| ComposeError(format!("service {service}: {why}"));
-        let mut labels: Labels = self.labels.into_pairs().map_err(of_service)?.into_iter().collect();
-        labels.insert("com.docker.compose.project".to_owned(), project.to_owned());
-        labels.insert("com.docker.compose.service".to_owned(), service.to_owned());
+        let mut labels: Pairs = self.labels.into_pairs().map_err(of_service)?.into_iter().collect();
+        labels.insert(PROJECT, project);
+        labels.insert(SERVICE, service);
         let variables = self.environment.into_pairs().map_err(of_service)?;
-        let variables = variables.iter().map(|(name, value)| format!("{name}={value}"));
-        let environment = Environment::of(variables);
         let mut names = self.networks.into_names();
         if names.is_empty() && self.network_mode.is_none() {
             names.push("default".to_owned());
@@ -155,8 +175,8 @@ impl Service {
         let definition = Definition {
             name: self.container_name.unwrap_or_else(|| format!("{project}-{service}-1")),
             labels,
-            image_labels: Vec::new(),
-            environment: Some(environment),
+            environment: Some(variables.into_iter().collect()),
+            image_is_known: true,
             image: self.image.unwrap_or_else(|| format!("{project}-{service}")),
             image_id: String::new(),
             network_mode: NetworkMode::parse(self.network_mode.as_deref().unwrap_or_default()),
@@ -170,6 +190,29 @@ impl Service {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::containers::pairs::Origin;
+
+    #[test]
+    fn labels_that_compose_build_wrote_into_the_image_are_own_on_a_container_of_compose() {
+        let map = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
+            let pairs = pairs.iter();
+            pairs
+                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+                .collect()
+        };
+        let built = [(PROJECT, "shop"), (SERVICE, "orders")];
+        for (started, origin) in [(&[][..], Origin::Ambiguous), (&[(CONTAINER_NUMBER, "1")], Origin::Own)] {
+            let all = map(&[&built[..], started].concat());
+            let mut labels = Pairs::split(&all, Some(&map(&built)));
+            own_labels(&mut labels);
+            assert_eq!(labels.get(PROJECT), Some(("shop", origin)));
+        }
+        // An image that has the number as well proves nothing.
+        let all = map(&[(PROJECT, "shop"), (CONTAINER_NUMBER, "1")]);
+        let mut labels = Pairs::split(&all, Some(&all));
+        own_labels(&mut labels);
+        assert_eq!(labels.get(PROJECT), Some(("shop", Origin::Ambiguous)));
+    }
 
     const PRINTED: &str = r#"
 name: shop
@@ -203,18 +246,19 @@ networks:
             (orders.name.as_str(), reports.name.as_str()),
             ("shop-orders-1", "the-reports")
         );
-        assert_eq!((orders.project(), orders.service()), (Some("shop"), Some("orders")));
+        let own = |value| Some((value, Origin::Own));
+        assert_eq!((orders.project(), orders.service()), (own("shop"), own("orders")));
         assert_eq!(
-            orders.labels.get("imds.role.policy").map(String::as_str),
+            orders.labels.get_own("imds.role.policy"),
             Some(r#"{"a": "${aws:username}"}"#)
         );
-        assert_eq!(reports.labels.get("imds.role").unwrap(), "reports");
+        assert_eq!(reports.labels.get_own("imds.role"), Some("reports"));
         let variables = orders.environment.as_ref().unwrap();
         assert_eq!(
-            (variables.get("WORKERS"), variables.get("PASSED_ON")),
+            (variables.get_own("WORKERS"), variables.get_own("PASSED_ON")),
             (Some("4"), None)
         );
-        assert_eq!(reports.environment.as_ref().unwrap().get("A"), Some("b=c"));
+        assert_eq!(reports.environment.as_ref().unwrap().get_own("A"), Some("b=c"));
         let names: Vec<_> = networks
             .0
             .values()
@@ -228,7 +272,7 @@ networks:
     #[test]
     fn json_is_read_as_well() {
         let made = services(r#"{"name": "p", "services": {"a": {"labels": {"imds.role": "x"}}}}"#).unwrap();
-        assert_eq!(made[0].0.labels.get("imds.role").unwrap(), "x");
+        assert_eq!(made[0].0.labels.get_own("imds.role"), Some("x"));
         assert_eq!(made[0].1.0.values().next().unwrap().network, "p_default");
     }
 

@@ -25,7 +25,8 @@ use futures_util::stream::{BoxStream, StreamExt as _, TryStreamExt as _};
 use futures_util::{FutureExt as _, future};
 use tracing::{debug, warn};
 
-use super::watcher::{ContainerEngine, EngineError, Event, Image, Inspection, Network, Row, Run};
+use super::images::Image;
+use super::watcher::{ContainerEngine, EngineError, Event, Inspection, Network, Row, Run};
 use super::{ContainerId, Endpoint, Environment, NetworkId, NetworkMode};
 use crate::clock::Clock;
 use crate::telemetry::{printable, with_causes};

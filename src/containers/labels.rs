@@ -1,29 +1,39 @@
 //! Labels → [`ContainerSpec`], or what is wrong with them.
 //!
-//! Only labels that whoever started the container wrote come here ([`super::Definition::labels`]). A label with our
-//! prefix that is unknown is an error of its container: a typo must not drop a restriction.
+//! A label with our prefix that is unknown is an error of its container: a typo must not drop a restriction. A label that the
+//! image has as well may come from the image: its class (`Class`) defines what it may do.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 
-use super::{Environment, Labels, compat};
+use super::pairs::Pairs;
+use super::{Labels, compat};
 use crate::config::{
     HttpEndpoint, HttpTokens, Nearest, Settings, hop_limit, is_region, is_user_data, metadata_path, parse_duration,
     template_fits,
 };
 use crate::credentials::Secret;
 use crate::credentials::inputs::{self, Inputs};
+use crate::metadata::catalogue;
 use crate::metadata::events::Kind;
 
 /// What a container's labels ask for. `None`: the label is not there.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct ContainerSpec {
-    /// Whether there is any label with our prefix at all.
+    /// Whether the container has an own label with our prefix, or a role by an own label or variable of `[compat]`.
     pub labelled: bool,
+    /// Labels and variables that choose credentials, and that the image may have set.
+    pub unclear: Vec<String>,
+    /// The same, of those that say where the container is.
+    pub unclear_place: Vec<String>,
+    /// Session policies, if there is more than one and the image may have set one of them.
+    pub joined_policies: Vec<String>,
+    /// `inputs.duration` may be the image's: it only makes sessions shorter.
+    pub duration_only_restricts: bool,
     /// `imds.role`, as typed.
     pub role: Option<String>,
     /// `imds.profile`
@@ -48,6 +58,8 @@ pub struct ContainerSpec {
     pub ami_id: Option<String>,
     /// `imds.metadata.…`: by path, from the version on.
     pub metadata: BTreeMap<String, String>,
+    /// The paths of those that do not count, since the image may have set them.
+    pub ambiguous_metadata: Vec<String>,
     /// `imds.instance-tag.…`
     pub tags: BTreeMap<String, String>,
     /// `imds.instance-metadata-tags`
@@ -62,6 +74,14 @@ pub struct ContainerSpec {
     pub events: BTreeMap<Kind, Duration>,
     /// `imds.spot.action` and the like.
     pub event_actions: BTreeMap<Kind, String>,
+}
+
+impl ContainerSpec {
+    /// Whether the labels may have been wrong, or others, before the image had some of them.
+    pub fn is_unclear(&self) -> bool {
+        let names = [&self.unclear, &self.unclear_place, &self.joined_policies];
+        names.iter().any(|names| !names.is_empty()) || (!self.labelled && self.inputs != Inputs::default())
+    }
 }
 
 /// What is wrong with one label.
@@ -103,9 +123,29 @@ pub enum LabelError {
     },
 }
 
+/// The effect of a label or variable that the image has with the same value, so that it is unknown who set it.
+///
+/// The rule behind all of them: a pair that is added to an image must never give its container more than it had before.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Class {
+    /// It restricts or relaxes an option, by its value. A restriction counts, and anything else does not.
+    Restricts,
+    /// It chooses credentials: the container gets none.
+    Chooses,
+    /// It is a session policy. It counts if it is the only one: STS joins the policies of one call, so that a second one adds
+    /// permissions.
+    SessionPolicy,
+    /// It says where the container is, and so where its role's session comes from: a container that has a role gets no
+    /// credentials. It does not count otherwise.
+    Place,
+    /// It describes the instance. It does not count.
+    Fact,
+}
+
 /// One label: its name after the prefix and the dot.
 struct Label {
     name: &'static str,
+    class: Class,
     expected: &'static str,
     read: fn(&mut ContainerSpec, &str) -> Option<()>,
 }
@@ -120,11 +160,13 @@ const SESSION_TAG_EXPECTED: &str = "a key of 1 to 128 and a value of up to 256 l
 const LABELS: &[Label] = &[
     Label {
         name: "role",
+        class: Class::Chooses,
         expected: "a role ARN, name, name@account or alias",
         read: |spec, value| (!value.is_empty()).then(|| spec.role = Some(value.to_owned())),
     },
     Label {
         name: "role.session-name",
+        class: Class::Chooses,
         expected: "text with {container}, {project}, {service}, {id}, {host}, {label:KEY} and {env:KEY}",
         read: |spec, value| {
             let fits = !value.is_empty() && template_fits(value);
@@ -133,6 +175,7 @@ const LABELS: &[Label] = &[
     },
     Label {
         name: EXTERNAL_ID,
+        class: Class::Chooses,
         expected: "2 to 1224 characters: letters, digits and _+=,.@:/-",
         read: |spec, value| {
             let fits = inputs::is_external_id(value);
@@ -141,6 +184,7 @@ const LABELS: &[Label] = &[
     },
     Label {
         name: "role.duration",
+        class: Class::Restricts,
         expected: "a duration from 15m to 12h (STS's own bounds)",
         read: |spec, value| {
             let duration = parse_duration(value).filter(|it| inputs::DURATION.contains(it));
@@ -149,6 +193,7 @@ const LABELS: &[Label] = &[
     },
     Label {
         name: "role.source-identity",
+        class: Class::Chooses,
         expected: "2 to 64 characters: letters, digits and _+=,.@-",
         read: |spec, value| {
             let fits = inputs::is_source_identity(value);
@@ -157,16 +202,19 @@ const LABELS: &[Label] = &[
     },
     Label {
         name: "role.policy",
+        class: Class::SessionPolicy,
         expected: "an IAM policy in JSON with a Statement, of at most 2048 characters",
         read: |spec, value| inputs::is_policy(value).then(|| spec.inputs.policy = Some(value.to_owned())),
     },
     Label {
         name: "role.policy-arns",
+        class: Class::SessionPolicy,
         expected: "1 to 10 policy ARNs such as arn:aws:iam::aws:policy/ReadOnlyAccess, separated by commas",
         read: |spec, value| inputs::policy_arns(&items(value)).map(|arns| spec.inputs.policy_arns = arns),
     },
     Label {
         name: "role.transitive-tag-keys",
+        class: Class::Chooses,
         expected: "keys of session tags, separated by commas",
         read: |spec, value| {
             let keys = items(value);
@@ -177,6 +225,7 @@ const LABELS: &[Label] = &[
     },
     Label {
         name: "role.chain",
+        class: Class::Chooses,
         expected: "the roles to go through, as in the label role, separated by commas",
         read: |spec, value| {
             let roles = items(value);
@@ -187,6 +236,7 @@ const LABELS: &[Label] = &[
     },
     Label {
         name: "profile",
+        class: Class::Chooses,
         expected: "the name of a profile",
         read: |spec, value| {
             let fits = !value.trim().is_empty() && !value.contains(char::is_control);
@@ -195,6 +245,7 @@ const LABELS: &[Label] = &[
     },
     Label {
         name: "http-endpoint",
+        class: Class::Restricts,
         expected: "enabled or disabled",
         read: |spec, value| {
             choose(
@@ -206,6 +257,7 @@ const LABELS: &[Label] = &[
     },
     Label {
         name: "http-tokens",
+        class: Class::Restricts,
         expected: "optional or required",
         read: |spec, value| {
             let choices = [("optional", HttpTokens::Optional), ("required", HttpTokens::Required)];
@@ -214,16 +266,19 @@ const LABELS: &[Label] = &[
     },
     Label {
         name: "region",
+        class: Class::Place,
         expected: "an AWS region such as eu-west-1",
         read: |spec, value| is_region(value).then(|| spec.region = Some(value.to_owned())),
     },
     Label {
         name: "availability-zone",
+        class: Class::Place,
         expected: "a region and one letter, such as eu-west-1a",
         read: |spec, value| is_zone(value).then(|| spec.availability_zone = Some(value.to_owned())),
     },
     Label {
         name: "instance-type",
+        class: Class::Fact,
         expected: "an instance type such as t3.micro",
         read: |spec, value| {
             let fits = |part: &str| {
@@ -240,61 +295,73 @@ const LABELS: &[Label] = &[
     },
     Label {
         name: "instance-id",
+        class: Class::Fact,
         expected: "i- and 8 or 17 hexadecimal digits",
         read: |spec, value| is_id("i-", value).then(|| spec.instance_id = Some(value.to_owned())),
     },
     Label {
         name: "ami-id",
+        class: Class::Fact,
         expected: "ami- and 8 or 17 hexadecimal digits",
         read: |spec, value| is_id("ami-", value).then(|| spec.ami_id = Some(value.to_owned())),
     },
     Label {
         name: HOP_LIMIT,
+        class: Class::Restricts,
         expected: "a whole number from 1 to 64",
         read: |spec, value| hop_limit(value).map(|it| spec.hop_limit = Some(it)),
     },
     Label {
         name: "http-protocol-ipv6",
+        class: Class::Restricts,
         expected: "enabled or disabled",
         read: |spec, value| choose(value, &[("enabled", true), ("disabled", false)], &mut spec.ipv6),
     },
     Label {
         name: "spot.interrupt-after",
+        class: Class::Fact,
         expected: AFTER,
         read: |spec, value| after(spec, Kind::SpotInterruption, value),
     },
     Label {
         name: "spot.action",
+        class: Class::Fact,
         expected: "terminate, stop or hibernate",
         read: |spec, value| event_action(spec, Kind::SpotInterruption, value),
     },
     Label {
         name: "rebalance.after",
+        class: Class::Fact,
         expected: AFTER,
         read: |spec, value| after(spec, Kind::Rebalance, value),
     },
     Label {
         name: "maintenance.after",
+        class: Class::Fact,
         expected: AFTER,
         read: |spec, value| after(spec, Kind::Maintenance, value),
     },
     Label {
         name: "maintenance.code",
+        class: Class::Fact,
         expected: "system-reboot, instance-reboot, system-maintenance, instance-retirement or instance-stop",
         read: |spec, value| event_action(spec, Kind::Maintenance, value),
     },
     Label {
         name: "lifecycle.after",
+        class: Class::Fact,
         expected: AFTER,
         read: |spec, value| after(spec, Kind::Lifecycle, value),
     },
     Label {
         name: "lifecycle.state",
+        class: Class::Fact,
         expected: "Terminated, Detached, InService, Standby, or Warmed:Hibernated, :Running, :Stopped, :Terminated",
         read: |spec, value| event_action(spec, Kind::Lifecycle, value),
     },
     Label {
         name: "instance-metadata-tags",
+        class: Class::Restricts,
         expected: "enabled or disabled",
         read: |spec, value| {
             let choices = [("enabled", true), ("disabled", false)];
@@ -303,11 +370,13 @@ const LABELS: &[Label] = &[
     },
     Label {
         name: USER_DATA,
+        class: Class::Fact,
         expected: "text of 1 to 16384 bytes, and not user-data-base64 as well",
         read: |spec, value| set_user_data(spec, value.as_bytes().to_vec()),
     },
     Label {
         name: USER_DATA_BASE64,
+        class: Class::Fact,
         expected: "base64 of 1 to 16384 bytes, and not user-data as well",
         read: |spec, value| set_user_data(spec, STANDARD.decode(value).ok()?),
     },
@@ -342,6 +411,8 @@ fn event_action(spec: &mut ContainerSpec, kind: Kind, value: &str) -> Option<()>
 const UNSHOWN: [&str; 3] = [EXTERNAL_ID, USER_DATA, USER_DATA_BASE64];
 const USER_DATA: &str = "user-data";
 const USER_DATA_BASE64: &str = "user-data-base64";
+/// Values from which the region and the zone of a container are read.
+const PLACE_PATHS: [&str; 2] = [catalogue::REGION, catalogue::ZONE];
 /// What values below `meta-data/` stand below.
 const METADATA: &str = "metadata.";
 /// What tags stand below.
@@ -400,24 +471,181 @@ fn is_id(prefix: &str, text: &str) -> bool {
     })
 }
 
-/// Reads a container's own labels.
+/// Reads the labels of a container, and the variables that `[compat]` knows (`None`: not known yet).
 ///
 /// # Errors
-/// Everything that is wrong, not only the first, so that a compose file is mended once. What could be read comes along:
-/// a container with a bad label still lives, without credentials.
-pub fn read(
-    labels: &Labels,
-    environment: Option<&Environment>,
-    settings: &Settings,
-) -> (ContainerSpec, Vec<LabelError>) {
+/// All that is wrong, not only the first error, so that a compose file is corrected once. The labels that could be read are
+/// returned as well: a container with a bad label keeps running, without credentials.
+pub fn read(labels: &Pairs, environment: Option<&Pairs>, settings: &Settings) -> (ContainerSpec, Vec<LabelError>) {
+    let (own, mut errors) = parse(labels.own(), environment.map(Pairs::own), settings);
+    let ambiguous = ambiguous(labels, environment, settings);
+    if ambiguous.is_empty() {
+        return (own, errors);
+    }
+    // Errors of ambiguous pairs count, too: the pair may have been meant as a restriction.
+    let whole = |pairs: &Pairs| -> Labels {
+        pairs
+            .iter()
+            .map(|(name, value, _)| (name.clone(), value.clone()))
+            .collect()
+    };
+    let (all, more) = parse(&whole(labels), environment.map(whole).as_ref(), settings);
+    errors.extend(
+        more.into_iter()
+            .filter(|error| !errors.contains(error))
+            .collect::<Vec<_>>(),
+    );
+    let own_events = own.events.keys().copied().collect();
+    let more = events_without_time(&all, &own_events, settings);
+    errors.extend(
+        more.into_iter()
+            .filter(|error| !errors.contains(error))
+            .collect::<Vec<_>>(),
+    );
+    (restricted(own, all, &ambiguous, settings), errors)
+}
+
+/// A label or variable that the image may have set, as messages name it.
+struct Ambiguous {
+    name: String,
+    class: Class,
+}
+
+/// The labels and variables that mean something here and that the image may have set.
+fn ambiguous(labels: &Pairs, environment: Option<&Pairs>, settings: &Settings) -> Vec<Ambiguous> {
+    // Where a label of ours names a role or a profile, the settings of other programs do not count.
+    let own = |name: &str| labels.get_own(&format!("{}.{name}", settings.label_prefix));
+    let names_none = own("role").is_none() && own("profile").is_none();
+    let of_label = |label: &str, value: &str| match label_name(label, settings) {
+        Some(name) if settings.compat.imds_server && name.starts_with(compat::IMDS_SERVER) => {
+            names_none.then(|| compat::imds_server_class(name))
+        }
+        Some(name) => Some(class(name, value)),
+        None => (label == compat::IAM_DOCKER && settings.compat.iam_docker && names_none).then_some(Class::Chooses),
+    };
+    let known = labels.ambiguous().iter().filter_map(|(label, value)| {
+        let name = format!("label {label}");
+        of_label(label, value).map(|class| Ambiguous { name, class })
+    });
+    let variables = environment.filter(|_| settings.compat.env && names_none);
+    let variables = compat::VARIABLES.iter().filter(|(name, _)| {
+        variables.is_some_and(|pairs| pairs.ambiguous().get(*name).is_some_and(|value| !value.is_empty()))
+    });
+    let variables = variables.map(|(name, class)| Ambiguous {
+        name: format!("variable {name}"),
+        class: *class,
+    });
+    known.chain(variables).collect()
+}
+
+/// The name of a label of ours after the prefix and the dot, whatever the case of the prefix.
+fn label_name<'a>(label: &'a str, settings: &Settings) -> Option<&'a str> {
+    let (prefix, name) = label.split_at_checked(settings.label_prefix.len())?;
+    let name = name.strip_prefix('.')?;
+    prefix.eq_ignore_ascii_case(&settings.label_prefix).then_some(name)
+}
+
+/// The class of a label of ours. One that does not exist is an error in any case.
+fn class(name: &str, value: &str) -> Class {
+    if name.starts_with(SESSION_TAG) {
+        return Class::Chooses;
+    }
+    if let Some(path) = name.strip_prefix(METADATA) {
+        let is_place = metadata_path(path, value).is_ok_and(|path| PLACE_PATHS.contains(&path.as_str()));
+        return if is_place { Class::Place } else { Class::Fact };
+    }
+    let known = LABELS.iter().find(|known| known.name == name);
+    known.map_or(Class::Fact, |known| known.class)
+}
+
+/// `own`, with the restrictions of `all`, which has ambiguous pairs as well.
+fn restricted(own: ContainerSpec, all: ContainerSpec, ambiguous: &[Ambiguous], settings: &Settings) -> ContainerSpec {
+    let of_class = |class| {
+        let names = ambiguous.iter().filter(move |pair| pair.class == class);
+        names.map(|pair| pair.name.clone()).collect::<Vec<_>>()
+    };
+    let mut unclear = of_class(Class::Chooses);
+    if unclear.is_empty() && (&own.role, &own.profile) != (&all.role, &all.profile) {
+        // Another of the programs in `[compat]` would decide.
+        unclear = ambiguous.iter().map(|pair| pair.name.clone()).collect();
+    }
+    let mut policies = of_class(Class::SessionPolicy);
+    let own_policies = usize::from(own.inputs.policy.is_some()) + usize::from(!own.inputs.policy_arns.is_empty());
+    if policies.len() + own_policies < 2 {
+        policies.clear();
+    }
+    let off = |on: Option<bool>| on.filter(|on| !on);
+    let duration = match (own.inputs.duration, all.inputs.duration) {
+        (Some(own), Some(all)) => Some(own.min(all)),
+        (own, all) => own.or(all),
+    };
+    ContainerSpec {
+        http_endpoint: own.http_endpoint.or(off(all.http_endpoint)),
+        http_tokens: own
+            .http_tokens
+            .or(all.http_tokens.filter(|it| *it == HttpTokens::Required)),
+        instance_metadata_tags: own.instance_metadata_tags.or(off(all.instance_metadata_tags)),
+        ipv6: own.ipv6.or(off(all.ipv6)),
+        hop_limit: own
+            .hop_limit
+            .or(all.hop_limit.filter(|limit| *limit < settings.hop_limit)),
+        duration_only_restricts: own.inputs.duration.is_none() && duration.is_some(),
+        inputs: Inputs {
+            duration,
+            policy: own.inputs.policy.or(all.inputs.policy),
+            policy_arns: match own.inputs.policy_arns.is_empty() {
+                true => all.inputs.policy_arns,
+                false => own.inputs.policy_arns,
+            },
+            ..own.inputs
+        },
+        unclear,
+        unclear_place: of_class(Class::Place),
+        joined_policies: policies,
+        ambiguous_metadata: all
+            .metadata
+            .into_keys()
+            .filter(|path| !own.metadata.contains_key(path))
+            .collect(),
+        ..own
+    }
+}
+
+/// Events of which only the action is known.
+fn events_without_time(spec: &ContainerSpec, times: &BTreeSet<Kind>, settings: &Settings) -> Vec<LabelError> {
+    let without = spec.event_actions.keys().filter(|kind| !times.contains(kind));
+    let error = |kind: &Kind| {
+        let name = match kind {
+            Kind::SpotInterruption => "spot.action",
+            kind => kind.name(),
+        };
+        LabelError::Contradiction {
+            label: format!("{}.{name}", settings.label_prefix),
+            what: "says what happens; expected a label that says when, too".to_owned(),
+        }
+    };
+    without.map(error).collect()
+}
+
+/// Reads labels and variables, wherever they come from.
+fn parse(labels: &Labels, variables: Option<&Labels>, settings: &Settings) -> (ContainerSpec, Vec<LabelError>) {
     let mut spec = ContainerSpec::default();
     let mut errors = Vec::new();
     let prefix = format!("{}.", settings.label_prefix);
     for (label, value) in labels {
-        let Some(name) = label.strip_prefix(&prefix) else {
+        let Some(name) = label_name(label, settings) else {
             continue;
         };
         spec.labelled = true;
+        if !label.starts_with(&prefix) {
+            if settings.unknown_labels_are_errors {
+                errors.push(LabelError::Unknown {
+                    label: label.clone(),
+                    nearest: Nearest(Some(format!("{prefix}{name}"))),
+                });
+            }
+            continue;
+        }
         if settings.compat.imds_server && name.starts_with(compat::IMDS_SERVER) {
             continue;
         }
@@ -475,26 +703,15 @@ pub fn read(
             None => {}
         }
     }
-    compat::read(labels, environment, settings, &mut spec, &mut errors);
+    compat::read(labels, variables, settings, &mut spec, &mut errors);
     if let Some((label, what)) = spec.inputs.contradiction() {
         errors.push(LabelError::Contradiction {
             label: format!("{prefix}{label}"),
             what,
         });
     }
-    for kind in spec.event_actions.keys().filter(|kind| !spec.events.contains_key(kind)) {
-        errors.push(LabelError::Contradiction {
-            label: format!(
-                "{prefix}{}",
-                if *kind == Kind::SpotInterruption {
-                    "spot.action"
-                } else {
-                    kind.name()
-                }
-            ),
-            what: "says what happens; expected a label that says when, too".to_owned(),
-        });
-    }
+    let times = spec.events.keys().copied().collect();
+    errors.extend(events_without_time(&spec, &times, settings));
     let as_it_is = spec.profile.is_some() && spec.role.is_none();
     if let Some(label) = spec.inputs.of_a_role_only().filter(|_| as_it_is) {
         errors.push(LabelError::Contradiction {
@@ -536,11 +753,11 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn read(labels: &Labels, settings: &Settings) -> (ContainerSpec, Vec<LabelError>) {
-        super::read(labels, Some(&Environment::default()), settings)
+    fn read(labels: &Pairs, settings: &Settings) -> (ContainerSpec, Vec<LabelError>) {
+        super::read(labels, Some(&Pairs::default()), settings)
     }
 
-    fn labels(pairs: &[(&str, &str)]) -> Labels {
+    fn labels(pairs: &[(&str, &str)]) -> Pairs {
         pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
     }
 

@@ -6,8 +6,10 @@
 pub mod compat;
 pub mod compose;
 pub mod docker;
+pub mod images;
 pub mod index;
 pub mod labels;
+pub mod pairs;
 pub mod slots;
 pub mod watcher;
 
@@ -22,7 +24,9 @@ use std::time::SystemTime;
 
 use arc_swap::ArcSwap;
 use litemap::LiteMap;
+use serde::{Deserialize, Serialize};
 
+use self::pairs::{Origin, Pairs};
 use self::slots::ConnectionSlots;
 use crate::instance::Instance;
 
@@ -96,20 +100,20 @@ impl NetworkMode {
     }
 }
 
-/// What the engine says of a container before and besides its running: who wrote it is whoever started it, except for
-/// what came with the image.
+/// The engine's description of a container, apart from its runs. All of it was set when the container was created, except for
+/// ambiguous labels and variables.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Definition {
     /// Its id.
     pub id: ContainerId,
     /// Its name, without the leading slash.
     pub name: String,
-    /// Its labels that are **not** the image's: absent from, or different in, the image's configuration.
-    pub labels: Labels,
-    /// Labels with our prefix that were left out because they are the image's.
-    pub image_labels: Vec<String>,
-    /// Its environment, as far as it is not the image's; `None`: not known yet.
-    pub environment: Option<Environment>,
+    /// Its labels.
+    pub labels: Pairs,
+    /// Its variables; `None`: not known yet.
+    pub environment: Option<Pairs>,
+    /// Whether the image's labels and variables are known: without them, every pair is ambiguous.
+    pub image_is_known: bool,
     /// The image as the engine names it.
     pub image: String,
     /// The image's id (`sha256:…`).
@@ -120,9 +124,10 @@ pub struct Definition {
     pub hostname: String,
 }
 
-/// Variables that whoever started a container gave it. Applications keep secrets there: `Debug` shows names only.
-#[derive(Clone, PartialEq, Eq, Default)]
-pub struct Environment(BTreeMap<String, String>);
+/// Variables of a container or an image. Applications keep secrets there: `Debug` shows names only.
+#[derive(Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Environment(pub BTreeMap<String, String>);
 
 impl Environment {
     /// Reads `NAME=value` lines, as the engine has them.
@@ -132,12 +137,6 @@ impl Environment {
             Some((name.to_owned(), value.to_owned()))
         });
         Self(pairs.collect())
-    }
-
-    /// Without what an image brings: what is absent from it, or different in it.
-    pub fn without(&self, image: &Self) -> Self {
-        let own = self.0.iter().filter(|(name, value)| image.0.get(*name) != Some(value));
-        Self(own.map(|(name, value)| (name.clone(), value.clone())).collect())
     }
 
     /// One variable.
@@ -153,19 +152,19 @@ impl fmt::Debug for Environment {
 }
 
 impl Definition {
-    /// The compose project that the container belongs to (label of compose; written by whoever started the container).
-    pub fn project(&self) -> Option<&str> {
-        self.labels.get("com.docker.compose.project").map(String::as_str)
+    /// The compose project that the container belongs to, by compose's label.
+    pub fn project(&self) -> Option<(&str, Origin)> {
+        self.labels.get(compose::PROJECT)
     }
 
     /// Which of a compose service's containers it is, from 1.
     pub fn replica(&self) -> Option<u32> {
-        self.labels.get("com.docker.compose.container-number")?.parse().ok()
+        self.labels.get_own(compose::CONTAINER_NUMBER)?.parse().ok()
     }
 
-    /// The compose service that the container belongs to.
-    pub fn service(&self) -> Option<&str> {
-        self.labels.get("com.docker.compose.service").map(String::as_str)
+    /// The compose service that the container belongs to, by compose's label.
+    pub fn service(&self) -> Option<(&str, Origin)> {
+        self.labels.get(compose::SERVICE)
     }
 }
 

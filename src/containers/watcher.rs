@@ -19,10 +19,12 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
+use super::images::{Image, ImageStore, Images};
 use super::index::{EngineState, Index, Miss};
+use super::pairs::Pairs;
 use super::{
     Attachments, CgroupId, ContainerId, Definition, Endpoint, Environment, LastRequest, Life, NetworkId, NetworkMode,
-    Record, Witness,
+    Record, Witness, compose,
 };
 use crate::clock::Clock;
 use crate::credentials::Session;
@@ -94,43 +96,31 @@ pub struct Row {
     pub running: bool,
 }
 
-/// What an image brings to every container that is made of it.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Image {
-    /// Labels.
-    pub labels: BTreeMap<String, String>,
-    /// Variables.
-    pub environment: Environment,
-}
-
-/// Which of a container's variables are its own: not its image's (`None`: unreadable, so any of them may be).
-/// `image_counts`: the image's count, too.
-pub fn own_environment(all: &Environment, image: Option<&Image>, image_counts: bool) -> Environment {
-    match image {
-        _ if image_counts => all.clone(),
-        Some(image) => all.without(&image.environment),
-        None => Environment::default(),
+/// Which of a container's variables are its own (`image`: `None` if it cannot be read). `image_counts`: all of them are.
+pub fn split_environment(all: &Environment, image: Option<&Image>, image_counts: bool) -> Pairs {
+    match image_counts {
+        true => all.0.clone().into_iter().collect(),
+        false => Pairs::split(&all.0, image.map(|image| &image.environment.0)),
     }
 }
 
 impl Row {
-    /// The definition that follows from a row and what its image brings (`None`: unreadable, so any label may be the
-    /// image's). `image_counts`: that counts, too. `prefix`: ours, with the dot.
-    pub fn define(self, image: Option<&Image>, image_counts: bool, prefix: &str) -> Definition {
-        let (labels, brought) = match image {
-            _ if image_counts => (self.labels, BTreeMap::new()),
-            Some(image) => self
-                .labels
-                .into_iter()
-                .partition(|(key, value)| image.labels.get(key) != Some(value)),
-            None => (BTreeMap::new(), self.labels),
+    /// The definition of the container (`image`: `None` if it cannot be read). `image_counts`: its labels count like those of the
+    /// container.
+    pub fn define(self, image: Option<&Image>, image_counts: bool) -> Definition {
+        let labels = match image_counts {
+            true => self.labels.into_iter().collect(),
+            false => {
+                let mut labels = Pairs::split(&self.labels, image.map(|image| &image.labels));
+                compose::own_labels(&mut labels);
+                labels
+            }
         };
-        let labels = labels.into_iter().collect();
         Definition {
             name: self.name,
             labels,
             environment: None,
-            image_labels: brought.into_keys().filter(|key| key.starts_with(prefix)).collect(),
+            image_is_known: image_counts || image.is_some(),
             image: self.image,
             image_id: self.image_id,
             network_mode: self.network_mode,
@@ -212,10 +202,8 @@ pub trait Instances: Send + Sync + 'static {
     fn hold(&self, session: &Arc<Session>) -> Box<dyn Hold>;
     /// Whether the service is to listen inside the containers' own network namespaces.
     fn attaches(&self) -> bool;
-    /// Whether what an image brought counts, too.
+    /// Whether labels and variables of images count like those of containers.
     fn image_labels_count(&self) -> bool;
-    /// What our labels start with, with the dot.
-    fn label_prefix(&self) -> String;
 }
 
 /// A wish for credentials to be kept.
@@ -267,7 +255,6 @@ enum Found {
 }
 
 type Answer = (Subject, Result<Found, EngineError>);
-type Images = Arc<dashmap::DashMap<String, Arc<Image>>>;
 
 /// What the writer knows of a container.
 struct Known {
@@ -357,6 +344,8 @@ pub struct Watcher {
     known: HashMap<ContainerId, Box<Known>>,
     networks: HashMap<NetworkId, KnownNetwork>,
     images: Images,
+    /// The engine has listed its containers at least once.
+    is_listed: bool,
 
     /// In flight; `true`: overtaken by an event, to be made again.
     flights: HashMap<Subject, bool>,
@@ -376,8 +365,8 @@ pub struct Watcher {
     births: FuturesUnordered<BoxFuture<'static, (ContainerId, Result<Birth, String>)>>,
     ends: FuturesUnordered<BoxFuture<'static, (ContainerId, CgroupId)>>,
     attachings: FuturesUnordered<BoxFuture<'static, Attached>>,
-    /// Detaching what turned out not to be a container of the engine.
-    detachings: FuturesUnordered<BoxFuture<'static, ()>>,
+    /// Links that are being removed, and images that are being stored.
+    background: FuturesUnordered<BoxFuture<'static, ()>>,
     /// When an attempt to attach or to detach that failed is made again.
     attach_retries: HashMap<ContainerId, Instant>,
     waiters: Vec<Waiter>,
@@ -398,6 +387,8 @@ pub struct Ports {
     pub kernel: Arc<dyn Kernel>,
     /// What is made of a container.
     pub instances: Arc<dyn Instances>,
+    /// Where the images of containers are stored.
+    pub images: Arc<dyn ImageStore>,
     /// Wakes when settings or surroundings have changed.
     pub changed: watch::Receiver<u64>,
 }
@@ -415,7 +406,8 @@ impl Watcher {
             misses,
             known: HashMap::new(),
             networks: HashMap::new(),
-            images: Images::default(),
+            images: Images::new(ports.images),
+            is_listed: false,
             flights: HashMap::new(),
             queue: VecDeque::new(),
             inspects: VecDeque::new(),
@@ -430,7 +422,7 @@ impl Watcher {
             births: FuturesUnordered::new(),
             ends: FuturesUnordered::new(),
             attachings: FuturesUnordered::new(),
-            detachings: FuturesUnordered::new(),
+            background: FuturesUnordered::new(),
             attach_retries: HashMap::new(),
             waiters: Vec::new(),
             ids: HashMap::new(),
@@ -485,7 +477,7 @@ impl Watcher {
                 Some((id, birth)) = self.births.next(), if !self.births.is_empty() => self.born(id, birth),
                 Some((id, cgroup)) = self.ends.next(), if !self.ends.is_empty() => self.ended(&id, cgroup),
                 Some(attached) = self.attachings.next(), if !self.attachings.is_empty() => self.attached(attached),
-                Some(()) = self.detachings.next(), if !self.detachings.is_empty() => {}
+                Some(()) = self.background.next(), if !self.background.is_empty() => {}
                 Some(miss) = self.misses.recv() => self.missed(miss, connected),
                 Ok(()) = self.changed.changed() => {
                     let all: Vec<_> = self.known.keys().cloned().collect();
@@ -582,7 +574,10 @@ impl Watcher {
                     known.run = None;
                 }
             }
-            Event::Removed(id) => self.forget(&id),
+            Event::Removed(id) => {
+                self.forget(&id);
+                self.keep_images();
+            }
             Event::Connected(network, container) => {
                 self.touch(Subject::Network(network));
                 if let Some(id) = container {
@@ -630,14 +625,14 @@ impl Watcher {
     }
 
     fn look_up(&self, subject: Subject) -> BoxFuture<'static, Answer> {
-        let (engine, images) = (self.engine.clone(), self.images.clone());
+        let (engine, image) = (self.engine.clone(), self.images.read(self.engine.clone()));
         let all = self.instances.image_labels_count();
         async move {
             let found = match &subject {
                 Subject::Rows => {
                     async {
                         let rows = futures_util::stream::iter(engine.containers().await?);
-                        let read = rows.map(|row| with_image(&engine, &images, all, row)).buffered(FLIGHTS);
+                        let read = rows.map(|row| with_image(&image, all, row)).buffered(FLIGHTS);
                         Ok(Found::Rows(read.try_collect().await?))
                     }
                     .await
@@ -645,7 +640,7 @@ impl Watcher {
                 Subject::Networks => engine.networks().await.map(Found::Networks),
                 Subject::Container(id) => match engine.container(id).await {
                     Ok(Some(row)) => {
-                        let read = with_image(&engine, &images, all, row).await;
+                        let read = with_image(&image, all, row).await;
                         read.map(|read| Found::Container(Some(Box::new(read))))
                     }
                     Ok(None) => Ok(Found::Container(None)),
@@ -716,6 +711,8 @@ impl Watcher {
                 let gone: Vec<_> = self.known.keys().filter(|id| !ids.contains(*id)).cloned().collect();
                 gone.iter().for_each(|id| self.forget(id));
                 rows.into_iter().for_each(|read| self.define(read));
+                self.is_listed = true;
+                self.keep_images();
             }
             (Subject::Networks, Found::Networks(networks)) => {
                 let gone: Vec<_> = self
@@ -732,8 +729,14 @@ impl Watcher {
                     self.touch(Subject::Network(id));
                 }
             }
-            (Subject::Container(_), Found::Container(Some(read))) => self.define(*read),
-            (Subject::Container(id), Found::Container(None)) => self.forget(id),
+            (Subject::Container(_), Found::Container(Some(read))) => {
+                self.define(*read);
+                self.keep_images();
+            }
+            (Subject::Container(id), Found::Container(None)) => {
+                self.forget(id);
+                self.keep_images();
+            }
             (Subject::Inspect(id), Found::Inspect(Some(inspection))) => {
                 if let Some(known) = self.known.get_mut(id) {
                     known.run = inspection.run;
@@ -754,11 +757,7 @@ impl Watcher {
 
     fn define(&mut self, (row, image): ReadRow) {
         let (id, running) = (row.id.clone(), row.running);
-        let definition = row.define(
-            image.as_deref(),
-            self.instances.image_labels_count(),
-            &self.instances.label_prefix(),
-        );
+        let definition = row.define(image.as_deref(), self.instances.image_labels_count());
         if !running {
             self.kernel.engine_says_ended(&id);
         }
@@ -776,6 +775,21 @@ impl Watcher {
         }
         if running && unborn && !self.awaited.contains_key(&id) {
             self.expect(id);
+        }
+    }
+
+    /// Stores the images of the containers that exist, and forgets all others.
+    fn keep_images(&mut self) {
+        // Before the engine has listed its containers, an image without a container may be one of a container not known yet.
+        if !self.is_listed {
+            return;
+        }
+        let in_use = self.known.values().filter_map(|known| {
+            let definition = known.definition.as_ref()?;
+            Some((definition.image_id.clone(), known.image.clone()?))
+        });
+        if let Some(storing) = self.images.keep(in_use.collect()) {
+            self.background.push(storing);
         }
     }
 
@@ -851,7 +865,7 @@ impl Watcher {
             // It is not a container of this engine.
             self.index.set_undefined(birth.witness.namespace(), false);
             let witness = birth.witness.clone();
-            self.detachings.push(blocking(move || drop(witness.detach())));
+            self.background.push(blocking(move || drop(witness.detach())));
         }
         if let Some(known) = known {
             debug!(container = %id, name = known.definition.as_ref().map(|it| &it.name), "forgotten");
@@ -1067,7 +1081,7 @@ impl Watcher {
         };
         let environment = known.environment.as_ref();
         let all_count = self.instances.image_labels_count();
-        let environment = environment.map(|all| own_environment(all, known.image.as_deref(), all_count));
+        let environment = environment.map(|all| split_environment(all, known.image.as_deref(), all_count));
         let hostname = known.hostname.as_ref().unwrap_or(&definition.hostname);
         if (hostname, &environment) != (&definition.hostname, &definition.environment) {
             let hostname = hostname.clone();
@@ -1231,27 +1245,19 @@ async fn next_of(stream: &mut Option<BoxStream<'static, ContainerId>>) -> Option
 }
 
 async fn with_image(
-    engine: &Arc<dyn ContainerEngine>,
-    images: &Images,
+    read: &impl Fn(String) -> BoxFuture<'static, Result<Option<Arc<Image>>, EngineError>>,
     all_count: bool,
     row: Row,
 ) -> Result<ReadRow, EngineError> {
-    if all_count {
-        return Ok((row, None));
+    match all_count {
+        true => Ok((row, None)),
+        false => read(row.image_id.clone()).await.map(|image| (row, image)),
     }
-    if let Some(image) = images.get(&row.image_id) {
-        return Ok((row, Some(image.clone())));
-    }
-    let image = engine.image(&row.image_id).await?.map(Arc::new);
-    if let Some(image) = &image {
-        images.insert(row.image_id.clone(), image.clone());
-    }
-    Ok((row, image))
 }
 
 /// Does what may block on a thread that may. One that panicked or was cancelled never comes back: the runtime is going down
 /// then.
-fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> BoxFuture<'static, T> {
+pub(super) fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> BoxFuture<'static, T> {
     let done = tokio::task::spawn_blocking(work);
     async move {
         match done.await {

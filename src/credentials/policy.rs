@@ -23,8 +23,6 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 
-use litemap::LiteMap;
-
 use super::inputs::Inputs;
 use super::{RoleArn, Secret};
 
@@ -125,7 +123,7 @@ pub struct Rule {
     pub session_policy_arns: BTreeSet<String>,
     /// The ceiling: an inline session policy.
     pub session_policy: Option<String>,
-    /// The ceiling: the longest session.
+    /// The longest session. Without it, labels can make sessions shorter, not longer.
     pub max_duration: Option<Duration>,
 }
 
@@ -135,7 +133,16 @@ impl fmt::Display for Rule {
     }
 }
 
-/// The container that asks, as far as rules look at it. Nothing that came with an image is in it.
+/// A label of a container.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Attribute<'a> {
+    /// Its value.
+    pub value: &'a str,
+    /// Whether it was set when the container was created. Otherwise it may come from the image.
+    pub is_own: bool,
+}
+
+/// The container that asks, as far as rules look at it.
 #[derive(Clone, Debug)]
 pub struct Applicant<'a> {
     /// Name.
@@ -145,13 +152,13 @@ pub struct Applicant<'a> {
     /// Image id.
     pub image_id: &'a str,
     /// Compose project.
-    pub project: Option<&'a str>,
+    pub project: Option<Attribute<'a>>,
     /// Compose service.
-    pub service: Option<&'a str>,
+    pub service: Option<Attribute<'a>>,
     /// Names of its networks; `None`: not known yet.
     pub networks: Option<Vec<&'a str>>,
-    /// Its own labels.
-    pub labels: &'a LiteMap<String, String>,
+    /// Its labels, by name.
+    pub labels: Vec<(&'a str, Attribute<'a>)>,
 }
 
 /// What it asks for.
@@ -165,6 +172,8 @@ pub struct Wish<'a> {
     pub chain: &'a [RoleArn],
     /// What labels set, the session name filled in.
     pub inputs: &'a Inputs,
+    /// How long sessions are without a label.
+    pub default_duration: Duration,
 }
 
 /// Why it does not get it.
@@ -183,6 +192,8 @@ enum Covers {
     Yes,
     /// What of it does not fit.
     No(String),
+    /// It matches by a label that may come from the image, so that it is unknown whether the rule decides.
+    Ambiguous(String),
     /// What has to be known first.
     Unknown(&'static str),
 }
@@ -241,6 +252,12 @@ fn search<'r>(rules: &'r [Rule], what: &str, covers: impl Fn(&Rule) -> Covers) -
         match covers(rule) {
             Covers::Yes => return Ok(rule),
             Covers::No(reason) => why.push(format!("{rule}: {reason}")),
+            Covers::Ambiguous(label) => {
+                return Err(NotAllowed::Refused(format!(
+                    "{what}: {rule} looks at label {label}, and the image has the same value, so it is unknown who set it; remove the \
+                     label from the image, or set [docker] image_labels = true"
+                )));
+            }
             Covers::Unknown(what) => return Err(NotAllowed::Pending(format!("{rule} looks at {what}, not known yet"))),
         }
     }
@@ -264,36 +281,59 @@ fn list<T: fmt::Display>(items: &[T]) -> String {
 
 impl Rule {
     fn covers(&self, who: &Applicant<'_>, what: impl Fn(&Self) -> Result<(), String>) -> Covers {
+        let own = |value| Some(Attribute { value, is_own: true });
         let texts = [
-            ("container", &self.container, Some(who.container), false),
-            ("image", &self.image, Some(who.image), true),
-            ("image_id", &self.image_id, Some(who.image_id), false),
+            ("container", &self.container, own(who.container), false),
+            ("image", &self.image, own(who.image), true),
+            ("image_id", &self.image_id, own(who.image_id), false),
             ("project", &self.project, who.project, false),
             ("service", &self.service, who.service, false),
         ];
-        for (key, globs, value, paths) in texts {
-            let matches = |globs: &[Glob]| value.is_some_and(|value| globs.iter().any(|it| it.matches(value, paths)));
-            if !globs.is_empty() && !matches(globs) {
-                return Covers::No(format!("the container's {key} is {}", value.unwrap_or("none")));
+        let mut ambiguous = None;
+        for (key, globs, attribute, paths) in texts {
+            if globs.is_empty() {
+                continue;
+            }
+            let matches = |it: &Attribute<'_>| globs.iter().any(|glob| glob.matches(it.value, paths));
+            match attribute.filter(matches) {
+                Some(attribute) if attribute.is_own => {}
+                Some(_) => ambiguous = Some(format!("com.docker.compose.{key}")),
+                None => {
+                    let value = attribute.map_or("none", |it| it.value);
+                    return Covers::No(format!("the container's {key} is {value}"));
+                }
             }
         }
-        let has = |pair: &Pair| who.labels.iter().any(|(key, value)| pair.matches(key, value));
-        if let Some(pair) = self.label.iter().find(|pair| !has(pair)) {
-            return Covers::No(format!("there is no label {pair}"));
+        for pair in &self.label {
+            let mut matching = who
+                .labels
+                .iter()
+                .filter(|(key, it)| pair.matches(key, it.value))
+                .peekable();
+            match matching.peek() {
+                None => return Covers::No(format!("there is no label {pair}")),
+                Some((key, _)) => {
+                    let key = (*key).to_owned();
+                    if !matching.any(|(_, it)| it.is_own) {
+                        ambiguous = Some(key);
+                    }
+                }
+            }
         }
         if let Err(why) = what(self) {
             return Covers::No(why);
         }
+        let fits = ambiguous.map_or(Covers::Yes, Covers::Ambiguous);
         // Last, since it may not be known yet: a rule that does not fit anyhow must not make it wait.
         match &who.networks {
-            _ if self.network.is_empty() => Covers::Yes,
+            _ if self.network.is_empty() => fits,
             None => Covers::Unknown("the container's networks"),
             Some(names)
                 if names
                     .iter()
                     .any(|name| self.network.iter().any(|it| it.matches(name, false))) =>
             {
-                Covers::Yes
+                fits
             }
             Some(names) => Covers::No(format!(
                 "the container is on network {}",
@@ -377,11 +417,18 @@ impl Rule {
                 ));
             }
         }
+        let minutes = |duration: Duration| duration.as_secs() / 60;
         match (inputs.duration, self.max_duration) {
             (Some(asked), Some(most)) if asked > most => Err(format!(
                 "{self} has max_duration = {}m, and the label asks for {}m",
-                most.as_secs() / 60,
-                asked.as_secs() / 60
+                minutes(most),
+                minutes(asked)
+            )),
+            (Some(asked), None) if asked > wish.default_duration => Err(format!(
+                "{self} does not let labels set sessions longer than {}m (credentials.duration), and the label asks for {asked}m; \
+                 max_duration = \"{asked}m\" in it would",
+                minutes(wish.default_duration),
+                asked = minutes(asked)
             )),
             _ => Ok(()),
         }

@@ -3,6 +3,7 @@
 //! [`resolve`] is pure: the same container and the same settings give the same instance. It is called on any change;
 //! server, status and check read its result and decide nothing themselves.
 
+mod image_labels;
 mod session;
 
 use std::collections::BTreeMap;
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use self::session::{Case, Verdict};
 use crate::config::{HttpEndpoint, HttpTokens, Settings};
+use crate::containers::compose;
 use crate::containers::labels::{self, ContainerSpec};
 use crate::containers::{Attachments, Definition};
 use crate::credentials::{RoleArn, Session, offline, partition_of, region_in};
@@ -27,11 +29,7 @@ const ZONE_LETTER: char = 'a';
 /// Where the instance id stands.
 const INSTANCE_ID: &str = "meta-data/instance-id";
 /// What compose writes on its containers that is true of them.
-const COMPOSE_TAGS: [&str; 3] = [
-    "com.docker.compose.project",
-    "com.docker.compose.service",
-    "com.docker.compose.container-number",
-];
+const COMPOSE_TAGS: [&str; 3] = [compose::PROJECT, compose::SERVICE, compose::CONTAINER_NUMBER];
 
 /// The instance that a container sees.
 #[derive(Clone, PartialEq, Debug)]
@@ -65,6 +63,8 @@ pub struct Instance {
     pub rule: Option<String>,
     /// What is wrong with its labels, for `status`.
     pub problems: Vec<String>,
+    /// Labels of which only the restrictions count, for `status`.
+    pub notes: Vec<String>,
     /// `Last-Modified` of its values: when it started.
     pub last_modified: HeaderValue,
 }
@@ -272,7 +272,11 @@ pub fn resolve(
     let At { started, now, ordered } = at.into();
     let options = &ordered.options;
     let (spec, errors) = labels::read(&container.labels, container.environment.as_ref(), settings);
-    let mut problems: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    let unclear = image_labels::problem(container, &spec, settings);
+    let mut problems: Vec<String> = unclear
+        .into_iter()
+        .chain(errors.iter().map(ToString::to_string))
+        .collect();
     let overrides = overrides(&spec, settings, around);
     let given = |path: &str| overrides.get(path).cloned();
     let region = given(catalogue::REGION)
@@ -293,33 +297,31 @@ pub fn resolve(
     }
     let links = links(attachments, &given);
     // Those of the configuration are for every container, whichever links it has.
-    let strange = spec.metadata.keys().filter(|path| catalogue::of_no_link(path, &links));
+    let paths = spec.metadata.keys().chain(&spec.ambiguous_metadata);
+    let strange = paths.filter(|path| catalogue::of_no_link(path, &links));
     problems.extend(strange.map(|path| format!("{path}: no link of the container has this MAC address")));
+    let case = Case {
+        container,
+        attachments,
+        spec: &spec,
+        settings,
+        around,
+        region: &region,
+        partition,
+    };
     let Verdict {
         role,
         listed,
         profile,
         rule,
         open,
+        note,
     } = match problems.first() {
         // A label that was not understood may have been a restriction.
-        Some(problem) => Verdict {
-            role: Role::Refused(problem.clone()),
-            listed: None,
-            profile: None,
-            rule: None,
-            open: false,
-        },
-        None => session::decide(&Case {
-            container,
-            attachments,
-            spec: &spec,
-            settings,
-            around,
-            region: &region,
-            partition,
-        }),
+        Some(problem) => session::refuse(&case, problem),
+        None => session::decide(&case),
     };
+    problems.extend(note);
     if let (Role::Refused(why), true) = (&role, problems.is_empty()) {
         problems.push(why.clone());
     }
@@ -342,7 +344,7 @@ pub fn resolve(
         region,
         zone,
         started,
-        project: container.project().map(str::to_owned),
+        project: container.labels.get_own(compose::PROJECT).map(str::to_owned),
         launch_index: container.replica().map_or(0, |number| number.saturating_sub(1)),
         tags: tags(container, &spec, settings, options),
         public_keys: settings.public_keys.clone().into_iter().collect(),
@@ -369,6 +371,10 @@ pub fn resolve(
         role,
         profile,
         rule,
+        notes: image_labels::note(container, settings)
+            .filter(|_| problems.is_empty())
+            .into_iter()
+            .collect(),
         problems,
         last_modified: HeaderValue::from_str(&httpdate::fmt_http_date(started))
             .expect("a date has letters, digits, blanks, commas and colons only"),
@@ -449,7 +455,7 @@ fn tags(
     }
     let mut tags = BTreeMap::new();
     if settings.compose_tags {
-        let labels = container.labels.iter();
+        let labels = container.labels.own().iter();
         let known =
             labels.filter(|(label, value)| COMPOSE_TAGS.contains(&label.as_str()) && labels::is_tag_value(value));
         tags.extend(known.map(|(label, value)| (label.clone(), value.clone())));
@@ -474,8 +480,9 @@ fn tokens_required(spec: &ContainerSpec, settings: &Settings, problems: &[String
         Some(label) => label.max(settings.http_tokens),
         None => settings.http_tokens,
     };
-    // A label that was not understood may have been this one.
-    asked == HttpTokens::Required || !problems.is_empty()
+    // A label that was not understood may have been this one; and a container that an image may have left without a role is no
+    // freer than one whose labels are wrong.
+    asked == HttpTokens::Required || !problems.is_empty() || spec.is_unclear()
 }
 
 fn account(role: Option<&RoleArn>, settings: &Settings, around: &Surroundings) -> String {

@@ -1,14 +1,16 @@
 //! The session that a container gets, or why it gets none.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
-use super::{Base, Role, Surroundings};
+use super::{Base, Role, Surroundings, image_labels};
 use crate::config::{CredentialSource, Settings, fill};
 use crate::containers::labels::ContainerSpec;
-use crate::containers::{Attachments, Definition, NetworkMode};
+use crate::containers::pairs::Origin;
+use crate::containers::{Attachments, Definition, NetworkMode, compose};
 use crate::credentials::inputs::{CHAINED, Inputs};
 use crate::credentials::naming::{NamedRole, read_role};
-use crate::credentials::policy::{self, Applicant, NotAllowed, Wish};
+use crate::credentials::policy::{self, Applicant, Attribute, NotAllowed, Wish};
 use crate::credentials::{ProfileSession, RoleArn, RoleSession, Session, clean_session_name, offline};
 
 /// What decides.
@@ -33,17 +35,41 @@ pub(super) struct Verdict {
     pub rule: Option<String>,
     /// It may turn out that it asks for none.
     pub open: bool,
+    /// Why it is treated as if it asked for none.
+    pub note: Option<String>,
+}
+
+impl Verdict {
+    fn of(role: Role) -> Self {
+        Self {
+            role,
+            listed: None,
+            profile: None,
+            rule: None,
+            open: false,
+            note: None,
+        }
+    }
+}
+
+/// Refuses credentials to a container because of `problem`.
+///
+/// A container that neither has a label of its own nor gets the default role asked for none, and finds no metadata service
+/// ([`crate::config::HttpEndpoint::Labelled`]): pairs of its image must not change that.
+pub(super) fn refuse(case: &Case<'_>, problem: &str) -> Verdict {
+    let refused = Verdict::of(Role::Refused(problem.to_owned()));
+    let default_role = case.settings.default_role.as_deref();
+    match default_role.map(|template| case.fill(template)) {
+        _ if case.spec.labelled => refused,
+        Some(Ok(Some(_))) => refused,
+        Some(Err(Role::Pending(_))) => Verdict { open: true, ..refused },
+        Some(Ok(None) | Err(_)) | None => Verdict::of(Role::None),
+    }
 }
 
 /// Decides on the role of a container whose labels are in order.
 pub(super) fn decide(case: &Case<'_>) -> Verdict {
-    let mut verdict = Verdict {
-        role: Role::None,
-        listed: None,
-        profile: None,
-        rule: None,
-        open: false,
-    };
+    let mut verdict = Verdict::of(Role::None);
     match case.grant(&mut verdict) {
         Ok((session, listed)) => {
             verdict.role = Role::Session(Arc::new(session));
@@ -74,7 +100,18 @@ impl Case<'_> {
         }
         let typed = match (&spec.role, &spec.profile, &self.settings.default_role) {
             (Some(typed), ..) => Some(typed.clone()),
-            (None, None, Some(template)) => self.fill(template).inspect_err(|_| verdict.open = true)?,
+            (None, None, Some(template)) => match self.fill(template) {
+                Ok(filled) => filled,
+                // It may have no role at all, so that it finds no metadata service either.
+                Err(Role::Refused(why)) => {
+                    verdict.note = Some(why);
+                    return Err(Role::None);
+                }
+                Err(pending) => {
+                    verdict.open = true;
+                    return Err(pending);
+                }
+            },
             _ => None,
         };
         let who = self.applicant();
@@ -87,7 +124,7 @@ impl Case<'_> {
         let Some(typed) = typed else {
             return match profile {
                 Some(profile) => self.profile_as_it_is(profile, base, verdict),
-                None if spec.inputs == Inputs::default() => Err(Role::None),
+                None if spec.inputs == Inputs::default() || !spec.labelled => Err(Role::None),
                 None => Err(Role::Refused(format!(
                     "labels {prefix}.role.… without {prefix}.role: there is no role that they are for",
                     prefix = self.settings.label_prefix
@@ -120,6 +157,7 @@ impl Case<'_> {
             profile,
             chain: &chain,
             inputs: &inputs,
+            default_duration: self.settings.duration,
         };
         let rule = policy::decide(rules, &who, &wish)?;
         verdict.rule = rule.map(ToString::to_string);
@@ -181,6 +219,7 @@ impl Case<'_> {
             profile: Some(profile),
             chain: &[],
             inputs: &self.spec.inputs,
+            default_duration: self.settings.duration,
         };
         let rule = policy::decide(&self.settings.allow, &self.applicant(), &wish)?;
         verdict.rule = rule.map(ToString::to_string);
@@ -202,7 +241,12 @@ impl Case<'_> {
 
     /// As long as the label or the configuration says, and never longer than the rule.
     fn duration(&self, rule: Option<&policy::Rule>) -> std::time::Duration {
-        let asked = self.spec.inputs.duration.unwrap_or(self.settings.duration);
+        let by_default = self.settings.duration;
+        let asked = match self.spec.inputs.duration {
+            Some(asked) if self.spec.duration_only_restricts => asked.min(by_default),
+            Some(asked) => asked,
+            None => by_default,
+        };
         rule.and_then(|rule| rule.max_duration)
             .map_or(asked, |most| asked.min(most))
     }
@@ -237,22 +281,39 @@ impl Case<'_> {
         })
     }
 
-    /// Fills a template; `None` when a part is not set for this container.
+    /// Fills a template; `None` when a part is not set for this container. A part that the image may have set is an error: with it
+    /// and without it, the result is another one.
     fn fill(&self, template: &str) -> Result<Option<String>, Role> {
         let container = self.container;
         if template.contains("{env:") && container.environment.is_none() {
             return Err(Role::Pending("its variables are not known yet".to_owned()));
         }
-        Ok(fill(template, |name| match (name, name.split_once(':')) {
+        let unclear = RefCell::new(Vec::new());
+        let own = |name: String, pair: Option<(&str, Origin)>| {
+            let (value, origin) = pair?;
+            if origin == Origin::Ambiguous {
+                unclear.borrow_mut().push(name);
+            }
+            Some(value.to_owned())
+        };
+        let filled = fill(template, |name| match (name, name.split_once(':')) {
             ("container", _) => Some(container.name.clone()),
-            ("project", _) => container.project().map(str::to_owned),
-            ("service", _) => container.service().map(str::to_owned),
+            ("project", _) => own(format!("label {}", compose::PROJECT), container.project()),
+            ("service", _) => own(format!("label {}", compose::SERVICE), container.service()),
             ("id", _) => Some(container.id.short().to_owned()),
             ("host", _) => Some(self.around.host.clone()),
-            (_, Some(("label", key))) => container.labels.get(key).cloned(),
-            (_, Some(("env", key))) => container.environment.as_ref()?.get(key).map(str::to_owned),
+            (_, Some(("label", key))) => own(format!("label {key}"), container.labels.get(key)),
+            (_, Some(("env", key))) => own(format!("variable {key}"), container.environment.as_ref()?.get(key)),
             _ => None,
-        }))
+        });
+        let unclear = unclear.into_inner();
+        match unclear.is_empty() {
+            true => Ok(filled),
+            false => Err(Role::Refused(image_labels::unknown_setter(
+                container,
+                &unclear.join(", "),
+            ))),
+        }
     }
 
     fn applicant(&self) -> Applicant<'_> {
@@ -261,8 +322,8 @@ impl Case<'_> {
             container: &container.name,
             image: &container.image,
             image_id: &container.image_id,
-            project: container.project(),
-            service: container.service(),
+            project: container.project().map(attribute),
+            service: container.service().map(attribute),
             networks: match container.network_mode {
                 NetworkMode::Host => Some(vec!["host"]),
                 // What its namespace is on is not its own.
@@ -270,7 +331,18 @@ impl Case<'_> {
                 NetworkMode::Own if self.attachments.0.is_empty() => None,
                 NetworkMode::Own => Some(self.attachments.0.values().map(|it| it.network.as_str()).collect()),
             },
-            labels: &container.labels,
+            labels: container
+                .labels
+                .iter()
+                .map(|(name, value, origin)| (name.as_str(), attribute((value, origin))))
+                .collect(),
         }
+    }
+}
+
+fn attribute((value, origin): (&str, Origin)) -> Attribute<'_> {
+    Attribute {
+        value,
+        is_own: origin == Origin::Own,
     }
 }

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::CredentialSource;
+use crate::containers::pairs::Pairs;
 use crate::containers::{ContainerId, Endpoint, Environment, NetworkId, NetworkMode};
 use crate::metadata::Node;
 use std::time::Duration;
@@ -15,13 +16,18 @@ fn container(labels: &[(&str, &str)]) -> Definition {
         id: ContainerId::parse(&"0123456789abcdef".repeat(4)).unwrap(),
         name: "web".into(),
         labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
-        image_labels: Vec::new(),
-        environment: Some(Environment::default()),
+        environment: Some(Pairs::default()),
+        image_is_known: true,
         image: "box".into(),
         image_id: format!("sha256:{}", "fedcba9876543210".repeat(4)),
         network_mode: NetworkMode::Own,
         hostname: "web-1".into(),
     }
+}
+
+/// Variables that whoever started the container set.
+fn variables(lines: impl IntoIterator<Item = impl AsRef<str>>) -> Pairs {
+    Environment::of(lines).0.into_iter().collect()
 }
 
 fn attachments() -> Attachments {
@@ -524,11 +530,11 @@ fn variables_fill_templates_once_they_are_known() {
         ))
     };
     assert_eq!(resolved(&container), "pending: its variables are not known yet");
-    container.environment = Some(Environment::of(["ROLE=app", "USER=me"]));
+    container.environment = Some(variables(["ROLE=app", "USER=me"]));
     assert_eq!(resolved(&container), format!("{ARN}/app as me-web"));
-    container.environment = Some(Environment::of(["ROLE=app"]));
+    container.environment = Some(variables(["ROLE=app"]));
     assert_eq!(resolved(&container), format!("{ARN}/app as web"));
-    container.environment = Some(Environment::of(["USER=me"]));
+    container.environment = Some(variables(["USER=me"]));
     assert_eq!(resolved(&container), "none");
 }
 
@@ -780,7 +786,7 @@ fn settings_of_other_programs() {
     let compat = |which: &str| format!("[accounts]\nprod = \"444455556666\"\n[compat]\n{which} = true\n");
     let resolved = |toml: &str, labels: &[(&str, &str)], environment: &[&str]| {
         let mut container = container(labels);
-        container.environment = Some(Environment::of(environment));
+        container.environment = Some(variables(environment));
         said(&resolve(
             &container,
             &attachments(),
@@ -1082,4 +1088,190 @@ proptest! {
         }
         prop_assert_eq!(&session.source_identity, &None);
     }
+}
+
+/// The outcome of `labels` on a container whose image has the labels `image`, or was removed.
+fn with_image(toml: &str, image: Option<&[(&str, &str)]>, labels: &[(&str, &str)]) -> (String, Instance) {
+    let map = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
+        let pairs = pairs.iter();
+        pairs
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect()
+    };
+    let image = image.map(map);
+    let mut all = image.clone().unwrap_or_default();
+    all.extend(map(labels));
+    let mut container = container(&[]);
+    container.labels = Pairs::split(&all, image.as_ref());
+    container.image_is_known = image.is_some();
+    let settings = configured(toml);
+    let instance = resolve(&container, &attachments(), SystemTime::UNIX_EPOCH, &settings, &around());
+    (said(&instance), instance)
+}
+
+const UNKNOWN_SETTER: &str = "the image has the same value, so it is unknown who set it; write the value in another form (the ARN of a role \
+    instead of its name), remove it from the image, or set [docker] image_labels = true";
+
+#[test]
+fn restrictions_of_labels_count_if_the_image_has_the_same() {
+    let policy = ("imds.role.policy", r#"{"Statement":[]}"#);
+    let arns = ("imds.role.policy-arns", "arn:aws:iam::aws:policy/ReadOnlyAccess");
+    let role = ("imds.role", "app");
+    let app = format!("{ARN}/app as web@h1");
+    for (label, expected) in [
+        (policy, format!("{app} policy={}", policy.1)),
+        (arns, format!("{app} arns={}", arns.1)),
+        (("imds.role.duration", "15m"), format!("{app} minutes=15")),
+        // It relaxes, and the image may have set it.
+        (("imds.role.duration", "2h"), app.clone()),
+    ] {
+        assert_eq!(with_image("", Some(&[label]), &[role, label]).0, expected, "{label:?}");
+    }
+    let options = |label| {
+        let instance = with_image("", Some(&[label]), &[role, label]).1;
+        let Instance {
+            endpoint,
+            tokens_required,
+            hop_limit,
+            ipv6,
+            ..
+        } = instance;
+        (endpoint, tokens_required, hop_limit, ipv6)
+    };
+    let usual = (true, false, 2, true);
+    for (label, expected) in [
+        (("imds.http-endpoint", "disabled"), (false, false, 2, true)),
+        (("imds.http-endpoint", "enabled"), usual),
+        (("imds.http-tokens", "required"), (true, true, 2, true)),
+        (("imds.http-tokens", "optional"), usual),
+        (("imds.http-put-response-hop-limit", "1"), (true, false, 1, true)),
+        (("imds.http-protocol-ipv6", "disabled"), (true, false, 2, false)),
+        (("imds.http-protocol-ipv6", "enabled"), usual),
+    ] {
+        assert_eq!(options(label), expected, "{label:?}");
+    }
+}
+
+#[test]
+fn a_label_that_chooses_costs_the_credentials_if_the_image_has_the_same() {
+    let role = ("imds.role", "app");
+    for label in [
+        ("imds.role.session-tag.team", "a"),
+        ("imds.role.session-name", "x"),
+        ("imds.role.external-id", "abc"),
+        ("imds.role.source-identity", "me"),
+        ("imds.role.chain", "hop"),
+        ("imds.profile", "dev"),
+        ("imds.region", "eu-west-1"),
+        ("imds.metadata.placement/region", "eu-west-1"),
+    ] {
+        let (said, instance) = with_image("", Some(&[label]), &[role, label]);
+        assert_eq!(said, format!("refused: label {}: {UNKNOWN_SETTER}", label.0));
+        assert_eq!(instance.problems, [format!("label {}: {UNKNOWN_SETTER}", label.0)]);
+        assert!(instance.tokens_required);
+    }
+    // Only the image may have set it: the container counts as not labeled.
+    let (said, instance) = with_image("", Some(&[role]), &[role]);
+    assert_eq!((said.as_str(), instance.endpoint), ("none", false));
+    assert!(instance.notes[0].starts_with("label imds.role: the image has the same value, so only restrictions count"));
+    // The default role is not the one that the label names.
+    let (said, _) = with_image("[credentials]\ndefault_role = \"other\"", Some(&[role]), &[]);
+    assert_eq!(said, format!("refused: label imds.role: {UNKNOWN_SETTER}"));
+}
+
+#[test]
+fn two_session_policies_cost_the_credentials_if_the_image_has_one_of_them() {
+    let role = ("imds.role", "app");
+    let policy = ("imds.role.policy", r#"{"Statement":[]}"#);
+    let arns = ("imds.role.policy-arns", "arn:aws:iam::aws:policy/ReadOnlyAccess");
+    for image in [&[policy][..], &[arns], &[policy, arns]] {
+        let (said, _) = with_image("", Some(image), &[role, policy, arns]);
+        assert!(said.contains("STS joins the session policies of one call"), "{said}");
+    }
+    assert!(!with_image("", Some(&[]), &[role, policy, arns]).0.contains("refused"));
+}
+
+#[test]
+fn a_removed_image_leaves_the_restrictions_and_takes_the_credentials() {
+    let labels = [
+        ("imds.role", "app"),
+        ("imds.http-tokens", "required"),
+        ("imds.http-endpoint", "disabled"),
+    ];
+    let (said, instance) = with_image("[credentials]\ndefault_role = \"other\"", None, &labels);
+    assert_eq!(
+        said,
+        "refused: label imds.role: the image was removed, so it is unknown who set it; create the container again from an image that \
+         exists, or set [docker] image_labels = true"
+    );
+    assert!(!instance.endpoint && instance.tokens_required);
+    // The default role does not depend on who set the options.
+    let (said, instance) = with_image("[credentials]\ndefault_role = \"other\"", None, &labels[1..]);
+    assert_eq!(said, format!("{ARN}/other as web@h1"));
+    assert!(!instance.endpoint && instance.tokens_required);
+}
+
+#[test]
+fn a_rule_that_looks_at_a_label_of_the_image_gives_nothing() {
+    let ceiling = "session_policy_arns = [\"arn:aws:iam::aws:policy/ReadOnlyAccess\"]";
+    let rules = format!("[[allow]]\nlabel = \"tier=free\"\nrole = \"**\"\n{ceiling}\n[[allow]]\nrole = \"**\"\n");
+    let (role, tier) = (("imds.role", "app"), ("tier", "free"));
+    let limited = format!("{ARN}/app as web@h1 arns=arn:aws:iam::aws:policy/ReadOnlyAccess by=allow rule 1 (line 1)");
+    assert_eq!(with_image(&rules, Some(&[]), &[role, tier]).0, limited);
+    let (said, _) = with_image(&rules, Some(&[tier]), &[role, tier]);
+    assert!(
+        said.contains(
+            "allow rule 1 (line 1) looks at label tier, and the image has the same value, so it is unknown who set it"
+        ),
+        "{said}"
+    );
+    // A rule that does not look at it decides as before, and so does one that another key keeps from matching.
+    assert_eq!(
+        with_image("[[allow]]\nrole = \"**\"", Some(&[tier]), &[role, tier]).0,
+        format!("{ARN}/app as web@h1 by=allow rule 1 (line 1)")
+    );
+    let other = rules.replace("label = \"tier=free\"", "label = \"tier=free\"\ncontainer = \"db\"");
+    assert_eq!(
+        with_image(&other, Some(&[tier]), &[role, tier]).0,
+        format!("{ARN}/app as web@h1 by=allow rule 2 (line 6)")
+    );
+}
+
+#[test]
+fn templates_do_not_take_values_of_the_image() {
+    let (role, team) = (("imds.role", "app"), ("team", "a"));
+    let named = "[credentials]\nsession_name = \"{label:team}\"";
+    let (said, _) = with_image(named, Some(&[team]), &[role, team]);
+    assert_eq!(said, format!("refused: label team: {UNKNOWN_SETTER}"));
+    let (said, instance) = with_image("[credentials]\ndefault_role = \"{label:team}\"", Some(&[team]), &[team]);
+    assert_eq!((said.as_str(), instance.endpoint), ("none", false));
+    assert_eq!(instance.problems, [format!("label team: {UNKNOWN_SETTER}")]);
+}
+
+#[test]
+fn a_rule_without_max_duration_lets_labels_make_sessions_shorter_only() {
+    let rule = "[[allow]]\nrole = \"**\"\n";
+    let with = |duration| outcome(rule, &[("imds.role", "app"), ("imds.role.duration", duration)]);
+    assert_eq!(
+        with("15m"),
+        format!("{ARN}/app as web@h1 minutes=15 by=allow rule 1 (line 1)")
+    );
+    assert_eq!(
+        with("12h"),
+        "refused: allow rule 1 (line 1) does not let labels set sessions longer than 60m (credentials.duration), and the label asks for \
+         720m; max_duration = \"720m\" in it would"
+    );
+    let named = format!("{rule}max_duration = \"12h\"\n");
+    assert_eq!(
+        outcome(&named, &[("imds.role", "app"), ("imds.role.duration", "12h")]),
+        format!("{ARN}/app as web@h1 minutes=720 by=allow rule 1 (line 1)")
+    );
+}
+
+#[test]
+fn a_prefix_in_other_letters_is_a_typo() {
+    assert_eq!(
+        outcome("", &[("IMDS.role", "app")]),
+        "refused: unknown label IMDS.role; did you mean imds.role?"
+    );
 }

@@ -17,10 +17,10 @@ use tokio::sync::{mpsc, watch};
 use imds_router::caller::{Connection, Via};
 use imds_router::clock::Clock;
 use imds_router::config::{CredentialSource, Settings};
+use imds_router::containers::images::{Image, ImageStore};
 use imds_router::containers::index::{EngineState, Index};
 use imds_router::containers::watcher::{
-    Birth, ContainerEngine, EngineError, Event, Hold, Image, Inspection, Instances, Kernel, Network, Ports, Row, Run,
-    Watcher,
+    Birth, ContainerEngine, EngineError, Event, Hold, Inspection, Instances, Kernel, Network, Ports, Row, Run, Watcher,
 };
 use imds_router::containers::{
     Attachments, CgroupId, ContainerId, Definition, Endpoint, Environment, NamespaceId, NetworkId, NetworkMode,
@@ -63,6 +63,8 @@ pub struct Container {
     /// `NAME=value`
     pub environment: Vec<String>,
     pub image_environment: Vec<String>,
+    /// The engine does not have the image any more.
+    pub image_is_removed: bool,
     /// An inspect waits, as while a container starts.
     pub inspect_blocks: bool,
     pub running: bool,
@@ -78,6 +80,8 @@ pub struct World {
     pub container_blocks: bool,
     /// Who was stopped, in this order.
     pub stopped: Vec<ContainerId>,
+    /// Images that daemons have stored.
+    pub stored_images: BTreeMap<String, Arc<Image>>,
     events: Option<mpsc::UnboundedSender<Event>>,
     /// Events that must be lost, doubled or delayed are sent by the test itself.
     pub lookups: usize,
@@ -128,6 +132,17 @@ impl ScriptedEngine {
             answer
         }
         .boxed()
+    }
+}
+
+/// The store of images outlives the daemon, as the engine does.
+impl ImageStore for ScriptedEngine {
+    fn load(&self, id: &str) -> Option<Image> {
+        self.world(|world| world.stored_images.get(id).map(|image| Image::clone(image)))
+    }
+
+    fn store(&self, _version: u64, images: &BTreeMap<String, Arc<Image>>) {
+        self.world(|world| world.stored_images.clone_from(images));
     }
 }
 
@@ -203,7 +218,11 @@ impl ContainerEngine for ScriptedEngine {
     fn image(&self, id: &str) -> BoxFuture<'static, Result<Option<Image>, EngineError>> {
         let id = ContainerId::parse(id.trim_start_matches("sha256:")).unwrap();
         self.ask(move |world| {
-            world.containers.get(&id).map(|container| Image {
+            let image = world
+                .containers
+                .get(&id)
+                .filter(|container| !container.image_is_removed);
+            image.map(|container| Image {
                 labels: container.image_labels.clone(),
                 environment: Environment::of(&container.image_environment),
             })
@@ -487,10 +506,6 @@ impl Instances for Resolver {
     fn image_labels_count(&self) -> bool {
         self.settings.lock().unwrap().image_labels
     }
-
-    fn label_prefix(&self) -> String {
-        format!("{}.", self.settings.lock().unwrap().label_prefix)
-    }
 }
 
 pub struct Daemon {
@@ -567,6 +582,7 @@ impl Daemon {
                 orders: orders.clone(),
                 clock: clock.clone(),
             }),
+            images: Arc::new(engine.clone()),
             changed: changes.clone(),
         };
         let permits = settings.clone();

@@ -35,6 +35,8 @@ mod identities;
 #[cfg(target_os = "linux")]
 mod image;
 #[cfg(target_os = "linux")]
+mod image_labels;
+#[cfg(target_os = "linux")]
 mod instances;
 #[cfg(target_os = "linux")]
 mod interfaces;
@@ -68,6 +70,7 @@ fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
     trials.extend(identities::trials(rig));
     trials.extend(refusals::trials(rig));
     trials.extend(credentials::trials(rig));
+    trials.extend(image_labels::trials(rig));
     trials.extend(bases::trials(rig));
     trials.extend(upheaval::trials(rig));
     trials.extend(cases::trials(rig));

@@ -195,9 +195,12 @@ fn a_role_of_the_image(engine: &Arc<Engine>) {
         .as_str()
         .expect("a reason")
         .to_owned();
-    assert!(why.contains("imds.role comes from the image"), "{why}");
+    assert!(why.contains("label imds.role: the image has the same value"), "{why}");
     let done = daemon.cli(&["check", "--offline"]).ok();
-    assert!(done.contains("baked: label imds.role comes from the image"), "{done}");
+    assert!(
+        done.contains("baked: label imds.role: the image has the same value"),
+        "{done}"
+    );
     daemon.stop();
     let daemon = Daemon::start(
         engine,
