@@ -12,6 +12,9 @@ const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     keep_the_aws_sdk_off_imds();
+    if let Err(error) = forbid_core_dumps() {
+        return report(&error, 1);
+    }
     let cli = Cli::parse();
     match verbs::run(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -27,6 +30,26 @@ fn keep_the_aws_sdk_off_imds() {
     unsafe {
         std::env::set_var("AWS_EC2_METADATA_DISABLED", "true");
     }
+}
+
+/// Memory holds session and base credentials, so the kernel writes none of it to a file: no core dump, neither to a file (the
+/// limit, which child processes inherit) nor to a program of `core_pattern` (which ignores a limit of 0). A process that is not
+/// dumpable can be read or traced only with `CAP_SYS_PTRACE`, not by its own user. See prctl(2) and core(5).
+#[cfg(target_os = "linux")]
+fn forbid_core_dumps() -> std::io::Result<()> {
+    use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    let none = Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    Ok(setrlimit(Resource::Core, none)?)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn forbid_core_dumps() -> std::io::Result<()> {
+    Ok(())
 }
 
 fn report(error: &dyn Error, code: u8) -> ExitCode {

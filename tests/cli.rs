@@ -323,6 +323,46 @@ fn status_without_a_daemon_says_what_to_do() {
     }
 }
 
+/// `login --stdin` waits for its input, with a secret to come. The files of a process that is not dumpable belong to root
+/// (proc(5)), and an exit status says whether the kernel dumped core.
+#[test]
+#[cfg(target_os = "linux")]
+fn no_verb_dumps_core() {
+    use std::os::fd::AsRawFd as _;
+    use std::os::unix::fs::MetadataExt as _;
+    use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+    use std::time::{Duration, Instant};
+
+    use rustix::process::{Pid, Signal, geteuid, kill_process};
+
+    // By its descriptor: another user may have no way to the file.
+    let program = fs::File::open(env!("CARGO_BIN_EXE_imds-router")).expect("the program has been built");
+    let mut command = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
+    command.args(["login", "--stdin", "--admin", "admin.sock"]).env_clear();
+    command.stdin(Stdio::piped()).current_dir("/");
+    if geteuid().is_root() {
+        command.uid(65534).gid(65534);
+    }
+    let mut child = command.spawn().expect("it starts");
+    let files = format!("/proc/{}", child.id());
+    let protected = || {
+        let limits = fs::read_to_string(format!("{files}/limits")).expect("it runs");
+        let limit = limits.lines().find(|line| line.starts_with("Max core file size"));
+        let limit = limit.expect("Linux has this limit").split_whitespace().nth(4);
+        let owner = fs::metadata(format!("{files}/environ")).expect("it runs").uid();
+        limit == Some("0") && owner == 0
+    };
+    let until = Instant::now() + Duration::from_secs(10);
+    while !protected() {
+        assert!(Instant::now() < until, "it is dumpable");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    kill_process(Pid::from_child(&child), Signal::ABORT).expect("it runs");
+    let status = child.wait().expect("it ends");
+    assert_eq!(status.signal(), Some(Signal::ABORT.as_raw()), "{status}");
+    assert!(!status.core_dumped(), "{status}");
+}
+
 /// The program, in a clean environment. Should it ever take for right what a test holds for wrong, it must not begin to
 /// serve the machine that the test runs on, as root perhaps: its state has no place to be in, which it finds out first.
 fn imds_router(arguments: &[&str]) -> Command {

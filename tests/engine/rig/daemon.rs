@@ -202,6 +202,12 @@ impl Daemon {
         );
     }
 
+    /// Ends it by that signal, whatever comes of it.
+    #[track_caller]
+    pub fn end_by(mut self, signal: Signal) -> ExitStatus {
+        self.end(signal)
+    }
+
     /// `imds-router status --json`.
     #[track_caller]
     pub fn status(&self) -> Value {
