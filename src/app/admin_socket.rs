@@ -1,5 +1,6 @@
 //! The admin socket: whose it is, and that nobody else may use it.
 
+use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -80,9 +81,48 @@ pub(super) fn listen(path: &Path) -> Result<UnixListener, AppError> {
     if std::fs::symlink_metadata(path).is_ok_and(|it| it.file_type().is_socket()) && !another_answers(path) {
         std::fs::remove_file(path).map_err(failed)?;
     }
-    let listener = UnixListener::bind(path).map_err(failed)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(ADMIN_MODE)).map_err(failed)?;
+    bind(path).map_err(failed)
+}
+
+/// A listener that has its mode before any other user can reach it: bound in a directory that only this user may enter, then
+/// linked to its path. Unlike a rename, a link never replaces a file. The umask is no way: it is the whole process's.
+fn bind(path: &Path) -> io::Result<UnixListener> {
+    let directory = PrivateDirectory::beside(path)?;
+    let private = directory.socket();
+    let listener = UnixListener::bind(&private)?;
+    std::fs::set_permissions(&private, std::fs::Permissions::from_mode(ADMIN_MODE))?;
+    std::fs::hard_link(&private, path)?;
     Ok(listener)
+}
+
+/// A directory for one socket. Dropping it removes both.
+struct PrivateDirectory(PathBuf);
+
+impl PrivateDirectory {
+    /// In the directory of `path`. Its name is short, since the path of a socket has at most 107 bytes (unix(7)).
+    fn beside(path: &Path) -> io::Result<Self> {
+        loop {
+            let mut random = [0; 2];
+            getrandom::fill(&mut random).map_err(|error| io::Error::other(error.to_string()))?;
+            let directory = path.with_file_name(format!(".{:04x}", u16::from_be_bytes(random)));
+            match std::fs::DirBuilder::new().mode(0o700).create(&directory) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                made => return made.map(|()| Self(directory)),
+            }
+        }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.0.join("s")
+    }
+}
+
+impl Drop for PrivateDirectory {
+    fn drop(&mut self) {
+        // What stays is an empty directory, or a second name of the socket that only this user can use.
+        let _ = std::fs::remove_file(self.socket());
+        let _ = std::fs::remove_dir(&self.0);
+    }
 }
 
 #[cfg(test)]
@@ -101,5 +141,39 @@ mod tests {
         std::fs::write(&file, "x").unwrap();
         assert!(listen(&file).is_err());
         assert_eq!(std::fs::read(&file).unwrap(), b"x");
+    }
+
+    /// By the events of the directory: the name appears once, and no attribute of it changes afterwards.
+    #[tokio::test]
+    async fn the_socket_never_has_another_mode() {
+        use rustix::fs::inotify::{CreateFlags, ReadFlags, Reader, WatchFlags, add_watch, init};
+
+        let dir = tempfile::tempdir().unwrap();
+        let inotify = init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).unwrap();
+        let flags = WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::ATTRIB;
+        add_watch(&inotify, dir.path(), flags).unwrap();
+        let path = dir.path().join("admin.sock");
+        let _listener = listen(&path).unwrap();
+        let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
+        let mut events = Reader::new(&inotify, &mut buffer);
+        let mut seen = Vec::new();
+        while let Ok(event) = events.next() {
+            if event.file_name().is_some_and(|name| name.to_bytes() == b"admin.sock") {
+                seen.push(event.events());
+            }
+        }
+        assert_eq!(seen, [ReadFlags::CREATE]);
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, ADMIN_MODE);
+        assert!(std::os::unix::net::UnixStream::connect(&path).is_ok());
+        let names = std::fs::read_dir(dir.path()).unwrap();
+        assert_eq!(names.count(), 1, "the private directory is removed");
+    }
+
+    #[test]
+    fn only_this_user_may_enter_the_private_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let private = PrivateDirectory::beside(&dir.path().join("admin.sock")).unwrap();
+        assert_eq!(std::fs::metadata(&private.0).unwrap().mode() & 0o777, 0o700);
+        assert_eq!(private.0.parent(), Some(dir.path()));
     }
 }
