@@ -11,7 +11,7 @@ use super::{IMDS_ADDRESS, IMDS_ADDRESS_IPV6};
 use crate::clock::Clock;
 use crate::config::{HostService, Settings};
 use crate::host::apply::{Interception, clear};
-use crate::host::cloud::{Cloud, services};
+use crate::host::cloud::{Cloud, and_rejecting_ports, services};
 use crate::host::{HostError, Plan};
 
 /// The host's own service is kept.
@@ -47,13 +47,13 @@ impl Kept {
     /// The same, of one family.
     pub(super) fn plan(&self, ipv4: bool) -> Plan {
         let (addresses, resolvers) = services(self.cloud, ipv4);
-        Plan::rejecting(&addresses, &resolvers)
+        and_rejecting_ports(Plan::rejecting(&addresses, &resolvers), self.cloud)
     }
 
     /// The same, with a listener for what comes in over bridges: that is intercepted.
     pub(super) fn between(&self, listener: SocketAddr) -> Plan {
         let (addresses, resolvers) = services(self.cloud, listener.is_ipv4());
-        Plan::between(listener, &addresses, &resolvers)
+        and_rejecting_ports(Plan::between(listener, &addresses, &resolvers), self.cloud)
     }
 
     /// What follows the first plan, once that is up: the rest, and away with whatever still takes the address from the host.
@@ -97,7 +97,7 @@ pub(super) fn in_its_place(settings: &Settings, plan: Plan) -> Plan {
         return plan;
     };
     let (addresses, resolvers) = services(Some(cloud), plan.family().is_ip());
-    plan.and_rejecting(&addresses, &resolvers)
+    and_rejecting_ports(plan.and_rejecting(&addresses, &resolvers), Some(cloud))
 }
 
 impl fmt::Display for Kept {

@@ -4,6 +4,8 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
+use super::{Action, Family, Hook, Part, Plan, Rule};
+
 /// The addresses of EC2's metadata service, and of what ECS and EKS have beside it (EC2 user guide, "Access instance metadata";
 /// ECS developer guide, "Task IAM role"; EKS user guide, "EKS Pod Identity").
 const EVERYWHERE: [IpAddr; 5] = [
@@ -23,8 +25,10 @@ struct Vendor {
     signs: &'static [(&'static str, &'static str)],
     /// Where its service is, beside [`EVERYWHERE`].
     also: &'static [IpAddr],
-    /// Whether machines ask for names at the same address.
-    resolves: bool,
+    /// At which of these addresses machines ask for names.
+    resolvers: &'static [IpAddr],
+    /// Services that share an address with something that containers need: only connections to these TCP ports are rejected.
+    ports: &'static [(IpAddr, u16)],
 }
 
 const fn vendor(name: &'static str, signs: &'static [(&'static str, &'static str)]) -> Vendor {
@@ -32,11 +36,21 @@ const fn vendor(name: &'static str, signs: &'static [(&'static str, &'static str
         name,
         signs,
         also: &[],
-        resolves: false,
+        resolvers: &[],
+        ports: &[],
     }
 }
 
 const EC2: &str = "EC2";
+
+/// GCE's metadata service over IPv6 (Compute Engine documentation, "About VM metadata").
+const GCE_IPV6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254));
+/// Oracle's.
+const ORACLE_IPV6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd00, 0xc1, 0, 0, 0, 0, 0xa9fe, 0xa9fe));
+/// Azure's WireServer gives a machine its configuration and certificates, at TCP ports 80 and 32526. The same address resolves names
+/// (port 53) and is the source of a load balancer's health probes, whose answers pass through this host (Microsoft, "What is
+/// IP address 168.63.129.16?").
+const WIRE_SERVER: IpAddr = IpAddr::V4(Ipv4Addr::new(168, 63, 129, 16));
 
 const VENDORS: &[Vendor] = &[
     // On Xen the version of its firmware is all that says so.
@@ -49,8 +63,8 @@ const VENDORS: &[Vendor] = &[
         ],
     ),
     Vendor {
-        also: &[IpAddr::V6(Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254))],
-        resolves: true,
+        also: &[GCE_IPV6],
+        resolvers: &[IMDS, GCE_IPV6],
         ..vendor(
             "Google Compute Engine",
             &[
@@ -59,10 +73,13 @@ const VENDORS: &[Vendor] = &[
             ],
         )
     },
-    vendor("Azure", &[("chassis_asset_tag", "7783-7084-3265-9085-8269-3286-77")]),
     Vendor {
-        also: &[IpAddr::V6(Ipv6Addr::new(0xfd00, 0xc1, 0, 0, 0, 0, 0xa9fe, 0xa9fe))],
-        resolves: true,
+        ports: &[(WIRE_SERVER, 80), (WIRE_SERVER, 32_526)],
+        ..vendor("Azure", &[("chassis_asset_tag", "7783-7084-3265-9085-8269-3286-77")])
+    },
+    Vendor {
+        also: &[ORACLE_IPV6],
+        resolvers: &[IMDS, ORACLE_IPV6],
         ..vendor("Oracle Cloud", &[("chassis_asset_tag", "OracleCloud.com")])
     },
     Vendor {
@@ -124,11 +141,6 @@ impl Cloud {
     pub fn is_ec2(&self) -> bool {
         self.vendor.name == EC2
     }
-
-    /// Whether names are asked for at the address of its metadata service, too.
-    pub fn resolves(&self) -> bool {
-        self.vendor.resolves
-    }
 }
 
 impl fmt::Display for Cloud {
@@ -140,14 +152,33 @@ impl fmt::Display for Cloud {
 
 /// Where a host may have metadata services, of one family, and which of these names are asked of.
 pub fn services(of: Option<Cloud>, ipv4: bool) -> (Vec<IpAddr>, Vec<IpAddr>) {
-    let also = of.map_or(&[][..], |cloud| cloud.vendor.also);
-    let all = EVERYWHERE.iter().chain(also).copied();
-    let resolvers = [IMDS].into_iter().chain(also.iter().copied());
-    let resolvers = resolvers.filter(|_| of.is_some_and(|cloud| cloud.resolves()));
-    (
-        all.filter(|it| it.is_ipv4() == ipv4).collect(),
-        resolvers.filter(|it| it.is_ipv4() == ipv4).collect(),
-    )
+    let vendor = of.map(|cloud| cloud.vendor);
+    let also = vendor.map_or(&[][..], |vendor| vendor.also);
+    let resolvers = vendor.map_or(&[][..], |vendor| vendor.resolvers);
+    let of_family = |addresses: &[IpAddr]| -> Vec<IpAddr> {
+        let addresses = addresses.iter().copied();
+        addresses.filter(|address| address.is_ipv4() == ipv4).collect()
+    };
+    let mut all = of_family(&EVERYWHERE);
+    all.extend(of_family(also));
+    (all, of_family(resolvers))
+}
+
+/// The same plan, which also rejects connections that pass through this host to the vendor's other services: those that share
+/// an address with something that containers need, so that the whole address cannot be rejected.
+pub fn and_rejecting_ports(mut plan: Plan, of: Option<Cloud>) -> Plan {
+    let ports = of.map_or(&[][..], |cloud| cloud.vendor.ports);
+    let family = plan.family();
+    let ports = ports.iter().filter(|(address, _)| Family::of(*address) == family);
+    let rules = ports.map(|(address, port)| Rule::to(*address, Some(*port), Action::Reset));
+    let chains = plan.parts.iter_mut().filter_map(|part| match part {
+        Part::Table(table) if !table.owned => Some(&mut table.chains),
+        _ => None,
+    });
+    if let Some(chain) = chains.flatten().find(|chain| chain.hook == Hook::Forward) {
+        chain.rules.extend(rules);
+    }
+    plan
 }
 
 fn contains(text: &[u8], part: &str) -> bool {
@@ -236,5 +267,31 @@ mod tests {
         assert_eq!((addresses.len(), resolvers), (3, addresses[2..].to_vec()));
         assert_eq!(services(None, true), (EVERYWHERE[..3].to_vec(), Vec::new()));
         assert_eq!(services(found(&[("sys_vendor", "Alibaba Cloud")]), true).0.len(), 4);
+        let oracle = found(&[("chassis_asset_tag", "OracleCloud.com")]);
+        assert_eq!(services(oracle, true).1, [IMDS]);
+        assert_eq!(services(oracle, false).1, [ORACLE_IPV6]);
+    }
+
+    #[test]
+    fn azure_rejects_wire_server_and_not_its_resolver() {
+        let azure = found(&[("chassis_asset_tag", "7783-7084-3265-9085-8269-3286-77")]);
+        let (addresses, resolvers) = services(azure, true);
+        assert_eq!((addresses.as_slice(), resolvers), (&EVERYWHERE[..3], Vec::new()));
+        let plain = Plan::rejecting(&addresses, &[]);
+        let guard = |plan: &Plan| match &plan.parts()[0] {
+            Part::Table(table) => table.to_string(),
+            part => panic!("{part} is not the guard"),
+        };
+        let plan = and_rejecting_ports(plain.clone(), azure);
+        let text = guard(&plan);
+        let added = "\t\tip daddr 168.63.129.16 tcp dport 80 reject with tcp reset\n\
+            \t\tip daddr 168.63.129.16 tcp dport 32526 reject with tcp reset\n";
+        assert!(text.contains(added), "{text}");
+        assert_eq!(text.replace(added, ""), guard(&plain));
+        // Other vendors, and the other family, have no such ports.
+        let google = found(&[("product_name", "Google Compute Engine")]);
+        assert_eq!(guard(&and_rejecting_ports(plain.clone(), google)), guard(&plain));
+        let ipv6 = Plan::rejecting(&services(azure, false).0, &[]);
+        assert_eq!(guard(&and_rejecting_ports(ipv6.clone(), azure)), guard(&ipv6));
     }
 }

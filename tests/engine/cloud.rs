@@ -37,6 +37,10 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
             "cloud::where_the_address_is_ours_nothing_leads_to_the_hosts_own",
             where_the_address_is_ours_nothing_leads_to_the_hosts_own,
         ),
+        rig.once(
+            "cloud::azure_rejects_wire_server_and_lets_names_and_probes_through",
+            azure_rejects_wire_server_and_lets_names_and_probes_through,
+        ),
     ]
 }
 
@@ -445,6 +449,69 @@ fn what_the_host_is_is_seen(engine: &Arc<Engine>) {
     );
     ec2.the_host_has_its_own();
     daemon.stop();
+}
+
+/// The stand-in has Azure's address, too, and answers HTTP at each of its ports, also at that of the resolver.
+fn azure_rejects_wire_server_and_lets_names_and_probes_through(engine: &Arc<Engine>) {
+    const SERVERS: &str = "import http.server as h, threading as t\n\
+        for p in (32526, 53):\n s = h.ThreadingHTTPServer(('168.63.129.16', p), h.SimpleHTTPRequestHandler)\n \
+        t.Thread(target=s.serve_forever).start()";
+    let azure = Ec2::start(engine);
+    fs::remove_file(azure.dmi.join("sys_vendor")).expect("it is there");
+    let tag = "7783-7084-3265-9085-8269-3286-77\n";
+    fs::write(azure.dmi.join("chassis_asset_tag"), tag).expect("a file");
+    engine.host(
+        "ip",
+        &["route", "add", "168.63.129.16/32", "via", "10.254.0.1", "dev", "ec2"],
+    );
+    let mut address = azure.command("ip");
+    address.args(["addr", "add", "168.63.129.16/32", "dev", "lo"]);
+    Done::of(address).ok();
+    let mut servers = azure.command("/usr/bin/python3");
+    let _servers = engine.background(servers.args(["-c", SERVERS]), "azure");
+    let server = engine.run("published").arg("--publish=8080:8080");
+    let server = server
+        .command(&["/usr/bin/python3", "-m", "http.server", "8080"])
+        .start();
+    let at = |port: u16| format!("http://168.63.129.16:{port}/");
+    let answers = |port: u16| server.request("GET", &at(port), &[]).map(|reply| reply.status);
+    let probe = || {
+        let mut curl = azure.command("curl");
+        curl.args([
+            "--silent",
+            "--max-time",
+            "5",
+            "--output",
+            "/dev/null",
+            "--write-out",
+            "%{http_code}",
+        ]);
+        curl.args(["--interface", "168.63.129.16", "http://10.254.0.2:8080/"]);
+        Done::of(curl).stdout
+    };
+    for port in [80, 32_526, 53] {
+        poll(SOON, "the stand-in for Azure", || answers(port).ok());
+    }
+    poll(SOON, "a probe of the published port", || {
+        (probe() == "200").then_some(())
+    });
+
+    azure.cli(&["intercept", "up"]).ok();
+    for port in [80, 32_526] {
+        let why = answers(port).expect_err("WireServer is the host's alone");
+        assert!(why.connection_refused(), "port {port}: {why}");
+        assert!(
+            engine.request("GET", &at(port), &[]).is_ok(),
+            "the host itself, port {port}"
+        );
+    }
+    assert!(
+        answers(53).is_ok_and(|status| status == 200),
+        "names are resolved there"
+    );
+    assert_eq!(probe(), "200", "a load balancer's probe is answered");
+    azure.cli(&["intercept", "down"]).ok();
+    assert!(answers(80).is_ok());
 }
 
 fn attach_host_is_for_whoever_means_it(engine: &Arc<Engine>) {
