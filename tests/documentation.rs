@@ -227,7 +227,7 @@ fn anchors(page: &str) -> BTreeSet<String> {
 
 fn pages() -> Vec<PathBuf> {
     let mut pages = vec![PathBuf::from("README.md"), PathBuf::from("CHANGELOG.md")];
-    for directory in ["deploy", ".github"] {
+    for directory in ["deploy", "deploy/reference", ".github"] {
         let files = fs::read_dir(root().join(directory)).expect("it is there");
         let files = files.map(|file| file.expect("it can be read").file_name());
         pages.extend(files.map(|name| Path::new(directory).join(name)));
@@ -266,5 +266,193 @@ fn what_is_linked_is_there() {
     assert!(
         links > 10,
         "only {links} links were found: this no longer reads the pages"
+    );
+}
+
+/// One sentence of the page of promises, or several that no test is about, with the comment that follows.
+struct Claim<'a> {
+    text: String,
+    comment: &'a str,
+}
+
+/// The texts of paragraphs and list items, without headings.
+fn blocks(markdown: &str) -> Vec<String> {
+    let mut texts = vec![String::new()];
+    for line in markdown.lines().filter(|line| !line.starts_with('#')) {
+        if line.trim().is_empty() || line.starts_with("- ") {
+            texts.push(String::new());
+        }
+        let text = texts.last_mut().expect("there is one");
+        text.push_str(line.trim_start_matches("- ").trim());
+        text.push(' ');
+    }
+    texts.retain(|text| !text.trim().is_empty());
+    texts
+}
+
+/// All that a page claims. A paragraph or list item that ends without a comment has an empty one.
+fn claims(page: &str) -> Vec<Claim<'_>> {
+    let mut claims = Vec::new();
+    let mut rest = page;
+    while let Some((before, after)) = rest.split_once("<!--") {
+        let (comment, after) = after.split_once("-->").unwrap_or((after, ""));
+        let mut texts = blocks(before);
+        let text = texts.pop().unwrap_or_default();
+        claims.extend(texts.into_iter().map(|text| Claim { text, comment: "" }));
+        claims.push(Claim {
+            text,
+            comment: comment.trim(),
+        });
+        rest = after;
+    }
+    claims.extend(blocks(rest).into_iter().map(|text| Claim { text, comment: "" }));
+    claims
+}
+
+/// How many sentences a text has: a full stop, and a capital letter or code after it.
+fn sentences(text: &str) -> usize {
+    let begins = |after: &str| after.starts_with(|c: char| c.is_uppercase() || c == '`' || c == '[');
+    1 + text
+        .match_indices(". ")
+        .filter(|(at, _)| begins(&text[at + 2..]))
+        .count()
+}
+
+/// The sources of all tests: of the trials on a real engine, and of the others by their path.
+struct Tests {
+    trials: BTreeMap<String, String>,
+    others: BTreeMap<String, String>,
+}
+
+impl Tests {
+    fn read() -> Self {
+        let sources = |directory: &str| {
+            let mut left = vec![root().join(directory)];
+            let mut files = BTreeMap::new();
+            while let Some(path) = left.pop() {
+                if path.is_dir() {
+                    left.extend(
+                        fs::read_dir(&path)
+                            .expect("it is there")
+                            .map(|file| file.expect("a name").path()),
+                    );
+                } else if path.extension().is_some_and(|it| it == "rs") {
+                    let below = path.strip_prefix(root().join(directory)).expect("it was found there");
+                    let module = below.with_extension("").to_string_lossy().replace('/', "::");
+                    files.insert(module.trim_end_matches("::mod").to_owned(), read(&path));
+                }
+            }
+            files
+        };
+        let mut others = sources("src");
+        for file in ["cli", "documentation", "house", "fuzz"] {
+            if root().join(format!("tests/{file}.rs")).exists() {
+                others.insert(format!("tests {file}"), read(format!("tests/{file}.rs")));
+            }
+        }
+        others.extend(
+            sources("tests/daemon")
+                .into_iter()
+                .map(|(module, text)| (format!("tests daemon::{module}"), text)),
+        );
+        Self {
+            trials: sources("tests/engine"),
+            others,
+        }
+    }
+
+    /// Whether there is a trial or a test of that name.
+    fn has(&self, name: &str) -> bool {
+        let Some((module, test)) = name.rsplit_once("::") else {
+            return false;
+        };
+        // Some trials are registered by the name of their file, or with a suffix that is filled in.
+        let of_file = |(file, text): (&String, &String)| {
+            let by_file = text.contains(&format!("\"{file}::{{"));
+            text.contains(&format!("\"{name}\""))
+                || text.contains(&format!("\"{name}::{{"))
+                || (by_file && module == file && text.contains(&format!("(\"{test}\",")))
+                || (by_file && module == file && text.contains(&format!("            \"{test}\",\n")))
+        };
+        if self.trials.iter().any(of_file) {
+            return true;
+        }
+        let unit = module
+            .strip_suffix("::tests")
+            .map(|module| [module.to_owned(), format!("{module}::tests")]);
+        let modules = unit
+            .into_iter()
+            .flatten()
+            .chain([format!("tests {module}"), module.to_owned()]);
+        let declared = |text: &String| {
+            text.match_indices(&format!("fn {test}(")).any(|(at, _)| {
+                let before = &text[..at];
+                let item = before.rfind("\n\n").map_or(before, |start| &before[start..]);
+                item.contains("#[test]") || item.contains("#[tokio::test")
+            })
+        };
+        let mut found = modules.filter_map(|module| self.others.get(&module));
+        found.any(declared)
+    }
+}
+
+/// What is wrong with a page of promises.
+fn unproven(page: &str, tests: &Tests) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for Claim { text, comment } in claims(page) {
+        let text = text.trim();
+        match (comment.strip_prefix("tests:"), comment.strip_prefix("no test:")) {
+            _ if text.is_empty() => wrong.push(format!("{comment}: follows no sentence")),
+            (Some(_), _) if sentences(text) > 1 => wrong.push(format!("{text}: each sentence names its own tests")),
+            (Some(names), _) => {
+                let names = names.split(',').map(str::trim).filter(|name| !tests.has(name));
+                wrong.extend(names.map(|name| format!("{text}: there is no test {name}")));
+            }
+            (None, Some(reason)) if !reason.trim().is_empty() => {}
+            _ => wrong.push(format!(
+                "{text}: expected <!-- tests: … --> or <!-- no test: reason --> after it"
+            )),
+        }
+    }
+    wrong
+}
+
+#[test]
+fn every_promise_names_tests_that_exist() {
+    let page = read("deploy/reference/security.md");
+    let wrong = unproven(&page, &Tests::read());
+    assert!(wrong.is_empty(), "deploy/reference/security.md:\n{}", wrong.join("\n"));
+    let tested = claims(&page)
+        .iter()
+        .filter(|claim| claim.comment.starts_with("tests:"))
+        .count();
+    assert!(
+        tested > 50,
+        "only {tested} promises were found: this no longer reads the page"
+    );
+}
+
+#[test]
+fn the_check_of_promises_finds_what_is_wrong() {
+    let tests = Tests::read();
+    let page = "# Security\n\nNo comment at all.\n\n- A.\n  <!-- tests: TODO -->\n- B.\n- C. D.\n  \
+        <!-- tests: cli::no_verb_dumps_core -->\n- E.\n  <!-- tests: cli::no_verb_dumps_core,\n       \
+        secrecy::writes_no_core_dump, links::restores_what_is_removed, networks::ipv6, host::cloud::tests::other_machines_are_none -->\n\n\
+        ## More\n\nF. G.\n<!-- no test: advice -->\n\n- H.\n  <!-- no test: -->\n- I.\n  <!-- tests: cli::run, links::x, app::tests -->\n";
+    let wrong = unproven(page, &tests);
+    let wrong: Vec<&str> = wrong.iter().map(String::as_str).collect();
+    let missing = "expected <!-- tests: … --> or <!-- no test: reason --> after it";
+    assert_eq!(
+        wrong,
+        [
+            &format!("No comment at all.: {missing}"),
+            "A.: there is no test TODO",
+            &format!("B.: {missing}"),
+            "C. D.: each sentence names its own tests",
+            &format!("H.: {missing}"),
+            "I.: there is no test cli::run",
+            "I.: there is no test links::x",
+            "I.: there is no test app::tests",
+        ]
     );
 }
