@@ -285,6 +285,44 @@ fn the_oldest_rust_is_the_same_everywhere() {
     );
 }
 
+/// Each mutant of tests/mutants changes one place, so that a change of the code cannot retire it unnoticed.
+#[test]
+fn every_mutant_applies() {
+    #[derive(serde::Deserialize)]
+    struct Mutants {
+        mutant: Vec<Mutant>,
+    }
+    #[derive(serde::Deserialize)]
+    struct Mutant {
+        name: String,
+        file: String,
+        old: String,
+        new: String,
+        breaks: String,
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let table = fs::read_to_string(root.join("tests/mutants.toml")).expect("it is there");
+    let table: Mutants = toml::from_str(&table).expect("a table of mutants");
+    let mut names = BTreeSet::new();
+    for mutant in table.mutant {
+        let Mutant {
+            name,
+            file,
+            old,
+            new,
+            breaks,
+        } = mutant;
+        let text = fs::read_to_string(root.join(&file)).unwrap_or_else(|error| panic!("{name}: {file}: {error}"));
+        let places = text.matches(&old).count();
+        assert_eq!(
+            places, 1,
+            "{name}: `old` must occur once in {file}; change the mutant with the code"
+        );
+        assert!(old != new && !breaks.is_empty(), "{name}");
+        assert!(names.insert(name.clone()), "{name} stands twice");
+    }
+}
+
 #[test]
 fn the_check_itself_finds_what_is_wrong() {
     let mut house = House::read();
