@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use imds_router::caller::Via;
+use imds_router::caller::{Connection, Via, identify};
 use imds_router::containers::watcher::Event;
 use imds_router::containers::{CgroupId, NamespaceId, NetworkId, NetworkMode, SocketEvidence};
 
@@ -432,4 +432,45 @@ async fn translated_connections_are_refused_with_their_reason() {
     let mut translated = daemon.dial_via(client, Via::Namespace(namespace));
     assert_eq!(translated.get(LIST).await.unwrap().status, 403);
     assert_eq!(daemon.service.refusals(), [("gateway", 1), ("translated", 1)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn evidence_that_leads_to_two_containers_authenticates_neither() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    daemon.run(1, APP).await;
+    let outer = daemon.kernel.alive(&id(1)).unwrap();
+    let namespace = NamespaceId(outer.0);
+    let inner = join(&daemon, 2, OTHER, NetworkMode::Container(id(1)));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(asks(&daemon, namespace, inner).await, (200, "other".into()));
+    // The engine has put the cgroup of one below that of the other.
+    daemon.kernel.nest(outer, inner);
+    assert_eq!(asks(&daemon, namespace, inner).await, (403, String::new()));
+    assert_eq!(daemon.service.refusals(), [("ambiguous", 1)]);
+    assert_eq!(asks(&daemon, namespace, outer).await, (200, "app".into()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_run_that_ends_during_the_proof_is_not_authenticated() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    let address = daemon.run(1, APP).await;
+    let cgroup = daemon.kernel.alive(&id(1)).unwrap();
+    let client = daemon.client(address);
+    daemon
+        .kernel
+        .socket(cgroup, client, SocketEvidence { state: 1, cgroup });
+    let connection = Connection {
+        client,
+        server: "169.254.169.254:80".parse().unwrap(),
+        via: daemon.way_of(1),
+        nested: false,
+    };
+    let deadline = daemon.clock.now() + Duration::from_millis(400);
+    let caller = identify(&daemon.index, connection, deadline).await.expect("it runs");
+    assert_eq!(caller.life().container, id(1));
+    daemon.kernel.end_when_asked(id(1));
+    let refused = identify(&daemon.index, connection, deadline).await;
+    assert!(refused.is_err(), "{refused:?}");
 }

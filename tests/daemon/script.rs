@@ -262,6 +262,10 @@ struct Lives {
     attached: HashSet<NamespaceId>,
     /// Why no link can be made.
     attach_error: Option<String>,
+    /// Cgroups that lie below that of a life.
+    below: HashSet<(CgroupId, CgroupId)>,
+    /// A container that ends while the kernel is asked about a socket.
+    ends_when_asked: Option<ContainerId>,
     next: u64,
 }
 
@@ -308,6 +312,16 @@ impl ScriptedKernel {
 }
 
 impl ScriptedKernel {
+    /// From now on `inner` lies below the cgroup of a life.
+    pub fn nest(&self, outer: CgroupId, inner: CgroupId) {
+        self.0.lock().unwrap().below.insert((outer, inner));
+    }
+
+    /// The container ends while the kernel is asked about a socket the next time.
+    pub fn end_when_asked(&self, id: ContainerId) {
+        self.0.lock().unwrap().ends_when_asked = Some(id);
+    }
+
     /// Whether links can be made from now on, or why not.
     pub fn fail_to_attach(&self, why: Option<&str>) {
         self.0.lock().unwrap().attach_error = why.map(str::to_owned);
@@ -365,17 +379,17 @@ impl Witness for ScriptedWitness {
     }
 
     fn socket(&self, client: SocketAddr, _server: SocketAddr) -> std::io::Result<Option<SocketEvidence>> {
-        Ok(self
-            .lives
-            .lock()
-            .unwrap()
-            .sockets
-            .get(&(CgroupId(self.namespace.0), client))
-            .copied())
+        let mut lives = self.lives.lock().unwrap();
+        if let Some(ending) = lives.ends_when_asked.take()
+            && let Some((_, _, alive)) = lives.lives.remove(&ending)
+        {
+            alive.send_replace(false);
+        }
+        Ok(lives.sockets.get(&(CgroupId(self.namespace.0), client)).copied())
     }
 
     fn holds(&self, cgroup: CgroupId) -> bool {
-        self.cgroup == cgroup
+        self.cgroup == cgroup || self.lives.lock().unwrap().below.contains(&(self.cgroup, cgroup))
     }
 
     fn namespace(&self) -> NamespaceId {
