@@ -32,9 +32,9 @@ fn keep_the_aws_sdk_off_imds() {
     }
 }
 
-/// Memory holds session and base credentials, so the kernel writes none of it to a file: no core dump, neither to a file (the
-/// limit, which child processes inherit) nor to a program of `core_pattern` (which ignores a limit of 0). A process that is not
-/// dumpable can be read or traced only with `CAP_SYS_PTRACE`, not by its own user. See prctl(2) and core(5).
+/// Memory holds session and base credentials, so the kernel must not dump it. The limit covers dumps to files, and child processes
+/// inherit it. A `core_pattern` that is a pipe ignores a limit of 0, so the process is not dumpable, either: then only a process
+/// with `CAP_SYS_PTRACE` can read or trace it. See prctl(2) and core(5).
 #[cfg(target_os = "linux")]
 fn forbid_core_dumps() -> std::io::Result<()> {
     use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};

@@ -85,7 +85,7 @@ pub(super) fn listen(path: &Path) -> Result<UnixListener, AppError> {
 }
 
 /// A listener that has its mode before any other user can reach it: bound in a directory that only this user may enter, then
-/// linked to its path. Unlike a rename, a link never replaces a file. The umask is no way: it is the whole process's.
+/// linked to its path. Unlike a rename, a link never replaces a file. The umask would apply to all threads of the process.
 fn bind(path: &Path) -> io::Result<UnixListener> {
     let directory = PrivateDirectory::beside(path)?;
     let private = directory.socket();
