@@ -55,6 +55,9 @@ pub struct Plan {
 impl Plan {
     /// The host's own namespace: `listener` (bound by the caller, before this is put up) serves every container. One
     /// address family a plan; the link for both is in that of IPv4.
+    ///
+    /// A socket that the host's kernel has accepted from the address of the service would look like that of a client. The
+    /// service never opens a connection, so the guard drops all packets from that address that could open one.
     pub fn host(listener: impl Into<SocketAddr>) -> Self {
         let (address, port) = split(listener);
         let guard = |name, hook| Chain {
@@ -76,7 +79,11 @@ impl Plan {
                 family: Family::of(address),
                 name: GUARD_TABLE,
                 owned: false,
-                chains: vec![guard("pre", Hook::Prerouting), guard("out", Hook::Output)],
+                chains: vec![
+                    guard("pre", Hook::Prerouting),
+                    guard("out", Hook::Output),
+                    Chain::closing(address),
+                ],
             }),
             Part::Route(address),
             Part::Table(Table {
@@ -370,6 +377,24 @@ impl Chain {
         }
     }
 
+    /// On what comes in: packets from the address of the service that could open a connection are dropped. IPv4 fragments are put
+    /// together before this hook, IPv6 ones are not, and an extension header can hide what follows it.
+    fn closing(address: IpAddr) -> Self {
+        let rule = |port, packets| Rule {
+            end: End::Source,
+            packets,
+            ..Rule::to(address, port, Action::Drop)
+        };
+        let mut rules = vec![rule(Some(IMDS_PORT), Packets::Opening)];
+        rules.extend(address.is_ipv6().then(|| rule(None, Packets::NotPlain)));
+        Self {
+            name: "in",
+            hook: Hook::Input,
+            priority: GUARD_PRIORITY,
+            rules,
+        }
+    }
+
     fn swapping(name: &'static str, hook: Hook, rules: Vec<Rule>) -> Self {
         Self {
             name,
@@ -385,6 +410,8 @@ impl Chain {
 pub enum Hook {
     /// What comes in, before the routing decision.
     Prerouting = 0,
+    /// Packets for a local process, after defragmentation (IPv4).
+    Input = 1,
     /// What is passed on to another host.
     Forward = 2,
     /// What a local process sends.
@@ -402,6 +429,8 @@ pub struct Rule {
     pub port: Option<u16>,
     /// Whose port.
     pub protocol: Protocol,
+    /// Which of these packets.
+    pub packets: Packets,
     /// What happens.
     pub action: Action,
 }
@@ -413,6 +442,7 @@ impl Rule {
             address,
             port,
             protocol: Protocol::Tcp,
+            packets: Packets::All,
             action,
         }
     }
@@ -438,6 +468,17 @@ pub enum Protocol {
     Udp = 17,
 }
 
+/// Which packets a rule is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Packets {
+    /// Each of them.
+    All,
+    /// TCP segments that open a connection: SYN without ACK.
+    Opening,
+    /// IPv6 packets whose first header is followed by neither TCP nor ICMPv6.
+    NotPlain,
+}
+
 /// An end of a packet's way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
@@ -458,6 +499,8 @@ pub enum Action {
     Prohibit,
     /// Nothing more of this chain.
     Accept,
+    /// Discards the packet.
+    Drop,
 }
 
 impl fmt::Display for Table {
@@ -470,6 +513,7 @@ impl fmt::Display for Table {
         for (nth, chain) in self.chains.iter().enumerate() {
             let hook = match chain.hook {
                 Hook::Prerouting => "prerouting",
+                Hook::Input => "input",
                 Hook::Forward => "forward",
                 Hook::Output => "output",
             };
@@ -503,12 +547,18 @@ impl fmt::Display for Rule {
         if let Some(number) = self.port {
             write!(f, "{protocol} {port} {number} ")?;
         }
+        match self.packets {
+            Packets::All => (),
+            Packets::Opening => write!(f, "tcp flags syn / syn,ack ")?,
+            Packets::NotPlain => write!(f, "ip6 nexthdr != tcp ip6 nexthdr != ipv6-icmp ")?,
+        }
         match self.action {
             Action::Port(new) => write!(f, "notrack tcp {port} set {new}"),
             Action::Reset => write!(f, "reject with tcp reset"),
             Action::Prohibit if self.address.is_ipv4() => write!(f, "reject with icmp admin-prohibited"),
             Action::Prohibit => write!(f, "reject with icmpv6 admin-prohibited"),
             Action::Accept => write!(f, "accept"),
+            Action::Drop => write!(f, "drop"),
         }
     }
 }

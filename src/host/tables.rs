@@ -12,7 +12,7 @@ use netlink_bindings::utils::Pusher;
 use rustix::io::Errno;
 
 use super::kernel::{AF_INET, AF_INET6, Kernel, is};
-use super::{Action, Chain, End, Family, HostError, Observed, Part, Plan, Rule, Step, Table, TableSeen};
+use super::{Action, Chain, End, Family, HostError, Observed, Packets, Part, Plan, Rule, Step, Table, TableSeen};
 
 /// The subsystem that a batch is for (linux/netfilter/nfnetlink.h).
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
@@ -24,6 +24,13 @@ const VERDICT: u32 = Registers::RegVerdict as u32;
 const CHECKSUM_INET: u32 = 1;
 /// Where struct tcphdr (linux/tcp.h) has its checksum, in bytes.
 const TCP_CHECKSUM_OFFSET: u32 = 16;
+/// Where struct tcphdr has its flags, in bytes, and what SYN and ACK are there.
+const TCP_FLAGS_OFFSET: u32 = 13;
+const SYN: u8 = 0x02;
+const ACK: u8 = 0x10;
+/// Where struct ipv6hdr (linux/ipv6.h) has the number of the next header, in bytes; linux/in.h and linux/in6.h: TCP, ICMPv6.
+const IPV6_NEXT_HEADER_OFFSET: u32 = 6;
+const PLAIN: [u8; 2] = [6, 58];
 /// linux/icmp.h, ICMP_PKT_FILTERED, and linux/icmpv6.h, ICMPV6_ADM_PROHIBITED.
 const PROHIBITED: (u8, u8) = (13, 1);
 /// More than any batch of ours has messages: tens for a table, two for a thousand elements of a set.
@@ -290,14 +297,22 @@ fn push_rule<P: Pusher>(mut list: PushExprListAttrs<P>, rule: &Rule) {
         list = load(list, PayloadBase::TransportHeader, (port, 2), REGISTER);
         list = equals(list, &number.to_be_bytes());
     }
-    match rule.action {
-        Action::Accept => {
-            let verdict = list.nested_elem().nested_data_immediate().push_dreg(VERDICT);
-            verdict
-                .nested_data()
-                .nested_verdict()
-                .push_code(VerdictCode::Accept as u32);
+    match rule.packets {
+        Packets::All => (),
+        Packets::Opening => {
+            list = load(list, PayloadBase::TransportHeader, (TCP_FLAGS_OFFSET, 1), REGISTER);
+            list = equals(masked(list, SYN | ACK), &[SYN]);
         }
+        Packets::NotPlain => {
+            for plain in PLAIN {
+                list = load(list, PayloadBase::NetworkHeader, (IPV6_NEXT_HEADER_OFFSET, 1), REGISTER);
+                list = compare(list, CmpOps::Neq, &[plain]);
+            }
+        }
+    }
+    match rule.action {
+        Action::Accept => verdict(list, VerdictCode::Accept),
+        Action::Drop => verdict(list, VerdictCode::Drop),
         Action::Prohibit => {
             let code = if rule.address.is_ipv4() {
                 PROHIBITED.0
@@ -336,6 +351,20 @@ fn push_rule<P: Pusher>(mut list: PushExprListAttrs<P>, rule: &Rule) {
                 .push_csum_offset(TCP_CHECKSUM_OFFSET);
         }
     }
+}
+
+fn verdict<P: Pusher>(list: PushExprListAttrs<P>, code: VerdictCode) {
+    let verdict = list.nested_elem().nested_data_immediate().push_dreg(VERDICT);
+    verdict.nested_data().nested_verdict().push_code(code as u32);
+}
+
+/// Clears the bits of the one byte in [`REGISTER`] that are not in `mask`.
+fn masked<P: Pusher>(list: PushExprListAttrs<P>, mask: u8) -> PushExprListAttrs<P> {
+    let bitwise = list.nested_elem().nested_data_bitwise();
+    let bitwise = bitwise.push_sreg(REGISTER).push_dreg(REGISTER).push_len(1);
+    let bitwise = bitwise.nested_mask().push_value(&[mask]).end_nested();
+    let bitwise = bitwise.nested_xor().push_value(&[0]).end_nested();
+    bitwise.end_nested().end_nested()
 }
 
 /// What is known of a packet beside its bytes, into a register.

@@ -161,6 +161,11 @@ fn tables_read_as_nft_writes_them() {
 \t\ttype filter hook output priority -305; policy accept;
 \t\tip daddr 169.254.169.254 tcp dport 80 reject with tcp reset
 \t}
+
+\tchain in {
+\t\ttype filter hook input priority -305; policy accept;
+\t\tip saddr 169.254.169.254 tcp sport 80 tcp flags syn / syn,ack drop
+\t}
 }";
     let rules = "table ip imds_router {
 \tflags owner
@@ -177,6 +182,21 @@ fn tables_read_as_nft_writes_them() {
 \t}
 }";
     assert_eq!(text, [guard, rules]);
+}
+
+#[test]
+fn the_ipv6_guard_drops_headers_that_can_hide_a_syn() {
+    let address: IpAddr = "fd00:ec2::254".parse().expect("an address");
+    let plan = Plan::host((address, 51254));
+    let guard = plan.tables().find(|table| table.name == GUARD_TABLE).expect("a guard");
+    let rules: Vec<String> = guard.chains[2].rules.iter().map(Rule::to_string).collect();
+    assert_eq!(
+        rules,
+        [
+            "ip6 saddr fd00:ec2::254 tcp sport 80 tcp flags syn / syn,ack drop",
+            "ip6 saddr fd00:ec2::254 ip6 nexthdr != tcp ip6 nexthdr != ipv6-icmp drop",
+        ]
+    );
 }
 
 #[test]
