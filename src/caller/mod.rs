@@ -53,16 +53,21 @@ pub mod socket;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::Instant;
 
 use crate::containers::index::{EngineState, Index};
-use crate::containers::{CgroupId, ContainerId, Level, Life, NamespaceId, NetworkMode, Record, SocketEvidence};
+use crate::containers::{CgroupId, ContainerId, Level, Life, NamespaceId, NetworkMode, Open, Record, SocketEvidence};
 
 /// States in which the container's socket is the other end of the connection: `TCP_ESTABLISHED`, `TCP_FIN_WAIT1` and `TCP_FIN_WAIT2`
 /// (include/net/tcp_states.h). In the latter two the container has sent its request and closed its side, as `nc` does. In
 /// `TCP_TIME_WAIT` there is no socket any more, and in `TCP_CLOSE_WAIT` our side has ended.
 const CONNECTED: [u8; 3] = [1, 4, 5];
+
+/// How often a proof that waits for acknowledgments is repeated at once, and the pause before each later attempt.
+const QUICK_ATTEMPTS: u32 = 8;
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// The two ends of a connection, as the client sees them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -164,6 +169,40 @@ pub enum Refusal {
         /// The state (include/net/tcp_states.h).
         state: u8,
     },
+    /// There is one, but the container accepted the connection.
+    #[error(
+        "the socket of {container} accepted this connection, so another sender opened it with the address of the service as \
+         its own"
+    )]
+    Accepted {
+        /// The container.
+        container: ContainerId,
+    },
+    /// There is one, but the container may have accepted the connection.
+    #[error(
+        "a process in the network namespace of {container} listens at port {port}, from which this connection comes: it may have \
+         accepted the connection instead of opening it; hint: let the client use a port at which no server listens"
+    )]
+    ListenerAtPort {
+        /// The container.
+        container: ContainerId,
+        /// The client's port.
+        port: u16,
+    },
+    /// There is one, but the kernel does not tell in time which end opened the connection.
+    #[error("bytes of {container} were not acknowledged in time to tell which end opened this connection")]
+    Unacknowledged {
+        /// The container.
+        container: ContainerId,
+    },
+    /// The socket that proved the caller does not exist any more.
+    #[error(
+        "the socket with which {container} opened this connection is gone: another sender uses its addresses and ports"
+    )]
+    SocketGone {
+        /// The container.
+        container: ContainerId,
+    },
     /// There is one, but somebody else made it.
     #[error("the socket in the network namespace of {container} was made by cgroup {}, which is no container's there", cgroup.0)]
     ForeignCgroup {
@@ -219,6 +258,10 @@ impl Refusal {
             Self::NoLife { container, .. }
             | Self::NotEstablished { container, .. }
             | Self::ForeignCgroup { container, .. }
+            | Self::Accepted { container }
+            | Self::ListenerAtPort { container, .. }
+            | Self::Unacknowledged { container }
+            | Self::SocketGone { container }
             | Self::OverBridge { container }
             | Self::JustAttached { container }
             | Self::NotAttached { container, .. }
@@ -249,6 +292,10 @@ impl Refusal {
             Self::NotSynchronised => "not-synchronised",
             Self::NotEstablished { .. } => "not-established",
             Self::ForeignCgroup { .. } => "foreign-cgroup",
+            Self::Accepted { .. } => "accepted",
+            Self::ListenerAtPort { .. } => "listener-at-port",
+            Self::Unacknowledged { .. } => "unacknowledged",
+            Self::SocketGone { .. } => "socket-gone",
             Self::OverBridge { .. } => "over-bridge",
             Self::JustAttached { .. } => "just-attached",
             Self::NotAttached { .. } => "not-attached",
@@ -270,12 +317,22 @@ pub async fn identify(index: &Index, connection: Connection, deadline: Instant) 
     // In a namespace addresses tell nothing: there is nothing to ask the engine.
     let mut has_looked = matches!(connection.via, Via::Namespace(_));
     let mut waited = false;
+    let mut attempts = 0;
     loop {
         changes.mark_unchanged();
         let refusal = match prove(index, connection) {
             Ok(caller) => return Ok(caller),
             Err(refusal) => refusal,
         };
+        // Bytes are on their way. The acknowledgment nearly always comes within microseconds.
+        if matches!(refusal, Refusal::Unacknowledged { .. }) && Instant::now() < deadline {
+            attempts += 1;
+            match attempts <= QUICK_ATTEMPTS {
+                true => tokio::task::yield_now().await,
+                false => tokio::time::sleep(PAUSE).await,
+            }
+            continue;
+        }
         let synchronised = *index.engine() == EngineState::Synchronised;
         // It has its link: if that was so from the start, no look-up changes anything.
         if let Refusal::OverBridge { container } = refusal {
@@ -445,22 +502,47 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
                     cgroup: socket.cgroup,
                 };
             }
-            Ok(Some(_)) => {
-                if proven.is_some() {
-                    return Err(Refusal::Ambiguous);
-                }
-                proven = Some(Caller { life });
-            }
-            Err(error) => {
-                refusal = Refusal::Unasked {
-                    container,
-                    error: error.to_string(),
-                }
-            }
+            Ok(Some(socket)) => match opened(&life, connection, *socket) {
+                Ok(()) if proven.is_some() => return Err(Refusal::Ambiguous),
+                Ok(()) => proven = Some(Caller { life }),
+                Err(why) => refusal = why,
+            },
+            Err(error) => refusal = unasked(container, error),
         }
     }
     // A life that ended while the kernel was asked proves nothing.
     proven.filter(|caller| caller.life.alive()).ok_or(refusal)
+}
+
+/// Whether the container opened the connection of its socket. A sender that uses the address and port of the service as its
+/// own can make any server of the container accept one.
+fn opened(life: &Life, connection: Connection, socket: SocketEvidence) -> Result<(), Refusal> {
+    let container = life.container.clone();
+    if socket.listener {
+        return Err(Refusal::ListenerAtPort {
+            container,
+            port: connection.client.port(),
+        });
+    }
+    match socket.open {
+        Open::Passive => Err(Refusal::Accepted { container }),
+        Open::Undecided => Err(Refusal::Unacknowledged { container }),
+        // The kernel reads the state before it locks the socket. If the socket was closed in between, the acknowledgment of its
+        // FIN looks like that of a SYN. A state that is still the same excludes that.
+        Open::Active => match life.witness.socket(connection.client, connection.server) {
+            Ok(Some(again)) if (again.state, again.cookie) == (socket.state, socket.cookie) => Ok(()),
+            Ok(Some(_)) => Err(Refusal::Unacknowledged { container }),
+            Ok(None) => Err(Refusal::SocketGone { container }),
+            Err(error) => Err(unasked(container, &error)),
+        },
+    }
+}
+
+fn unasked(container: ContainerId, error: &std::io::Error) -> Refusal {
+    Refusal::Unasked {
+        container,
+        error: error.to_string(),
+    }
 }
 
 /// Whether a connection that no socket of the namespace has comes from inside it: the namespace has put an address of its own

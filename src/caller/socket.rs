@@ -1,7 +1,9 @@
-//! Who owns the other end of a connection: netlink `sock_diag`, asked in the caller's own network namespace.
+//! Which socket is the other end of a connection: netlink `sock_diag` in the caller's own network namespace.
+//!
+//! Every query is an exact look-up by hash, a few microseconds. A dump would walk the tables of the whole machine.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -14,10 +16,16 @@ use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, Stat
 use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
 
-use crate::containers::{CgroupId, SocketEvidence};
+use crate::containers::{CgroupId, Open, SocketEvidence};
 
 /// `INET_DIAG_CGROUP_ID` (linux/inet_diag.h, since 5.8): the id of the socket's cgroup, 8 bytes, native order.
 const INET_DIAG_CGROUP_ID: u16 = 21;
+
+/// include/net/tcp_states.h: TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_LISTEN.
+const ESTABLISHED: u8 = 1;
+const FIN_WAIT1: u8 = 4;
+const FIN_WAIT2: u8 = 5;
+const LISTEN: u8 = 10;
 
 /// The kernel answers within the system call that asks; anything slower means that it will not.
 const ANSWER: Duration = Duration::from_millis(100);
@@ -58,7 +66,7 @@ impl DiagSocket {
     pub fn find(&self, client: SocketAddr, server: SocketAddr, link: &str) -> io::Result<Option<SocketEvidence>> {
         // Interface 0 finds a socket that is bound to no device, as nearly all are. The others are bound to the link that
         // the connection came over, or to the loopback.
-        if let Some(found) = self.ask(client, server, 0)? {
+        if let Some(found) = self.evidence(client, server, 0)? {
             return Ok(Some(found));
         }
         let index = {
@@ -66,20 +74,51 @@ impl DiagSocket {
             name_to_index(&guard.0, link)
         };
         for interface in index.ok().into_iter().chain([LOOPBACK]) {
-            if let Some(found) = self.ask(client, server, interface)? {
+            if let Some(found) = self.evidence(client, server, interface)? {
                 return Ok(Some(found));
             }
         }
         Ok(None)
     }
 
-    fn ask(&self, client: SocketAddr, server: SocketAddr, interface: u32) -> io::Result<Option<SocketEvidence>> {
+    fn evidence(&self, client: SocketAddr, server: SocketAddr, interface: u32) -> io::Result<Option<SocketEvidence>> {
+        let Some(found) = self.ask(client, server, interface)? else {
+            return Ok(None);
+        };
+        // An exact look-up falls back to a listener of the port: that is not this connection.
+        if found.local != client || found.remote != server {
+            return Ok(None);
+        }
+        Ok(Some(SocketEvidence {
+            state: found.state,
+            cgroup: found.cgroup,
+            cookie: found.cookie,
+            open: found.open,
+            listener: self.listens(client, found.interface)?,
+        }))
+    }
+
+    /// Whether a socket listens at `local`, at its own or any address.
+    ///
+    /// No connection has the remote port 0, so the look-up can only find a listener. It also finds IPv6 sockets that accept
+    /// IPv4. An accepted socket is bound to the interface of its listener: a look-up at that interface finds the listeners
+    /// that are bound to it, and those that are bound to none.
+    fn listens(&self, local: SocketAddr, interface: u32) -> io::Result<bool> {
+        let any: IpAddr = match local {
+            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let found = self.ask(local, SocketAddr::new(any, 0), interface)?;
+        Ok(found.is_some_and(|found| found.state == LISTEN))
+    }
+
+    fn ask(&self, local: SocketAddr, remote: SocketAddr, interface: u32) -> io::Result<Option<Found>> {
         let mut guard = self.diag.lock().unwrap_or_else(PoisonError::into_inner);
         let (socket, sequence) = &mut *guard;
         *sequence = sequence.wrapping_add(1);
         rustix::net::send(
             &*socket,
-            &request(client, server, interface, *sequence),
+            &request(local, remote, interface, *sequence),
             SendFlags::empty(),
         )?;
         let mut buffer = [0; 4096];
@@ -87,31 +126,44 @@ impl DiagSocket {
             let (length, _) = rustix::net::recv(&*socket, &mut buffer[..], RecvFlags::empty())?;
             let message = NetlinkMessage::<SockDiagMessage>::deserialize(&buffer[..length])
                 .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
-            // The answer to a question that was given up.
+            // The answer to a query that has timed out.
             if message.header.sequence_number != *sequence {
                 continue;
             }
-            return answer(message.payload, client, server);
+            return answer(message.payload);
         }
     }
 }
 
-fn request(client: SocketAddr, server: SocketAddr, interface: u32, sequence: u32) -> Vec<u8> {
+/// A socket that the kernel has found.
+struct Found {
+    local: SocketAddr,
+    remote: SocketAddr,
+    state: u8,
+    /// The interface that it is bound to (`SO_BINDTODEVICE`), or 0.
+    interface: u32,
+    cookie: u64,
+    /// 0, which no cgroup has, where the kernel keeps no socket: in `TCP_TIME_WAIT`.
+    cgroup: CgroupId,
+    open: Open,
+}
+
+fn request(local: SocketAddr, remote: SocketAddr, interface: u32, sequence: u32) -> Vec<u8> {
     let mut header = NetlinkHeader::default();
     // Without NLM_F_DUMP: the one exact socket, found by its hash.
     header.flags = NLM_F_REQUEST;
     header.sequence_number = sequence;
     let request = InetRequest {
-        family: if client.is_ipv4() { AF_INET } else { AF_INET6 },
+        family: if local.is_ipv4() { AF_INET } else { AF_INET6 },
         protocol: IPPROTO_TCP,
-        extensions: ExtensionFlags::empty(),
+        extensions: ExtensionFlags::INFO,
         // The kernel ignores it in an exact look-up: the answer's state is what counts.
         states: StateFlags::all(),
         socket_id: SocketId {
-            source_port: client.port(),
-            destination_port: server.port(),
-            source_address: client.ip(),
-            destination_address: server.ip(),
+            source_port: local.port(),
+            destination_port: remote.port(),
+            source_address: local.ip(),
+            destination_address: remote.ip(),
             interface_id: interface,
             // INET_DIAG_NOCOOKIE: whichever socket it is.
             cookie: [0xff; 8],
@@ -124,26 +176,27 @@ fn request(client: SocketAddr, server: SocketAddr, interface: u32, sequence: u32
     bytes
 }
 
-fn answer(
-    payload: NetlinkPayload<SockDiagMessage>,
-    client: SocketAddr,
-    server: SocketAddr,
-) -> io::Result<Option<SocketEvidence>> {
+fn answer(payload: NetlinkPayload<SockDiagMessage>) -> io::Result<Option<Found>> {
     match payload {
         NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => {
             let id = &response.header.socket_id;
-            // An exact look-up falls back to a listener of the port: that is not this connection.
-            let exact = id.source_port == client.port()
-                && id.destination_port == server.port()
-                && canonical(id.source_address) == client.ip()
-                && canonical(id.destination_address) == server.ip();
+            let state = response.header.state;
             let cgroup = response.nlas.iter().find_map(|nla| match nla {
                 Nla::Other(other) if other.kind() == INET_DIAG_CGROUP_ID => cgroup_id(other),
                 _ => None,
             });
-            Ok(cgroup.filter(|_| exact).map(|cgroup| SocketEvidence {
-                state: response.header.state,
-                cgroup,
+            let open = response.nlas.iter().find_map(|nla| match nla {
+                Nla::TcpInfo(info) => open(state, info),
+                _ => None,
+            });
+            Ok(Some(Found {
+                local: SocketAddr::new(canonical(id.source_address), id.source_port),
+                remote: SocketAddr::new(canonical(id.destination_address), id.destination_port),
+                state,
+                interface: id.interface_id,
+                cookie: u64::from_ne_bytes(id.cookie),
+                cgroup: cgroup.unwrap_or(CgroupId(0)),
+                open: open.unwrap_or(Open::Undecided),
             }))
         }
         NetlinkPayload::Error(error) => match error.to_io().raw_os_error() {
@@ -151,6 +204,30 @@ fn answer(
             _ => Err(error.to_io()),
         },
         _ => Ok(None),
+    }
+}
+
+/// Which end opened the connection of a socket, by its counters in `struct tcp_info` (linux/tcp.h; fields are only ever added at
+/// its end).
+///
+/// `tcpi_bytes_acked` counts the sequence numbers that the other end has acknowledged since the socket was created. A socket that
+/// connects is created before its SYN, which takes a sequence number. A socket that is accepted is created when its SYN-ACK
+/// has been acknowledged, so that number is not counted. When all that was sent is acknowledged, the first one has counted
+/// one more than the bytes that it has sent, whatever those are. A FIN takes a sequence number, too.
+fn open(state: u8, info: &[u8]) -> Option<Open> {
+    const UNACKED: usize = 24;
+    const BYTES_ACKED: usize = 120;
+    const BYTES_SENT: usize = 200;
+    const BYTES_RETRANS: usize = 208;
+    let field = |at: usize| Some(u64::from_ne_bytes(*info.get(at..)?.first_chunk()?));
+    let unacked = u32::from_ne_bytes(*info.get(UNACKED..)?.first_chunk()?);
+    let sent = field(BYTES_SENT)?.checked_sub(field(BYTES_RETRANS)?)?;
+    let beyond_bytes = field(BYTES_ACKED)?.checked_sub(sent)?;
+    match (state, unacked, beyond_bytes) {
+        (ESTABLISHED, 0, 0) | (FIN_WAIT2, 0, 1) => Some(Open::Passive),
+        // In FIN_WAIT1 the FIN must still be in flight: it may have been acknowledged after the state was read.
+        (ESTABLISHED, 0, 1) | (FIN_WAIT1, 1.., 1) | (FIN_WAIT2, 0, 2) => Some(Open::Active),
+        _ => None,
     }
 }
 
@@ -170,19 +247,156 @@ fn canonical(address: IpAddr) -> IpAddr {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::{TcpListener, TcpStream};
+    use std::io::{Read as _, Write as _};
+    use std::net::{Shutdown, TcpListener, TcpStream};
+
+    /// A connection over the loopback: the listener, the end that connects, and the accepted one.
+    fn connection(listen: &str, connect: &str) -> (TcpListener, TcpStream, TcpStream) {
+        let listener = TcpListener::bind(listen).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let client = TcpStream::connect((connect, port)).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        (listener, client, accepted)
+    }
+
+    fn canonical_address(address: SocketAddr) -> SocketAddr {
+        SocketAddr::new(canonical(address.ip()), address.port())
+    }
+
+    /// What the kernel says of one end of a connection. Its last bytes may not be acknowledged yet.
+    fn evidence_of(end: &TcpStream) -> Option<SocketEvidence> {
+        let (local, remote) = (end.local_addr().unwrap(), end.peer_addr().unwrap());
+        let (local, remote) = (canonical_address(local), canonical_address(remote));
+        let diag = DiagSocket::open().unwrap();
+        for _ in 0..200 {
+            let found = diag.find(local, remote, "lo").unwrap();
+            if found.is_none_or(|found| found.open != Open::Undecided) {
+                return found;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        panic!("undecided")
+    }
 
     #[test]
-    fn the_kernel_knows_an_established_connection_and_no_other() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    fn finds_only_the_exact_connection() {
+        let (_listener, client, _accepted) = connection("127.0.0.1:0", "127.0.0.1");
         let (from, to) = (client.local_addr().unwrap(), client.peer_addr().unwrap());
         let diag = DiagSocket::open().unwrap();
-        let found = diag.find(from, to, "lo").unwrap().expect("the connection is there");
-        assert_eq!(found.state, 1);
+        let found = diag.find(from, to, "lo").unwrap().expect("the connection exists");
+        assert_eq!(found.state, ESTABLISHED);
         assert_ne!(found.cgroup.0, 0);
+        assert_eq!(diag.find(from, to, "lo").unwrap().unwrap().cookie, found.cookie);
         assert_eq!(diag.find(SocketAddr::new(from.ip(), 1), to, "lo").unwrap(), None);
         // A listener is not a connection to it.
         assert_eq!(diag.find(to, SocketAddr::new(to.ip(), 9), "lo").unwrap(), None);
+    }
+
+    #[test]
+    fn finds_a_listener_at_the_local_port() {
+        for (listen, connect) in [
+            ("127.0.0.1:0", "127.0.0.1"),
+            ("0.0.0.0:0", "127.0.0.1"),
+            // An IPv6 socket that accepts IPv4.
+            ("[::]:0", "127.0.0.1"),
+            ("[::]:0", "::1"),
+            ("[::1]:0", "::1"),
+        ] {
+            let (listener, client, accepted) = connection(listen, connect);
+            let listens = |end| evidence_of(end).expect("it exists").listener;
+            assert!(listens(&accepted), "{listen}");
+            assert!(!listens(&client), "{listen}");
+            let diag = DiagSocket::open().unwrap();
+            let local = canonical_address(accepted.local_addr().unwrap());
+            assert!(
+                diag.listens(local, LOOPBACK).unwrap(),
+                "bound to no interface: {listen}"
+            );
+            drop(listener);
+            assert!(!listens(&accepted), "{listen}");
+        }
+    }
+
+    #[test]
+    fn tells_an_active_open_from_a_passive_one() {
+        let check = |client: &TcpStream, accepted: &TcpStream, when: &str| {
+            let open = |end| evidence_of(end).expect("it exists").open;
+            assert_eq!((open(client), open(accepted)), (Open::Active, Open::Passive), "{when}");
+        };
+        for (listen, connect) in [
+            ("127.0.0.1:0", "127.0.0.1"),
+            ("[::]:0", "127.0.0.1"),
+            ("[::1]:0", "::1"),
+        ] {
+            let (listener, mut client, mut accepted) = connection(listen, connect);
+            check(&client, &accepted, "connected");
+            drop(listener);
+            check(&client, &accepted, "after the listener has gone");
+            for bytes in [1, 78, 4096] {
+                accepted.write_all(&vec![0; bytes]).unwrap();
+                client.read_exact(&mut vec![0; bytes]).unwrap();
+                check(&client, &accepted, "after a greeting");
+            }
+            client.write_all(&[0; 100]).unwrap();
+            accepted.read_exact(&mut [0; 100]).unwrap();
+            check(&client, &accepted, "after a request");
+        }
+    }
+
+    #[test]
+    fn tells_an_active_open_from_a_passive_one_after_a_half_close() {
+        let (_listener, client, accepted) = connection("127.0.0.1:0", "127.0.0.1");
+        client.shutdown(Shutdown::Write).unwrap();
+        let found = evidence_of(&client).unwrap();
+        assert!([FIN_WAIT1, FIN_WAIT2].contains(&found.state), "{found:?}");
+        assert_eq!(found.open, Open::Active);
+        drop((client, accepted));
+        let (_listener, client, accepted) = connection("127.0.0.1:0", "127.0.0.1");
+        accepted.shutdown(Shutdown::Write).unwrap();
+        let found = evidence_of(&accepted).unwrap();
+        assert_eq!((found.state, found.open), (FIN_WAIT2, Open::Passive));
+        drop(client);
+    }
+
+    #[test]
+    fn finds_a_listener_that_is_bound_to_an_interface() {
+        let listener = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        listener.bind_device(Some(b"lo")).unwrap();
+        let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+        listener.bind(&any.into()).unwrap();
+        listener.listen(8).unwrap();
+        let listener = TcpListener::from(listener);
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        let found = evidence_of(&accepted).expect("it is bound to the loopback, too");
+        assert_eq!((found.open, found.listener), (Open::Passive, true));
+    }
+
+    #[test]
+    #[ignore = "a measurement: cargo test --release --lib -- --ignored --nocapture cost_of"]
+    fn cost_of_a_look_up() {
+        const TIMES: u32 = 200_000;
+        let (_listener, client, _accepted) = connection("127.0.0.1:0", "127.0.0.1");
+        let (from, to) = (client.local_addr().unwrap(), client.peer_addr().unwrap());
+        let diag = DiagSocket::open().unwrap();
+        let start = std::time::Instant::now();
+        for _ in 0..TIMES {
+            diag.find(from, to, "lo").unwrap();
+        }
+        println!("{:?} for the socket and its listener", start.elapsed() / TIMES);
+    }
+
+    #[test]
+    fn a_connection_in_time_wait_has_that_state_and_no_cgroup() {
+        const TIME_WAIT: u8 = 6;
+        let (_listener, client, accepted) = connection("127.0.0.1:0", "127.0.0.1");
+        let (from, to) = (client.local_addr().unwrap(), client.peer_addr().unwrap());
+        drop(client);
+        drop(accepted);
+        let found = DiagSocket::open().unwrap().find(from, to, "lo").unwrap().unwrap();
+        assert_eq!(
+            (found.state, found.cgroup, found.open),
+            (TIME_WAIT, CgroupId(0), Open::Undecided)
+        );
     }
 }

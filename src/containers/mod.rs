@@ -229,13 +229,30 @@ pub struct CgroupId(pub u64);
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct NamespaceId(pub u64);
 
-/// What the kernel says of one TCP socket.
+/// Kernel facts about one TCP socket.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct SocketEvidence {
     /// TCP state as in `include/net/tcp_states.h`; 1 is ESTABLISHED.
     pub state: u8,
     /// The cgroup of the process that created the socket.
     pub cgroup: CgroupId,
+    /// The kernel's number of the socket (`SO_COOKIE`, socket(7)). No other socket ever has it.
+    pub cookie: u64,
+    /// Which end opened the connection.
+    pub open: Open,
+    /// Whether a socket listens at the local address and port.
+    pub listener: bool,
+}
+
+/// How a socket came to its connection (RFC 9293, section 3.3.2).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Open {
+    /// It connected: the other end has acknowledged its SYN.
+    Active,
+    /// It was accepted from a listener.
+    Passive,
+    /// The counters do not tell while sent bytes are not acknowledged.
+    Undecided,
 }
 
 /// Whose word there is on a life.
@@ -262,7 +279,7 @@ pub trait Witness: Send + Sync + 'static {
     fn ended(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
 
     /// The socket in the container's network namespace whose connection is exactly `client` → `server`, addresses as
-    /// the client sees them. `Ok(None)`: there is none.
+    /// the client sees them. `Ok(None)`: there is none. Takes microseconds: called for every request.
     ///
     /// # Errors
     /// When the kernel cannot be asked.

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use imds_router::caller::{Connection, Via, identify};
 use imds_router::containers::watcher::Event;
-use imds_router::containers::{CgroupId, NamespaceId, NetworkId, NetworkMode, SocketEvidence};
+use imds_router::containers::{CgroupId, NamespaceId, NetworkId, NetworkMode, Open, SocketEvidence};
 
-use crate::script::{Daemon, GATEWAY, HOST, INNER, endpoint, id, settings};
+use crate::script::{Daemon, GATEWAY, HOST, INNER, connected, endpoint, id, settings};
 
 const APP: &[(&str, &str)] = &[("imds.role", "app")];
 const OTHER: &[(&str, &str)] = &[("imds.role", "other")];
@@ -44,14 +44,18 @@ async fn a_connection_over_the_link_needs_a_socket_of_the_container() {
     refused_via(&daemon, daemon.client(address), via).await;
     for state in (2..=12).filter(|state| ![4, 5].contains(state)) {
         let client = daemon.client(address);
-        daemon.kernel.socket(cgroup, client, SocketEvidence { state, cgroup });
+        daemon.kernel.socket(
+            cgroup,
+            client,
+            SocketEvidence {
+                state,
+                ..connected(cgroup)
+            },
+        );
         refused_via(&daemon, client, via).await;
     }
     let client = daemon.client(address);
-    let foreign = SocketEvidence {
-        state: 1,
-        cgroup: CgroupId(1),
-    };
+    let foreign = connected(CgroupId(1));
     daemon.kernel.socket(cgroup, client, foreign);
     refused_via(&daemon, client, via).await;
     let reasons: Vec<_> = daemon.service.refusals();
@@ -63,6 +67,63 @@ async fn a_connection_over_the_link_needs_a_socket_of_the_container() {
     assert_eq!(daemon.connect(1, address).get("/").await.unwrap().status, 200);
 }
 
+/// Another sender has used the address and port of the service to make a server of the container accept a connection.
+#[tokio::test(start_paused = true)]
+async fn a_socket_that_the_container_accepted_is_no_evidence() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    let address = daemon.run(1, APP).await;
+    let cgroup = daemon.kernel.alive(&id(1)).unwrap();
+    let accepted = SocketEvidence {
+        open: Open::Passive,
+        ..connected(cgroup)
+    };
+    let listening = SocketEvidence {
+        listener: true,
+        ..connected(cgroup)
+    };
+    let listener_and_accepted = SocketEvidence {
+        listener: true,
+        ..accepted
+    };
+    let undecided = SocketEvidence {
+        open: Open::Undecided,
+        ..connected(cgroup)
+    };
+    for evidence in [accepted, listening, listener_and_accepted, undecided] {
+        let client = daemon.client(address);
+        daemon.kernel.socket(cgroup, client, evidence);
+        refused_via(&daemon, client, daemon.way_of(1)).await;
+    }
+    assert_eq!(
+        daemon.service.refusals(),
+        [("accepted", 1), ("listener-at-port", 2), ("unacknowledged", 1)]
+    );
+    assert_eq!(daemon.connect(1, address).get("/").await.unwrap().status, 200);
+}
+
+/// The request, or its acknowledgment, is on its way.
+#[tokio::test(start_paused = true)]
+async fn a_socket_is_evidence_once_its_bytes_are_acknowledged() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    let address = daemon.run(1, APP).await;
+    let cgroup = daemon.kernel.alive(&id(1)).unwrap();
+    let client = daemon.client(address);
+    let undecided = SocketEvidence {
+        open: Open::Undecided,
+        ..connected(cgroup)
+    };
+    daemon.kernel.socket(cgroup, client, undecided);
+    let mut connection = daemon.dial_via(client, daemon.way_of(1));
+    let (reply, ()) = tokio::join!(connection.get(LIST), async {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        daemon.kernel.socket(cgroup, client, connected(cgroup));
+    });
+    assert_eq!(reply.unwrap().text(), "app");
+    assert_eq!(daemon.service.refusals(), []);
+}
+
 /// `TCP_FIN_WAIT1` and `TCP_FIN_WAIT2`: the container has sent its request and closed its side.
 #[tokio::test(start_paused = true)]
 async fn a_half_closed_socket_of_the_container_is_evidence() {
@@ -72,7 +133,14 @@ async fn a_half_closed_socket_of_the_container_is_evidence() {
     let cgroup = daemon.kernel.alive(&id(1)).unwrap();
     for state in [4, 5] {
         let client = daemon.client(address);
-        daemon.kernel.socket(cgroup, client, SocketEvidence { state, cgroup });
+        daemon.kernel.socket(
+            cgroup,
+            client,
+            SocketEvidence {
+                state,
+                ..connected(cgroup)
+            },
+        );
         let reply = daemon.dial_via(client, daemon.way_of(1)).get(LIST).await.unwrap();
         assert_eq!(reply.text(), "app", "state {state}");
     }
@@ -88,9 +156,7 @@ async fn a_connection_over_a_bridge_is_never_answered() {
     for (number, address) in [(1, address), (2, bare)] {
         let cgroup = daemon.kernel.alive(&id(number)).unwrap();
         let client = daemon.client(address);
-        daemon
-            .kernel
-            .socket(cgroup, client, SocketEvidence { state: 1, cgroup });
+        daemon.kernel.socket(cgroup, client, connected(cgroup));
         refused(&daemon, client).await;
     }
     assert_eq!(daemon.service.refusals(), [("not-attached", 1), ("over-bridge", 1)]);
@@ -162,9 +228,7 @@ async fn two_containers_with_one_address_are_told_apart_by_their_links() {
     let client = daemon.client(address);
     for (number, role) in [(1, "app"), (2, "other")] {
         let cgroup = daemon.kernel.alive(&id(number)).unwrap();
-        daemon
-            .kernel
-            .socket(cgroup, client, SocketEvidence { state: 1, cgroup });
+        daemon.kernel.socket(cgroup, client, connected(cgroup));
         let reply = daemon.dial_via(client, daemon.way_of(number)).get(LIST).await;
         assert_eq!(reply.unwrap().text(), role);
     }
@@ -321,9 +385,7 @@ fn join(daemon: &Daemon, number: u32, labels: &[(&str, &str)], mode: NetworkMode
 /// What comes of a connection that `cgroup` makes in `namespace`.
 async fn asks(daemon: &Daemon, namespace: NamespaceId, cgroup: CgroupId) -> (u16, String) {
     let client = daemon.client("169.254.169.254:0".parse().unwrap());
-    daemon
-        .kernel
-        .socket(CgroupId(namespace.0), client, SocketEvidence { state: 1, cgroup });
+    daemon.kernel.socket(CgroupId(namespace.0), client, connected(cgroup));
     let reply = daemon
         .dial_via(client, Via::Namespace(namespace))
         .get(LIST)
@@ -399,10 +461,7 @@ async fn a_container_in_a_container_counts_as_the_outer_one_only_where_that_is_c
     assert_eq!({ neighbor }.get(LIST).await.unwrap().status, 403);
     // A process of the host that has entered the namespace has a socket, and is not a container inside it.
     let host = daemon.client(SocketAddr::new(inner.ip(), 0));
-    let evidence = SocketEvidence {
-        state: 1,
-        cgroup: CgroupId(1),
-    };
+    let evidence = connected(CgroupId(1));
     daemon.kernel.socket(outer, host, evidence);
     assert_eq!(daemon.dial_nested(host, namespace).get(LIST).await.unwrap().status, 403);
     // In a namespace without a run, or with several, it is unknown which one is meant.
@@ -458,9 +517,7 @@ async fn a_run_that_ends_during_the_proof_is_not_authenticated() {
     let address = daemon.run(1, APP).await;
     let cgroup = daemon.kernel.alive(&id(1)).unwrap();
     let client = daemon.client(address);
-    daemon
-        .kernel
-        .socket(cgroup, client, SocketEvidence { state: 1, cgroup });
+    daemon.kernel.socket(cgroup, client, connected(cgroup));
     let connection = Connection {
         client,
         server: "169.254.169.254:80".parse().unwrap(),

@@ -12,7 +12,6 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Du
 
 use imds_router::caller::Connection;
 use imds_router::config::Settings;
-use imds_router::containers::SocketEvidence;
 use imds_router::metadata::events::{Event, Kind, Run};
 use imds_router::metadata::real;
 use imds_router::orders::{StopError, to_stop};
@@ -21,7 +20,7 @@ use imds_router::wire::imds::VERSIONS;
 
 use crate::conformance::Reply;
 use crate::conformance::tricks::{CLOSED, tricks};
-use crate::script::{Client, Daemon, id, settings};
+use crate::script::{Client, Daemon, connected, id, settings};
 
 const ROLE_LIST: &str = "/latest/meta-data/iam/security-credentials/";
 
@@ -620,7 +619,7 @@ async fn an_answer_with_a_token_is_limited_before_it_is_sent_and_no_other() {
     let address = daemon.run(1, &[("imds.http-put-response-hop-limit", "1")]).await;
     let client = daemon.client(address);
     let cgroup = daemon.kernel.alive(&id(1)).unwrap();
-    let evidence = SocketEvidence { state: 1, cgroup };
+    let evidence = connected(cgroup);
     daemon.kernel.socket(cgroup, client, evidence);
     let connection = Connection {
         client,

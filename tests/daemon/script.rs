@@ -23,7 +23,7 @@ use imds_router::containers::watcher::{
     Birth, ContainerEngine, EngineError, Event, Hold, Inspection, Instances, Kernel, Network, Ports, Row, Run, Watcher,
 };
 use imds_router::containers::{
-    Attachments, CgroupId, ContainerId, Definition, Endpoint, Environment, NamespaceId, NetworkId, NetworkMode,
+    Attachments, CgroupId, ContainerId, Definition, Endpoint, Environment, NamespaceId, NetworkId, NetworkMode, Open,
     SocketEvidence, Witness,
 };
 use imds_router::credentials::broker::{Broker, CredentialProvider, Lease, Limits, Provided, ProviderError};
@@ -252,6 +252,17 @@ impl ContainerEngine for ScriptedEngine {
 }
 
 // ---- the kernel
+
+/// A socket of `cgroup` that has opened its connection.
+pub fn connected(cgroup: CgroupId) -> SocketEvidence {
+    SocketEvidence {
+        state: 1,
+        cgroup,
+        cookie: 4711,
+        open: Open::Active,
+        listener: false,
+    }
+}
 
 #[derive(Default)]
 struct Lives {
@@ -769,8 +780,7 @@ impl Daemon {
         let cgroup = self.kernel.alive(&id(number)).expect("it runs");
         let client = self.client(address);
         let namespace = self.kernel.namespace(&id(number)).expect("it runs");
-        self.kernel
-            .socket(CgroupId(namespace.0), client, SocketEvidence { state: 1, cgroup });
+        self.kernel.socket(CgroupId(namespace.0), client, connected(cgroup));
         client
     }
 

@@ -10,7 +10,7 @@ use imds_router::containers::index::EngineState;
 use imds_router::containers::watcher::Event;
 use imds_router::containers::{CgroupId, NetworkId};
 
-use crate::script::{Container, Daemon, ScriptedEngine, ScriptedKernel, endpoint, id, settings};
+use crate::script::{Container, Daemon, ScriptedEngine, ScriptedKernel, connected, endpoint, id, settings};
 
 const APP: &[(&str, &str)] = &[("imds.role", "app")];
 const LIST: &str = "/latest/meta-data/iam/security-credentials/";
@@ -276,7 +276,7 @@ async fn play(steps: Vec<(Happens, Told)>) {
                     continue;
                 }
                 let client = daemon.client(at(a));
-                let evidence = imds_router::containers::SocketEvidence { state: 1, cgroup };
+                let evidence = connected(cgroup);
                 daemon.kernel.socket(cgroup, client, evidence);
                 let path = "/latest/meta-data/iam/security-credentials/";
                 let over_bridge = daemon.dial(client).get(path).await;
