@@ -27,7 +27,7 @@ use tracing::{debug, info, trace, warn};
 use self::http::Ended;
 #[cfg(target_os = "linux")]
 use crate::caller::connection::{Interface, Interfaces, ingress};
-use crate::caller::{Caller, Connection, Refusal, Via, identify};
+use crate::caller::{Caller, Connection, Refusal, Via, identify, verify_peer};
 use crate::clock::Clock;
 use crate::containers::index::Index;
 use crate::containers::slots::{self, Full, Slot};
@@ -536,8 +536,12 @@ impl Session {
         if must_close || requests >= REQUESTS_PER_CONNECTION || asked >= self.end {
             reply = reply.last();
         }
-        // What took a while may be an answer to nobody, or to a life that has ended meanwhile.
+        // The container, or its socket, may have gone since the connection was authenticated.
         if !life.alive() {
+            return Err(Ended);
+        }
+        if let Err(refusal) = verify_peer(&self.caller, self.connection) {
+            self.service.refusals.note(&refusal, self.connection.client);
             return Err(Ended);
         }
         let status = reply.status().as_u16();

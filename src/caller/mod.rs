@@ -96,12 +96,14 @@ pub enum Via {
 ///
 /// ```compile_fail
 /// # fn guess(life: std::sync::Arc<imds_router::containers::Life>) -> imds_router::caller::Caller {
-/// imds_router::caller::Caller { life } // no proof in hand, and none can be made here
+/// imds_router::caller::Caller { life, socket: None } // no proof in hand, and none can be made here
 /// # }
 /// ```
 #[derive(Clone, Debug)]
 pub struct Caller {
     life: Arc<Life>,
+    /// The socket that proved it, by its cookie. `None`: something else did.
+    socket: Option<u64>,
 }
 
 impl Caller {
@@ -471,7 +473,7 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
         }
         if life.witness.level() == Level::Address {
             match by_address(index, connection, &container) {
-                Ok(()) if proven.is_none() => proven = Some(Caller { life }),
+                Ok(()) if proven.is_none() => proven = Some(Caller { life, socket: None }),
                 Ok(()) => return Err(Refusal::Ambiguous),
                 Err(why) => refusal = why,
             }
@@ -504,7 +506,12 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
             }
             Ok(Some(socket)) => match opened(&life, connection, *socket) {
                 Ok(()) if proven.is_some() => return Err(Refusal::Ambiguous),
-                Ok(()) => proven = Some(Caller { life }),
+                Ok(()) => {
+                    proven = Some(Caller {
+                        life,
+                        socket: Some(socket.cookie),
+                    });
+                }
                 Err(why) => refusal = why,
             },
             Err(error) => refusal = unasked(container, error),
@@ -545,6 +552,30 @@ fn unasked(container: ContainerId, error: &std::io::Error) -> Refusal {
     }
 }
 
+/// Verifies, before a request is answered, that the socket that proved the caller is still the other end of the connection: the
+/// container has not closed it, so that another sender cannot use the rest of the connection.
+///
+/// # Errors
+/// When the socket is another one or gone, or when a process listens at its port.
+pub fn verify_peer(caller: &Caller, connection: Connection) -> Result<(), Refusal> {
+    let Some(proven) = caller.socket else { return Ok(()) };
+    let container = caller.life.container.clone();
+    match caller.life.witness.socket(connection.client, connection.server) {
+        Ok(Some(socket)) if socket.cookie != proven => Err(Refusal::SocketGone { container }),
+        Ok(Some(socket)) if !CONNECTED.contains(&socket.state) => Err(Refusal::NotEstablished {
+            container,
+            state: socket.state,
+        }),
+        Ok(Some(socket)) if socket.listener => Err(Refusal::ListenerAtPort {
+            container,
+            port: connection.client.port(),
+        }),
+        Ok(Some(_)) => Ok(()),
+        Ok(None) => Err(Refusal::SocketGone { container }),
+        Err(error) => Err(unasked(container, &error)),
+    }
+}
+
 /// Whether a connection that no socket of the namespace has comes from inside it: the namespace has put an address of its own
 /// in the place of an inner container's. A neighbor on a bridge can send a packet to the service through the namespace, too.
 /// That keeps its source address, which is not local to the namespace; the kernel drops packets from outside that have a local
@@ -561,7 +592,10 @@ fn nested(index: &Index, namespace: NamespaceId, address: IpAddr) -> Result<Call
         .filter_map(|record| record.life.clone());
     let lives: Vec<_> = lives.filter(|life| life.alive()).collect();
     match lives.as_slice() {
-        [life] => Ok(Caller { life: life.clone() }),
+        [life] => Ok(Caller {
+            life: life.clone(),
+            socket: None,
+        }),
         [] => Err(Refusal::Translated(address)),
         [life, ..] => Err(Refusal::Shared {
             container: life.container.clone(),

@@ -124,6 +124,40 @@ async fn a_socket_is_evidence_once_its_bytes_are_acknowledged() {
     assert_eq!(daemon.service.refusals(), []);
 }
 
+#[tokio::test(start_paused = true)]
+async fn each_request_needs_the_socket_that_was_proven() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    let address = daemon.run(1, APP).await;
+    let cgroup = daemon.kernel.alive(&id(1)).unwrap();
+    let another = SocketEvidence {
+        cookie: 4712,
+        ..connected(cgroup)
+    };
+    let closing = SocketEvidence {
+        state: 8,
+        ..connected(cgroup)
+    };
+    let listening = SocketEvidence {
+        listener: true,
+        ..connected(cgroup)
+    };
+    for evidence in [another, closing, listening] {
+        let client = daemon.client(address);
+        daemon.kernel.socket(cgroup, client, connected(cgroup));
+        let mut kept = daemon.dial_via(client, daemon.way_of(1)).keep_alive();
+        for _ in 0..3 {
+            assert_eq!(kept.get(LIST).await.unwrap().text(), "app");
+        }
+        daemon.kernel.socket(cgroup, client, evidence);
+        assert!(kept.get(LIST).await.is_none(), "{evidence:?}");
+    }
+    assert_eq!(
+        daemon.service.refusals(),
+        [("listener-at-port", 1), ("not-established", 1), ("socket-gone", 1)]
+    );
+}
+
 /// `TCP_FIN_WAIT1` and `TCP_FIN_WAIT2`: the container has sent its request and closed its side.
 #[tokio::test(start_paused = true)]
 async fn a_half_closed_socket_of_the_container_is_evidence() {
