@@ -280,6 +280,14 @@ impl Refusal {
         }
     }
 
+    /// Whether the socket is a container's, but does not prove that the container opened the connection.
+    fn is_about_the_open(&self) -> bool {
+        matches!(
+            self,
+            Self::Accepted { .. } | Self::ListenerAtPort { .. } | Self::Unacknowledged { .. } | Self::SocketGone { .. }
+        )
+    }
+
     /// A short name, for counters and logs.
     pub fn reason(&self) -> &'static str {
         match self {
@@ -499,10 +507,13 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
                 };
             }
             Ok(Some(socket)) if !life.witness.holds(socket.cgroup) => {
-                refusal = Refusal::ForeignCgroup {
-                    container,
-                    cgroup: socket.cgroup,
-                };
+                // The refusal of the container whose socket it is says more.
+                if !refusal.is_about_the_open() {
+                    refusal = Refusal::ForeignCgroup {
+                        container,
+                        cgroup: socket.cgroup,
+                    };
+                }
             }
             Ok(Some(socket)) => match opened(&life, connection, *socket) {
                 Ok(()) if proven.is_some() => return Err(Refusal::Ambiguous),

@@ -124,6 +124,39 @@ async fn a_socket_is_evidence_once_its_bytes_are_acknowledged() {
     assert_eq!(daemon.service.refusals(), []);
 }
 
+/// The other containers of the namespace do not hide what is known of the one whose socket it is.
+#[tokio::test(start_paused = true)]
+async fn a_shared_namespace_tells_why_a_socket_is_no_evidence() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    daemon.run(1, APP).await;
+    let owner = daemon.kernel.alive(&id(1)).unwrap();
+    let sharer = join(&daemon, 2, OTHER, NetworkMode::Container(id(1)));
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let via = Via::Namespace(NamespaceId(owner.0));
+    for cgroup in [owner, sharer] {
+        let client = daemon.client("169.254.192.2:0".parse().unwrap());
+        let accepted = SocketEvidence {
+            open: Open::Passive,
+            ..connected(cgroup)
+        };
+        daemon.kernel.socket(owner, client, accepted);
+        refused_via(&daemon, client, via).await;
+        let undecided = SocketEvidence {
+            open: Open::Undecided,
+            ..connected(cgroup)
+        };
+        daemon.kernel.socket(owner, client, undecided);
+        let mut connection = daemon.dial_via(client, via);
+        let (reply, ()) = tokio::join!(connection.get(LIST), async {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            daemon.kernel.socket(owner, client, connected(cgroup));
+        });
+        assert_eq!(reply.unwrap().status, 200);
+    }
+    assert_eq!(daemon.service.refusals(), [("accepted", 2)]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn each_request_needs_the_socket_that_was_proven() {
     let daemon = Daemon::start(settings());

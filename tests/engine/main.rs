@@ -47,6 +47,8 @@ mod load;
 #[cfg(target_os = "linux")]
 mod networks;
 #[cfg(target_os = "linux")]
+mod passive;
+#[cfg(target_os = "linux")]
 mod podman;
 #[cfg(target_os = "linux")]
 mod refusals;
@@ -86,6 +88,7 @@ fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
     trials.extend(interfaces::trials(rig));
     trials.extend(instances::trials(rig));
     trials.extend(attacks::trials(rig));
+    trials.extend(passive::trials(rig));
     trials.extend(churn::trials(rig));
     trials.extend(deploy::trials(rig));
     trials.extend(cloud::trials(rig));

@@ -13,6 +13,7 @@
                   an ESTABLISHED socket of that pair; then we connect to the server with the victim's
 """
 
+import os
 import time
 
 from frames import ACK, BROADCAST, FIN, MADE_UP, RST, SYN, Impostor, Loot, Wire, arguments, mac, request_for
@@ -22,6 +23,7 @@ told = arguments(
     (["--how"], dict(required=True, choices=["half-open", "inject", "reset", "deaf", "middle", "accept"])),
     (["--port"], dict(type=int, required=True, help="the victim's port")),
     (["--seconds"], dict(type=float, default=3.0, help="at most so long")),
+    (["--stop"], dict(default="", help="with --how accept: the server is asked once the file of this name and .go exists")),
 )
 wire = Wire()
 victim_mac = mac(told.victim_mac)
@@ -184,6 +186,10 @@ def accept():
             wire.tcp(*here, ACK, ours + 1, segment.seq + 1, source_mac=MADE_UP, target_mac=victim_mac)
             loot.notes["accepted"] = 1
             break
+    if told.stop:
+        print("accepted", flush=True)
+        while not os.path.exists(told.stop + ".go") and time.monotonic() < end + 60:
+            time.sleep(0.01)
     # The server is asked in any case.
     host_believes()
     fresh = impostor(MADE_UP)

@@ -7,6 +7,7 @@ victim.py hold   brings one connection into a state and keeps it so until --stop
 import argparse
 import json
 import os
+import select
 import socket
 import sys
 import time
@@ -27,6 +28,8 @@ parser.add_argument(
     choices=["established", "silent", "close-wait", "time-wait", "connecting", "closing", "asking-last", "listening"],
     default="established",
 )
+parser.add_argument("--greeting", type=int, default=0, help="bytes that a listening server sends first")
+parser.add_argument("--once", action="store_true", help="a listening server closes its listener after the first connection")
 told = parser.parse_args()
 end = time.monotonic() + 120  # whatever becomes of whoever started us
 ROLE = f"/latest/meta-data/iam/security-credentials/"
@@ -83,13 +86,39 @@ def stay():
         time.sleep(0.01)
 
 
+def is_deceived():
+    """Whether the kernel has an ESTABLISHED socket of our port whose other end is the service's address and port."""
+    service = f"{int.from_bytes(socket.inet_aton(told.server), sys.byteorder):08X}:{told.server_port:04X}"
+    rows = [row.split() for row in open("/proc/net/tcp").read().splitlines()[1:]]
+    return any(row[1].endswith(f":{told.port:04X}") and row[2] == service and row[3] == "01" for row in rows)
+
+
+def listen():
+    """Any service of the victim's. Prints whether a connection of it had the other end that only a client of ours has."""
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((told.bind, told.port))
+    listener.listen(8)
+    print("ready", flush=True)
+    accepted, deceived = [], False
+    while not os.path.exists(told.stop) and time.monotonic() < end:
+        if listener and select.select([listener], [], [], 0.005)[0]:
+            link, _ = listener.accept()
+            link.setblocking(False)
+            link.send(b"g" * told.greeting)
+            accepted.append(link)
+            if told.once:
+                listener.close()
+                listener = None
+        elif not listener:
+            time.sleep(0.005)
+        deceived = deceived or is_deceived()
+    print(json.dumps({"deceived": int(deceived)}), flush=True)
+
+
 def hold():
     if told.state == "listening":
-        # Any service of the victim's. The kernel accepts connections to it by itself.
-        listener = socket.socket()
-        listener.bind((told.bind, told.port))
-        listener.listen(8)
-        stay()
+        listen()
         return
     if told.state == "connecting":
         # Somebody takes the answer to our SYN: this goes on until it times out. Nobody is told so.

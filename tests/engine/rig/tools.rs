@@ -89,6 +89,7 @@ pub fn prepare() -> Result<(), String> {
                 "attacks/net_admin.py",
                 include_str!("../../clients/attacks/net_admin.py"),
             ),
+            ("attacks/passive.py", include_str!("../../clients/attacks/passive.py")),
             ("attacks/slow.py", include_str!("../../clients/attacks/slow.py")),
             ("attacks/squat.py", include_str!("../../clients/attacks/squat.py")),
             ("attacks/takeover.py", include_str!("../../clients/attacks/takeover.py")),
