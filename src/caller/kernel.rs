@@ -202,6 +202,10 @@ impl Witness for KernelWitness {
         self.namespace.diag.find(client, server, LINK)
     }
 
+    fn socket_now(&self, client: SocketAddr, server: SocketAddr) -> io::Result<Option<(u8, u64)>> {
+        self.namespace.diag.find_now(client, server, LINK)
+    }
+
     fn is_local(&self, address: IpAddr) -> io::Result<bool> {
         self.namespace.attachment.is_local(&self.pidfd, address)
     }

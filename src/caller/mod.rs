@@ -547,8 +547,8 @@ fn opened(life: &Life, connection: Connection, socket: SocketEvidence) -> Result
         Open::Undecided => Err(Refusal::Unacknowledged { container }),
         // The kernel reads the state before it locks the socket. If the socket was closed in between, the acknowledgment of its
         // FIN looks like that of a SYN. A state that is still the same excludes that.
-        Open::Active => match life.witness.socket(connection.client, connection.server) {
-            Ok(Some(again)) if (again.state, again.cookie) == (socket.state, socket.cookie) => Ok(()),
+        Open::Active => match life.witness.socket_now(connection.client, connection.server) {
+            Ok(Some(again)) if again == (socket.state, socket.cookie) => Ok(()),
             Ok(Some(_)) => Err(Refusal::Unacknowledged { container }),
             Ok(None) => Err(Refusal::SocketGone { container }),
             Err(error) => Err(unasked(container, &error)),
@@ -566,24 +566,23 @@ fn unasked(container: ContainerId, error: &std::io::Error) -> Refusal {
 /// Verifies, before a request is answered, that the socket that proved the caller is still the other end of the connection: the
 /// container has not closed it, so that another sender cannot use the rest of the connection.
 ///
+/// The cookie names the socket that was proven to have opened the connection. Whether a process listens at its port by now
+/// does not matter any more.
+///
 /// # Errors
-/// When the socket is another one or gone, or when a process listens at its port.
+/// When the socket is another one or gone, or is closed.
 pub fn verify_peer(caller: &Caller, connection: Connection) -> Result<(), Refusal> {
     let Some(proven) = caller.socket else { return Ok(()) };
-    let container = caller.life.container.clone();
-    match caller.life.witness.socket(connection.client, connection.server) {
-        Ok(Some(socket)) if socket.cookie != proven => Err(Refusal::SocketGone { container }),
-        Ok(Some(socket)) if !CONNECTED.contains(&socket.state) => Err(Refusal::NotEstablished {
-            container,
-            state: socket.state,
-        }),
-        Ok(Some(socket)) if socket.listener => Err(Refusal::ListenerAtPort {
-            container,
-            port: connection.client.port(),
+    let container = || caller.life.container.clone();
+    match caller.life.witness.socket_now(connection.client, connection.server) {
+        Ok(Some((_, cookie))) if cookie != proven => Err(Refusal::SocketGone { container: container() }),
+        Ok(Some((state, _))) if !CONNECTED.contains(&state) => Err(Refusal::NotEstablished {
+            container: container(),
+            state,
         }),
         Ok(Some(_)) => Ok(()),
-        Ok(None) => Err(Refusal::SocketGone { container }),
-        Err(error) => Err(unasked(container, &error)),
+        Ok(None) => Err(Refusal::SocketGone { container: container() }),
+        Err(error) => Err(unasked(container(), &error)),
     }
 }
 

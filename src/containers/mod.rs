@@ -279,11 +279,20 @@ pub trait Witness: Send + Sync + 'static {
     fn ended(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
 
     /// The socket in the container's network namespace whose connection is exactly `client` → `server`, addresses as
-    /// the client sees them. `Ok(None)`: there is none. Takes microseconds: called for every request.
+    /// the client sees them. `Ok(None)`: there is none.
     ///
     /// # Errors
     /// When the kernel cannot be asked.
     fn socket(&self, client: SocketAddr, server: SocketAddr) -> std::io::Result<Option<SocketEvidence>>;
+
+    /// State and cookie of that socket, without the rest of its evidence. Takes microseconds: called for every request.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked.
+    fn socket_now(&self, client: SocketAddr, server: SocketAddr) -> std::io::Result<Option<(u8, u64)>> {
+        let socket = self.socket(client, server)?;
+        Ok(socket.map(|socket| (socket.state, socket.cookie)))
+    }
 
     /// Whether `address` is one of the container's network namespace's own.
     ///
