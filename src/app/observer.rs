@@ -437,7 +437,10 @@ impl Observer {
         let in_the_hosts_network = record.definition.network_mode == NetworkMode::Host;
         let (is_reached, way) = match (&record.not_attached, record.life.as_ref()) {
             _ if self.resolver.kept.is_some() && in_the_hosts_network => (false, GETS_THE_HOSTS.to_owned()),
-            (Some(why), _) => (false, format!("no link to the service ({why}); trying again")),
+            (Some(why), _) => (
+                false,
+                format!("no link to the service ({why}); {}", self.next_attach(record)),
+            ),
             (None, _) if self.resolver.attaches() && in_the_hosts_network => (
                 true,
                 "over the host, whose network it has; imds-router health checks that path".to_owned(),
@@ -525,6 +528,16 @@ impl Observer {
         steps
     }
 
+    /// When the daemon tries again to create the link of a container.
+    fn next_attach(&self, record: &Record) -> String {
+        let now = self.clock.now();
+        let left = record.next_attach.and_then(|at| at.checked_duration_since(now));
+        match left.filter(|left| !left.is_zero()) {
+            Some(left) => format!("next attempt in {:.1} s", left.as_secs_f64()),
+            None => "next attempt now".to_owned(),
+        }
+    }
+
     fn container(&self, record: &Record) -> ContainerStatus {
         let instance = &record.instance;
         let session = instance.role.session();
@@ -535,7 +548,8 @@ impl Observer {
         problems.extend(record.no_life.clone());
         problems.extend(record.not_attached.as_ref().map(|why| {
             format!(
-                "it has no link to the service ({why}); the daemon tries again, and refuses its requests until then"
+                "it has no link to the service ({why}); {}, requests are refused until then",
+                self.next_attach(record)
             )
         }));
         let runs = record.life.as_ref().filter(|life| life.alive());

@@ -414,6 +414,8 @@ pub struct Record {
     pub attaches: bool,
     /// Why it has no link although it should.
     pub not_attached: Option<String>,
+    /// When the daemon tries again to create the link.
+    pub next_attach: Option<tokio::time::Instant>,
     /// What another program has put into its namespace beside ours.
     pub left_alone: Vec<String>,
     /// What it is to see.

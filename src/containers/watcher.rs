@@ -1031,8 +1031,9 @@ impl Watcher {
                 known.not_attached = Some(why);
             }
         }
-        // Those who wait for the link look at the index.
-        let changed = before != (known.not_attached.clone(), known.left_alone.clone());
+        // Those who wait for the link look at the index. After a failure it has the time of the next attempt.
+        let failed = known.not_attached.is_some();
+        let changed = failed || before != (known.not_attached.clone(), known.left_alone.clone());
         if changed || attached {
             self.publish(&id);
         } else {
@@ -1168,6 +1169,7 @@ impl Watcher {
             no_life: known.no_life.clone(),
             attaches,
             not_attached: known.not_attached.clone(),
+            next_attach: self.attach_retries.get(id).copied(),
             left_alone: known.left_alone.clone(),
             instance,
         });

@@ -255,11 +255,20 @@ async fn a_connection_that_comes_before_the_link_is_closed_once_there_is_one() {
     // The failure is the reason that the operator sees; it is tried again until it succeeds.
     let record = daemon.index.get(&id(1)).unwrap();
     assert_eq!(record.not_attached.as_deref(), Some("too many open files"));
+    let next_attach = || daemon.index.get(&id(1)).unwrap().next_attach;
+    let first = next_attach().unwrap();
+    tokio::time::sleep_until(first + Duration::from_millis(20)).await;
+    let second = next_attach().unwrap();
+    assert!(
+        second > daemon.clock.now() && second > first,
+        "each failure tells when the next attempt is"
+    );
     refused(&daemon, daemon.client(address)).await;
     daemon.kernel.fail_to_attach(None);
     tokio::time::sleep(Duration::from_secs(5)).await;
     assert_eq!(daemon.connect(1, address).get(LIST).await.unwrap().text(), "app");
     assert_eq!(daemon.index.get(&id(1)).unwrap().not_attached, None);
+    assert_eq!(next_attach(), None);
     // One that is about to have its link: the next connection comes over that.
     let address = daemon.create(2, OTHER);
     daemon.settle().await;
