@@ -328,9 +328,13 @@ pub async fn run(
     );
     let nested = settings.nested == Nested::Outer;
     let listeners = Arc::new(HostNamespaceListeners::new(service.clone(), settings.ipv6, nested));
-    let kernel: Arc<dyn Kernel> = match level {
-        Level::Full => Arc::new(HostKernel::new(listeners.clone(), clock.clone())?),
-        Level::Address => Arc::new(EngineWord::new(clock.clone())),
+    let host_kernel = match level {
+        Level::Full => Some(Arc::new(HostKernel::new(listeners.clone(), clock.clone())?)),
+        Level::Address => None,
+    };
+    let kernel: Arc<dyn Kernel> = match &host_kernel {
+        Some(kernel) => kernel.clone(),
+        None => Arc::new(EngineWord::new(clock.clone())),
     };
     let host = Cgroups::this_threads_namespace().map_err(|error| KernelError::Namespace(error.to_string()))?;
     let engine = engine_host(&settings);
@@ -414,10 +418,22 @@ pub async fn run(
         return Err(error.into());
     }
     let interfaces = Arc::new(Interfaces::new(LINK));
-    if kept.is_none()
-        && !on_network
-        && let Some((also, listener)) = intercept_ipv6(&settings, &mut inherited, &clock).await
+    let serves_the_host = kept.is_none() && !on_network;
+    let ipv6 = match serves_the_host {
+        true => intercept_ipv6(&settings, &mut inherited, &clock).await,
+        false => None,
+    };
+    // The rules are in place, and no connection of the host has been accepted.
+    if let Some(kernel) = host_kernel.filter(|_| serves_the_host)
+        && let Err(error) = kernel
+            .remember_earlier_sockets(vec![IMDS_ADDRESS.into(), IMDS_ADDRESS_IPV6.into()])
+            .await
     {
+        interception.extend(ipv6.map(|(also, _)| also));
+        give_up(interception);
+        return Err(error.into());
+    }
+    if let Some((also, listener)) = ipv6 {
         interception.push(also);
         if let Some(listener) = listener {
             tasks.spawn(server::accept_on_host(

@@ -353,8 +353,8 @@ pub async fn serve<S: Wire>(stream: S, connection: Connection, service: Arc<Serv
                 service.refusals.note(&refusal, connection.client);
             }
             let why = match refusal {
-                // Closed without an answer: the client tries again, and its next connection comes over the link.
-                Refusal::JustAttached { .. } => return,
+                // Closed without an answer: the client tries again, and its next connection is answered.
+                Refusal::JustAttached { .. } | Refusal::EarlierSocket { .. } => return,
                 Refusal::NotSynchronised => Refused::NotReady,
                 _ => Refused::Unproven,
             };

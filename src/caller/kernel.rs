@@ -1,5 +1,6 @@
 //! The real kernel behind [`Kernel`] and [`Witness`].
 
+use std::collections::HashSet;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -7,7 +8,7 @@ use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use dashmap::DashMap;
 use futures_util::stream::{self, BoxStream, StreamExt as _};
@@ -23,7 +24,7 @@ use super::namespace::open_in;
 use super::socket::DiagSocket;
 use crate::clock::Clock;
 use crate::containers::watcher::{Birth, Kernel, Run};
-use crate::containers::{CgroupId, ContainerId, NamespaceId, NetworkMode, SocketEvidence, Witness};
+use crate::containers::{CgroupId, ContainerId, NamespaceId, NetworkMode, Open, SocketEvidence, Witness};
 use crate::telemetry::with_causes;
 
 /// The name of the link to the service, in each network namespace.
@@ -38,6 +39,8 @@ pub struct HostKernel {
     runtime: Handle,
     /// Namespaces that some life is in.
     namespaces: DashMap<NamespaceId, Weak<Namespace>>,
+    /// Sockets of the host's namespace that are older than the rules, by their cookies.
+    earlier: Arc<OnceLock<HashSet<u64>>>,
 }
 
 /// Why the kernel cannot prove anything here.
@@ -49,6 +52,9 @@ pub enum KernelError {
     /// This process's own namespace cannot be looked at.
     #[error("this host's network namespace cannot be told from others: {0}")]
     Namespace(String),
+    /// The sockets of the host cannot be listed.
+    #[error("cannot list the TCP connections of this host (sock_diag)")]
+    Sockets(#[source] io::Error),
 }
 
 impl HostKernel {
@@ -66,7 +72,33 @@ impl HostKernel {
             clock,
             runtime: Handle::current(),
             namespaces: DashMap::new(),
+            earlier: Arc::default(),
         })
+    }
+
+    /// Remembers the sockets of the host's namespace whose other end is port 80 of one of `addresses`. Before the rules were in
+    /// place, another process could answer there, and it may still be their other end: they prove nothing. Call it once, when the
+    /// rules are in place and no connection has been accepted.
+    ///
+    /// # Errors
+    /// When the kernel does not list them.
+    pub async fn remember_earlier_sockets(&self, addresses: Vec<IpAddr>) -> Result<(), KernelError> {
+        // A dump reads the tables of the whole machine.
+        let dump = tokio::task::spawn_blocking(move || {
+            let servers: Vec<_> = addresses.into_iter().map(|it| SocketAddr::new(it, 80)).collect();
+            DiagSocket::open()?.connected_to(&servers)
+        });
+        let cookies = dump.await.map_err(io::Error::other).flatten();
+        let cookies: HashSet<u64> = cookies.map_err(KernelError::Sockets)?.into_iter().collect();
+        if !cookies.is_empty() {
+            let count = cookies.len();
+            warn!(
+                count,
+                "sockets of this host were connected to the address of the service before the daemon started"
+            );
+        }
+        let _ = self.earlier.set(cookies);
+        Ok(())
     }
 
     /// The host's own network namespace.
@@ -95,6 +127,7 @@ impl HostKernel {
         let namespace = Arc::new(Namespace {
             id: first.namespace,
             is_host: first.namespace == self.host,
+            earlier: self.earlier.clone(),
             diag,
             attachment: Attachment::new(
                 first.namespace,
@@ -162,6 +195,8 @@ impl Kernel for HostKernel {
 struct Namespace {
     id: NamespaceId,
     is_host: bool,
+    /// Sockets of the host's namespace that are older than the rules.
+    earlier: Arc<OnceLock<HashSet<u64>>>,
     /// Keeps the namespace from vanishing, and its number from being used again.
     diag: DiagSocket,
     attachment: Arc<Attachment>,
@@ -199,7 +234,20 @@ impl Witness for KernelWitness {
     }
 
     fn socket(&self, client: SocketAddr, server: SocketAddr) -> io::Result<Option<SocketEvidence>> {
-        self.namespace.diag.find(client, server, LINK)
+        let found = self.namespace.diag.find(client, server, LINK)?;
+        let is_earlier = |cookie| {
+            self.namespace
+                .earlier
+                .get()
+                .is_some_and(|earlier| earlier.contains(&cookie))
+        };
+        Ok(found.map(|socket| match is_earlier(socket.cookie) {
+            true => SocketEvidence {
+                open: Open::Earlier,
+                ..socket
+            },
+            false => socket,
+        }))
     }
 
     fn socket_now(&self, client: SocketAddr, server: SocketAddr) -> io::Result<Option<(u8, u64)>> {

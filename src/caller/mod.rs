@@ -197,6 +197,15 @@ pub enum Refusal {
         /// The container.
         container: ContainerId,
     },
+    /// There is one, but it is older than the rules that lead to the daemon.
+    #[error(
+        "the socket of {container} is older than the daemon's rules on this host, so another process may be its other end; the \
+         container's next connection is answered"
+    )]
+    EarlierSocket {
+        /// The container.
+        container: ContainerId,
+    },
     /// The socket that proved the caller does not exist any more.
     #[error(
         "the socket with which {container} opened this connection is gone: another sender uses its addresses and ports"
@@ -263,6 +272,7 @@ impl Refusal {
             | Self::Accepted { container }
             | Self::ListenerAtPort { container, .. }
             | Self::Unacknowledged { container }
+            | Self::EarlierSocket { container }
             | Self::SocketGone { container }
             | Self::OverBridge { container }
             | Self::JustAttached { container }
@@ -284,7 +294,11 @@ impl Refusal {
     fn is_about_the_open(&self) -> bool {
         matches!(
             self,
-            Self::Accepted { .. } | Self::ListenerAtPort { .. } | Self::Unacknowledged { .. } | Self::SocketGone { .. }
+            Self::Accepted { .. }
+                | Self::ListenerAtPort { .. }
+                | Self::Unacknowledged { .. }
+                | Self::EarlierSocket { .. }
+                | Self::SocketGone { .. }
         )
     }
 
@@ -305,6 +319,7 @@ impl Refusal {
             Self::Accepted { .. } => "accepted",
             Self::ListenerAtPort { .. } => "listener-at-port",
             Self::Unacknowledged { .. } => "unacknowledged",
+            Self::EarlierSocket { .. } => "earlier-socket",
             Self::SocketGone { .. } => "socket-gone",
             Self::OverBridge { .. } => "over-bridge",
             Self::JustAttached { .. } => "just-attached",
@@ -545,6 +560,7 @@ fn opened(life: &Life, connection: Connection, socket: SocketEvidence) -> Result
     match socket.open {
         Open::Passive => Err(Refusal::Accepted { container }),
         Open::Undecided => Err(Refusal::Unacknowledged { container }),
+        Open::Earlier => Err(Refusal::EarlierSocket { container }),
         // The kernel reads the state before it locks the socket. If the socket was closed in between, the acknowledgment of its
         // FIN looks like that of a SYN. A state that is still the same excludes that.
         Open::Active => match life.witness.socket_now(connection.client, connection.server) {

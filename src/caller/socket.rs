@@ -1,6 +1,7 @@
 //! Which socket is the other end of a connection: netlink `sock_diag` in the caller's own network namespace.
 //!
-//! Every query is an exact look-up by hash, a few microseconds. A dump would walk the tables of the whole machine.
+//! Every query of a connection is an exact look-up by hash, a few microseconds. A dump walks the tables of the whole machine:
+//! there is one at the start.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -8,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use netlink_packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla as _};
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla as _};
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP};
 use netlink_packet_sock_diag::inet::nlas::Nla;
@@ -108,6 +109,56 @@ impl DiagSocket {
         Ok(None)
     }
 
+    /// The cookies of all sockets that are connected, or are about to be, to one of `servers`. Blocks.
+    ///
+    /// # Errors
+    /// When the kernel does not answer.
+    pub fn connected_to(&self, servers: &[SocketAddr]) -> io::Result<Vec<u64>> {
+        let mut cookies = Vec::new();
+        for server in servers {
+            // Of an IPv4 server the client's socket may be of either family.
+            for any in [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()] {
+                let (local, remote) = (SocketAddr::new(any, 0), SocketAddr::new(any, server.port()));
+                self.dump(local, remote, |found| {
+                    if found.remote == *server {
+                        cookies.push(found.cookie);
+                    }
+                })?;
+            }
+        }
+        Ok(cookies)
+    }
+
+    /// All sockets of these ports, 0 for any, whatever their addresses.
+    fn dump(&self, local: SocketAddr, remote: SocketAddr, mut each: impl FnMut(Found)) -> io::Result<()> {
+        let mut guard = self.diag.lock().unwrap_or_else(PoisonError::into_inner);
+        let (socket, sequence) = &mut *guard;
+        *sequence = sequence.wrapping_add(1);
+        let request = request((local, remote), 0, Asked::State, *sequence, NLM_F_DUMP);
+        rustix::net::send(&*socket, &request, SendFlags::empty())?;
+        let mut buffer = [0; 32 * 1024];
+        loop {
+            let (length, _) = rustix::net::recv(&*socket, &mut buffer[..], RecvFlags::empty())?;
+            let mut rest = &buffer[..length];
+            while !rest.is_empty() {
+                let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)
+                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+                // Messages start at multiples of four bytes (NLMSG_ALIGN, linux/netlink.h).
+                let size = usize::try_from(message.header.length).map_err(io::Error::other)?;
+                rest = rest.get(size.next_multiple_of(4)..).unwrap_or_default();
+                if message.header.sequence_number != *sequence {
+                    continue;
+                }
+                if matches!(message.payload, NetlinkPayload::Done(_)) {
+                    return Ok(());
+                }
+                if let Some(found) = answer(message.payload)? {
+                    each(found);
+                }
+            }
+        }
+    }
+
     /// Whether a socket listens at `local`, at its own or any address.
     ///
     /// No connection has the remote port 0, so the look-up can only find a listener. It also finds IPv6 sockets that accept
@@ -128,7 +179,7 @@ impl DiagSocket {
         *sequence = sequence.wrapping_add(1);
         rustix::net::send(
             &*socket,
-            &request((local, remote), interface, asked, *sequence),
+            &request((local, remote), interface, asked, *sequence, 0),
             SendFlags::empty(),
         )?;
         let mut buffer = [0; 4096];
@@ -166,10 +217,16 @@ struct Found {
     open: Open,
 }
 
-fn request((local, remote): (SocketAddr, SocketAddr), interface: u32, asked: Asked, sequence: u32) -> Vec<u8> {
+fn request(
+    (local, remote): (SocketAddr, SocketAddr),
+    interface: u32,
+    asked: Asked,
+    sequence: u32,
+    flags: u16,
+) -> Vec<u8> {
     let mut header = NetlinkHeader::default();
     // Without NLM_F_DUMP: the one exact socket, found by its hash.
-    header.flags = NLM_F_REQUEST;
+    header.flags = NLM_F_REQUEST | flags;
     header.sequence_number = sequence;
     let request = InetRequest {
         family: if local.is_ipv4() { AF_INET } else { AF_INET6 },
@@ -391,6 +448,23 @@ mod tests {
         let (accepted, _) = listener.accept().unwrap();
         let found = evidence_of(&accepted).expect("it is bound to the loopback, too");
         assert_eq!((found.open, found.listener), (Open::Passive, true));
+    }
+
+    #[test]
+    fn lists_the_sockets_that_are_connected_to_an_address() {
+        let diag = DiagSocket::open().unwrap();
+        for (listen, connect) in [
+            ("127.0.0.1:0", "127.0.0.1"),
+            ("[::]:0", "127.0.0.1"),
+            ("[::1]:0", "::1"),
+        ] {
+            let (_listener, client, _accepted) = connection(listen, connect);
+            let server = client.peer_addr().unwrap();
+            let cookie = evidence_of(&client).unwrap().cookie;
+            let elsewhere = SocketAddr::new("192.0.2.1".parse().unwrap(), server.port());
+            assert_eq!(diag.connected_to(&[server, elsewhere]).unwrap(), [cookie], "{listen}");
+            assert_eq!(diag.connected_to(&[elsewhere]).unwrap(), [0; 0]);
+        }
     }
 
     #[test]

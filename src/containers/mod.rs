@@ -253,6 +253,8 @@ pub enum Open {
     Passive,
     /// The counters do not tell while sent bytes are not acknowledged.
     Undecided,
+    /// The socket is older than the rules of the host, so another process may be its other end.
+    Earlier,
 }
 
 /// Whose word there is on a life.

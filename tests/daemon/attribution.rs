@@ -102,6 +102,24 @@ async fn a_socket_that_the_container_accepted_is_no_evidence() {
     assert_eq!(daemon.connect(1, address).get("/").await.unwrap().status, 200);
 }
 
+/// Another process may be its other end. The client's next connection is answered.
+#[tokio::test(start_paused = true)]
+async fn a_socket_that_is_older_than_the_rules_is_closed_without_an_answer() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    let host = join(&daemon, 1, APP, NetworkMode::Host);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let client = daemon.client("169.254.169.254:0".parse().unwrap());
+    let earlier = SocketEvidence {
+        open: Open::Earlier,
+        ..connected(host)
+    };
+    daemon.kernel.socket(CgroupId(HOST.0), client, earlier);
+    assert!(daemon.dial_via(client, Via::Namespace(HOST)).get(LIST).await.is_none());
+    assert_eq!(asks(&daemon, HOST, host).await, (200, "app".into()));
+    assert_eq!(daemon.service.refusals(), [("earlier-socket", 1)]);
+}
+
 /// The request, or its acknowledgment, is on its way.
 #[tokio::test(start_paused = true)]
 async fn a_socket_is_evidence_once_its_bytes_are_acknowledged() {
