@@ -14,7 +14,7 @@ use libtest_mimic::Trial;
 use serde_json::Value;
 
 use crate::rig::hostile::{Program, attack, last_line, on_host};
-use crate::rig::{Attach, Background, Container, Daemon, Engine, Network, Rig, poll, rounds};
+use crate::rig::{Attach, Background, Container, Daemon, Done, Engine, Network, Rig, poll, rounds};
 
 const LIST: &str = "/latest/meta-data/iam/security-credentials/";
 const VICTIM: &str = "victim";
@@ -93,18 +93,47 @@ impl Field {
     /// `keys`: more lines of `[serve]`.
     #[track_caller]
     fn with(engine: &Arc<Engine>, neighbours_options: &[&str], keys: &str) -> Field {
+        let field = Field::new_unchecked(engine, neighbours_options, keys, true);
+        assert_eq!(field.victim.get(LIST, &[]).body, VICTIM);
+        field
+    }
+
+    /// The victim has no link to the service: a link of another program has its name.
+    #[track_caller]
+    fn without_a_link(engine: &Arc<Engine>) -> Field {
+        let field = Field::new_unchecked(engine, &[], "", false);
+        let what = "the reason and the time of the next attempt in status";
+        poll(Duration::from_secs(10), what, || {
+            let daemon = field.daemon.as_ref()?;
+            let status = daemon.status()["containers"].to_string();
+            (status.contains("no link to the service (") && status.contains("next attempt ")).then_some(())
+        });
+        field
+    }
+
+    #[track_caller]
+    fn new_unchecked(engine: &Arc<Engine>, neighbours_options: &[&str], keys: &str, has_link: bool) -> Field {
         let attach = Attach::of_this_run();
         // Of its own: whatever is poisoned goes with it.
         let network = engine.network("battlefield", &[]);
         let config = format!("{}{keys}\n", attach.config());
-        let daemon = Daemon::start(engine, &config, &engine.moto().daemon_environment());
         let victim = engine
             .run("victim")
             .label("imds.role", VICTIM)
             .network(network.name())
             // As on every host of a container engine: a new namespace has the settings of the machine's first one.
-            .arg("--sysctl=net.ipv4.ip_forward=1")
-            .start();
+            .arg("--sysctl=net.ipv4.ip_forward=1");
+        let start_daemon = || Daemon::start(engine, &config, &engine.moto().daemon_environment());
+        let (daemon, victim) = match has_link {
+            true => (start_daemon(), victim.start()),
+            false => {
+                let victim = victim.start();
+                let mut ip = victim.intruder("ip");
+                ip.args(["link", "add", "imds0", "type", "veth", "peer", "name", "other0"]);
+                Done::of(ip).ok();
+                (start_daemon(), victim)
+            }
+        };
         let mut neighbour = engine
             .run("neighbour")
             .label("imds.role", "attacker")
@@ -129,7 +158,6 @@ impl Field {
             ports: AtomicU32::new(20_000),
             _network: network,
         };
-        assert_eq!(field.victim.get(LIST, &[]).body, VICTIM);
         assert_eq!(field.neighbour.get(LIST, &[]).body, "attacker");
         let url = format!("http://{}:{NAIVE_PORT}{LIST}", field.gateway);
         poll(
@@ -365,6 +393,14 @@ fn connections_that_the_victim_has_open(engine: &Arc<Engine>) {
     field.stop();
 }
 
+/// What the victim's server does when a connection comes: it waits, it speaks first, it does not listen any more.
+const SERVERS: [&[&str]; 4] = [
+    &[],
+    &["--greeting", "78"],
+    &["--greeting", "4096"],
+    &["--greeting", "78", "--once"],
+];
+
 /// Connections that the neighbor opens to the victim, with the server's address and port as its own. The victim's socket is
 /// ESTABLISHED and has the victim's cgroup, but the victim did not connect.
 fn connections_that_the_victim_has_accepted(engine: &Arc<Engine>) {
@@ -381,7 +417,8 @@ fn connections_that_the_victim_has_accepted(engine: &Arc<Engine>) {
         || (field.victim.request("GET", &url, &[]).ok()?.body == VICTIM).then_some(()),
     );
     // It is not as easily deceived as the other one.
-    let proving = ["--server", &field.gateway, "--server-port", PROVING_PORT];
+    let gateway = field.gateway.clone();
+    let proving = ["--server", &gateway, "--server-port", PROVING_PORT];
     let more = ["--tries", "4", "--arp"];
     let spoofing = attack(
         &field.neighbour,
@@ -390,38 +427,102 @@ fn connections_that_the_victim_has_accepted(engine: &Arc<Engine>) {
     );
     assert_nothing("impersonate", &spoofing);
 
-    let of_the_daemon = ["--server", "169.254.169.254", "--server-port", "80"];
-    for (server, target, times) in [(proving, Target::Naive, 2), (of_the_daemon, Target::Daemon, rounds(4))] {
-        let mut all = Value::Null;
-        for _ in 0..times {
-            let port = field.new_port();
-            let listen = [
-                "hold",
-                "--state",
-                "listening",
-                "--bind",
-                &field.address,
-                "--port",
-                &port,
-            ];
-            let holder = Program::start(&field.victim, "victim", &listen);
-            let accept = ["--how", "accept", "--port", &port, "--seconds", "5"];
-            let taking = [&field.victim_is()[..], &server, &accept].concat();
-            add(&mut all, attack(&field.neighbour, "takeover", &taking));
-            holder.stop(&field.victim);
-        }
-        let name = "connections that the victim has accepted";
-        report(name, field.attach, target, &all);
-        println!("the victim has accepted {} of {times}", all["accepted"]);
-        match target {
-            Target::Naive => assert_works(name, &all),
-            Target::Daemon => {
-                assert!(number(&all, "connections") > 0, "{name}: nothing was tried: {all}");
-                assert_nothing(name, &all);
-            }
-        }
+    for server in SERVERS {
+        let name = format!("connections that the victim has accepted, server {server:?}");
+        let control = field.accepted(server, proving, Target::Naive, 1);
+        report(&name, field.attach, Target::Naive, &control);
+        assert_works(&name, &control);
+        // Its SYN-ACK leaves over its link, so that the neighbor cannot answer it.
+        field.robs_nothing_by_accepted(&name, server, rounds(1), 0);
     }
     field.stop();
+
+    // A container whose attach failed: all it sends crosses the bridge.
+    let mut field = Field::without_a_link(engine);
+    for server in SERVERS {
+        let name = format!("connections that a victim without a link has accepted, server {server:?}");
+        field.robs_nothing_by_accepted(&name, server, rounds(1), rounds(1));
+    }
+    // The victim has accepted before the daemon started, which then gives it a link.
+    let mut ip = field.victim.intruder("ip");
+    ip.args(["link", "del", "imds0"]);
+    Done::of(ip).ok();
+    let mut all = Value::Null;
+    for _ in 0..rounds(1) {
+        add(&mut all, field.accepted_before_the_daemon(engine));
+    }
+    let name = "connections that the victim has accepted before the daemon started";
+    report(name, field.attach, Target::Daemon, &all);
+    assert_accepted(name, &all, rounds(1));
+    field.stop();
+}
+
+const OF_THE_DAEMON: [&str; 4] = ["--server", "169.254.169.254", "--server-port", "80"];
+
+/// The victim had a socket of the server's address and port in so many tries, and the neighbor has got nothing.
+#[track_caller]
+fn assert_accepted(name: &str, all: &Value, deceived: u32) {
+    assert!(number(all, "connections") > 0, "{name}: nothing was tried: {all}");
+    assert_eq!(
+        number(all, "deceived"),
+        u64::from(deceived),
+        "{name}: whether the victim had such a socket: {all}"
+    );
+    assert_nothing(name, all);
+}
+
+impl Field {
+    #[track_caller]
+    fn robs_nothing_by_accepted(&self, name: &str, server: &[&str], times: u32, deceived: u32) {
+        let all = self.accepted(server, OF_THE_DAEMON, Target::Daemon, times);
+        report(name, self.attach, Target::Daemon, &all);
+        println!("the victim had a socket of the pair in {} of {times}", all["deceived"]);
+        assert_accepted(name, &all, deceived);
+    }
+
+    /// A server of the victim, at `port`, of which another end is to be the one that `at` names.
+    #[track_caller]
+    fn victim_listens(&self, port: &str, server: &[&str], at: [&str; 4]) -> Program {
+        let listen = ["hold", "--state", "listening", "--bind", &self.address, "--port", port];
+        Program::start(&self.victim, "victim", &[&listen[..], server, &at].concat())
+    }
+
+    /// Tries in which the victim accepts and the neighbor then asks: their sum.
+    #[track_caller]
+    fn accepted(&self, server: &[&str], at: [&str; 4], target: Target, times: u32) -> Value {
+        let mut all = Value::Null;
+        for _ in 0..times {
+            let port = self.new_port();
+            let holder = self.victim_listens(&port, server, at);
+            let accept = ["--how", "accept", "--port", &port, "--seconds", "3"];
+            let taking = [&self.victim_is()[..], &at, &accept].concat();
+            let mut one = attack(&self.neighbour, "takeover", &taking);
+            one["deceived"] = last_line(&holder.stop(&self.victim))["deceived"].clone();
+            add(&mut all, one);
+        }
+        println!("{target:?}: the victim has accepted {} of {times}", all["accepted"]);
+        all
+    }
+
+    #[track_caller]
+    fn accepted_before_the_daemon(&mut self, engine: &Arc<Engine>) -> Value {
+        let daemon = self.daemon.take().expect("it runs");
+        let directory = daemon.directory().to_owned();
+        daemon.stop();
+        let port = self.new_port();
+        let holder = self.victim_listens(&port, &["--greeting", "78"], OF_THE_DAEMON);
+        let accept = ["--how", "accept", "--wait", "--port", &port, "--seconds", "3"];
+        let taking = [&self.victim_is()[..], &OF_THE_DAEMON, &accept].concat();
+        let mut taker = Program::start(&self.neighbour, "takeover", &taking);
+        taker.wait_for("accepted");
+        let environment = engine.moto().daemon_environment();
+        self.daemon = Some(Daemon::start_in(engine, directory, &self.attach.config(), &environment));
+        self.everybody_is_served();
+        taker.go(&self.neighbour);
+        let mut one = last_line(&taker.end());
+        one["deceived"] = last_line(&holder.stop(&self.victim))["deceived"].clone();
+        one
+    }
 }
 
 impl Field {

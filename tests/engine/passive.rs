@@ -232,7 +232,7 @@ fn in_a_shared_namespace(engine: &Arc<Engine>) {
     // With the rights that Docker grants by default.
     for how in ["transparent", "raw"] {
         let mut tally = Tally::default();
-        for server in SERVERS {
+        for server in [SERVERS[0], SERVERS[3]] {
             for _ in 0..rounds(1) {
                 tally.add(shared.attack(how, server));
             }
@@ -250,7 +250,7 @@ fn in_the_hosts_network(engine: &Arc<Engine>) {
         shared.are_served();
         for how in ways {
             let mut tally = Tally::default();
-            for server in SERVERS {
+            for server in [SERVERS[0], SERVERS[3]] {
                 for _ in 0..rounds(1) {
                     tally.add(shared.attack(how, server));
                 }

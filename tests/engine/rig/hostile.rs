@@ -78,7 +78,7 @@ impl Program {
         let mut command = container.exec_command(&[]);
         command.args(script(name)).args(arguments);
         // Attackers end by themselves.
-        if matches!(name, "victim" | "squat" | "bind_all" | "passive") {
+        if matches!(name, "victim" | "squat" | "bind_all" | "passive" | "takeover") {
             command.args(["--stop", &stop]);
         }
         let process = container.engine().background(&mut command, &format!("{name}-{number}"));
