@@ -8,7 +8,13 @@
 //!   that processes of the namespace send. It says which namespace calls, whatever the addresses say. No packet crosses a
 //!   bridge, so a neighbor can neither send nor divert one.
 //! * **The socket in that namespace.** The kernel's own table, queried with the exact addresses and ports of the connection. It
-//!   must be in a state in which the container is at the other end (`CONNECTED`).
+//!   must be in a state in which the container is at the other end (`CONNECTED`). Its cookie, which no other socket ever has, is
+//!   compared before each answer ([`verify_peer`]).
+//! * **The active open** ([`Open`]). A process of the same namespace can make a server of the container accept a connection from
+//!   the address and port of the service. The socket of that server has the right addresses, ports, state and cgroup. Its
+//!   counters differ: only a socket that connects has an acknowledged SYN. The kernel counts it, whatever the server sends. A
+//!   listener at the client's port is refused as well: it could have accepted the connection. On the host, the guard table drops
+//!   each SYN from the address of the service, and sockets that are older than the rules prove nothing.
 //! * **The cgroup ID of that socket.** The kernel writes it when a process creates the socket. It must be the cgroup of a
 //!   verified init process of the namespace, or one below. It tells containers that share a namespace apart, and excludes host
 //!   processes that entered the namespace.
@@ -29,7 +35,8 @@
 //! * A cgroup ID names the process that *created* a socket. A process that passes its connected socket to another one
 //!   (SCM_RIGHTS) delegates its identity, as it could by passing on the credentials.
 //! * Containers that share a network namespace share a boundary: one with `NET_RAW` in it reads along. The same holds for
-//!   containers in the host's network.
+//!   containers in the host's network. One with `NET_ADMIN` can also divert a connection that another one opens: it answers itself,
+//!   and uses the addresses and ports of that connection at the daemon.
 //! * `[serve] nested = "outer"`: what a namespace forwards from a bridge inside it, and masquerades with an address of its own,
 //!   counts as its container. A container that does that for its neighbors gives them its identity.
 
@@ -350,13 +357,18 @@ pub async fn identify(index: &Index, connection: Connection, deadline: Instant) 
             Err(refusal) => refusal,
         };
         // Bytes are on their way. The acknowledgment nearly always comes within microseconds.
-        if matches!(refusal, Refusal::Unacknowledged { .. }) && Instant::now() < deadline {
+        if matches!(refusal, Refusal::Unacknowledged { .. }) {
             attempts += 1;
-            match attempts <= QUICK_ATTEMPTS {
-                true => tokio::task::yield_now().await,
-                false => tokio::time::sleep(PAUSE).await,
+            let pause = async {
+                match attempts <= QUICK_ATTEMPTS {
+                    true => tokio::task::yield_now().await,
+                    false => tokio::time::sleep(PAUSE).await,
+                }
+            };
+            match tokio::time::timeout_at(deadline, pause).await {
+                Ok(()) => continue,
+                Err(_) => return Err(refusal),
             }
-            continue;
         }
         let synchronised = *index.engine() == EngineState::Synchronised;
         // It has its link: if that was so from the start, no look-up changes anything.
