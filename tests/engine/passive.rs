@@ -149,6 +149,8 @@ fn start(engine: &Arc<Engine>) -> Daemon {
 #[derive(Default)]
 struct Tally {
     tries: u32,
+    /// The attacker's socket has connected to the victim's server.
+    connected: u64,
     deceived: u32,
     connections: u64,
     bytes: u64,
@@ -160,11 +162,25 @@ impl Tally {
     fn add(&mut self, outcome: Outcome) {
         let number = |name: &str| outcome.loot[name].as_u64().unwrap_or_default();
         self.tries += 1;
+        self.connected += number("connected");
         self.deceived += u32::from(outcome.deceived);
         self.connections += number("connections");
         self.bytes += number("bytes");
         self.tells += number("tells");
         self.last = outcome.loot;
+    }
+
+    /// Whenever the attacker has connected, which a slow machine prevents, the victim had a socket of the pair.
+    #[track_caller]
+    fn deceives(&self) {
+        assert!(self.connected > 0, "nothing was tried: {}", self.last);
+        assert!(
+            u64::from(self.deceived) >= self.connected,
+            "the victim had {} such sockets of {}: {}",
+            self.deceived,
+            self.connected,
+            self.last
+        );
     }
 
     /// Prints the figures, and asserts that the attacker has got nothing.
@@ -195,11 +211,7 @@ fn in_a_shared_namespace(engine: &Arc<Engine>) {
         }
         tally.robs_nothing(&format!("NET_ADMIN in a shared namespace, server {server:?}"));
         // Everything but the daemon's last two conditions is met.
-        assert_eq!(
-            tally.deceived, tally.tries,
-            "the victim had no such socket: {}",
-            tally.last
-        );
+        tally.deceives();
         assert!(tally.connections > 0, "nothing was tried: {}", tally.last);
         let reason = match server.contains(&"--once") {
             true => "accepted",
@@ -228,7 +240,7 @@ fn in_a_shared_namespace(engine: &Arc<Engine>) {
         daemon = running.expect("it was started");
     }
     tally.robs_nothing("NET_ADMIN in a shared namespace, accepted before the daemon started");
-    assert_eq!(tally.deceived, tally.tries, "{}", tally.last);
+    tally.deceives();
     // With the rights that Docker grants by default.
     for how in ["transparent", "raw"] {
         let mut tally = Tally::default();
@@ -275,7 +287,7 @@ fn in_the_hosts_network(engine: &Arc<Engine>) {
         tally.robs_nothing(&format!(
             "in the host's network {options:?}, accepted before the daemon started"
         ));
-        assert_eq!(tally.deceived, tally.tries, "{}", tally.last);
+        tally.deceives();
     }
 }
 

