@@ -281,7 +281,8 @@ fn in_the_hosts_network(engine: &Arc<Engine>) {
                 shared.are_served();
             };
             tally.add(shared.attack_with("bind", SERVERS[3], Some(&mut launch)));
-            running.expect("it was started").stop();
+            let log = running.expect("it was started").stop();
+            assert!(log.contains("were connected to the address of the service"), "{log}");
             engine.host("ip", &["addr", "del", ADDRESS, "dev", "lo"]);
         }
         tally.robs_nothing(&format!(
