@@ -49,6 +49,9 @@ const CONNECTIONS_BEFORE_PROOF_PER_INTERFACE: usize = 32;
 /// A connection ends after so many requests, or so long: whatever changes, nobody keeps an old one for ever.
 const REQUESTS_PER_CONNECTION: u32 = 1_000;
 const CONNECTION_LIFE: Duration = Duration::from_secs(300);
+/// How long the client's socket counts as verified. A look-up for each answer costs a busy connection a fifth of its requests a
+/// second. While the socket exists, a process of its namespace that forges packets can use the connection anyway.
+const PEER_VERIFIED: Duration = Duration::from_millis(10);
 /// How long a connection beyond all limits of its container is open for its 503: long enough if the request came with the
 /// handshake, short enough that the sockets do not add up.
 const AT_ONCE: Duration = Duration::from_millis(20);
@@ -404,6 +407,7 @@ async fn serve_caller<S: Wire>(
         end: service.clock.now() + CONNECTION_LIFE,
         requests: AtomicU32::new(0),
         verified: Mutex::default(),
+        peer_verified: Mutex::default(),
     };
     http::serve(stream, session.slot.close_asked(), |request| session.answer(request)).await;
     if session.slot.asked_to_close() {
@@ -512,6 +516,8 @@ struct Session {
     requests: AtomicU32,
     /// The token that was good last, and the boot time in seconds until which it is: most clients send it again.
     verified: Mutex<Option<(Vec<u8>, u64)>>,
+    /// When the client's socket was verified last.
+    peer_verified: Mutex<Option<Instant>>,
 }
 
 impl Session {
@@ -540,10 +546,7 @@ impl Session {
         if !life.alive() {
             return Err(Ended);
         }
-        if let Err(refusal) = verify_peer(&self.caller, self.connection) {
-            self.service.refusals.note(&refusal, self.connection.client);
-            return Err(Ended);
-        }
+        self.verify_peer()?;
         let status = reply.status().as_u16();
         life.last.note(clock.wall_seconds(), status);
         self.service.requests.count(version(&request), status);
@@ -552,6 +555,24 @@ impl Session {
             micros = u64::try_from((clock.now() - asked).as_micros()).unwrap_or(u64::MAX), "answered"
         );
         Ok(reply)
+    }
+
+    /// Verifies the client's socket, unless that was done a moment ago.
+    fn verify_peer(&self) -> Result<(), Ended> {
+        let now = self.service.clock.now();
+        let mut verified = self
+            .peer_verified
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        if verified.is_some_and(|at| now.duration_since(at) < PEER_VERIFIED) {
+            return Ok(());
+        }
+        if let Err(refusal) = verify_peer(&self.caller, self.connection) {
+            self.service.refusals.note(&refusal, self.connection.client);
+            return Err(Ended);
+        }
+        *verified = Some(now);
+        Ok(())
     }
 
     async fn reply(&self, request: &Parts, deadline: Instant) -> Result<Reply, Ended> {

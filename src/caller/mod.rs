@@ -9,7 +9,7 @@
 //!   bridge, so a neighbor can neither send nor divert one.
 //! * **The socket in that namespace.** The kernel's own table, queried with the exact addresses and ports of the connection. It
 //!   must be in a state in which the container is at the other end (`CONNECTED`). Its cookie, which no other socket ever has, is
-//!   compared before each answer ([`verify_peer`]).
+//!   compared again before answers, at most every 10 ms ([`verify_peer`]).
 //! * **The active open** ([`Open`]). A process of the same namespace can make a server of the container accept a connection from
 //!   the address and port of the service. The socket of that server has the right addresses, ports, state and cgroup. Its
 //!   counters differ: only a socket that connects has an acknowledged SYN. The kernel counts it, whatever the server sends. A

@@ -287,7 +287,7 @@ pub trait Witness: Send + Sync + 'static {
     /// When the kernel cannot be asked.
     fn socket(&self, client: SocketAddr, server: SocketAddr) -> std::io::Result<Option<SocketEvidence>>;
 
-    /// State and cookie of that socket, without the rest of its evidence. Takes microseconds: called for every request.
+    /// State and cookie of that socket, without the rest of its evidence. Takes microseconds: called for many requests.
     ///
     /// # Errors
     /// When the kernel cannot be asked.
