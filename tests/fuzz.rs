@@ -11,11 +11,12 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use hyper::Request;
 use hyper::http::request::Parts;
+use imds_router::caller::socket::{Found, read_answer};
 use imds_router::clock::Clock;
 use imds_router::config::{HttpTokens, Settings};
 use imds_router::containers::labels::{self, ContainerSpec, LabelError};
 use imds_router::containers::pairs::{Origin, Pairs};
-use imds_router::containers::{CgroupId, ContainerId};
+use imds_router::containers::{CgroupId, ContainerId, Open};
 use imds_router::credentials::inputs::Inputs;
 use imds_router::credentials::policy::{Applicant, Attribute, Glob, NotAllowed, Pair, Rule, Wish, decide};
 use imds_router::credentials::{RoleArn, Secret};
@@ -559,6 +560,128 @@ proptest! {
     }
 }
 
+// The kernel's answers about sockets.
+
+/// An answer of `inet_diag`, as the kernel writes it (`struct nlmsghdr`, `struct inet_diag_msg` and attributes; linux/netlink.h,
+/// linux/inet_diag.h).
+#[derive(Clone, Debug)]
+struct Answer {
+    sequence: u32,
+    state: u8,
+    client: (u8, u16),
+    cookie: [u8; 8],
+    /// `bytes_acked`, `bytes_sent`, `bytes_retrans` and `unacked` of `struct tcp_info`, and how much of it there is.
+    counters: ([u64; 3], u32, usize),
+    cgroup: Vec<u8>,
+}
+
+impl Answer {
+    fn bytes(&self) -> Vec<u8> {
+        const SOCK_DIAG_BY_FAMILY: u16 = 20;
+        let attribute = |kind: u16, value: &[u8]| {
+            let length = u16::try_from(value.len() + 4).unwrap();
+            let mut bytes = [&length.to_ne_bytes(), &kind.to_ne_bytes(), value].concat();
+            bytes.resize(bytes.len().next_multiple_of(4), 0);
+            bytes
+        };
+        // Family, state, timer, retransmissions; the ends, with their ports in network order; interface and cookie; four counters.
+        let mut message = vec![2, self.state, 0, 0];
+        message.extend([self.client.1.to_be_bytes(), 80u16.to_be_bytes()].concat());
+        let address = |last: u8| [&[10, 0, 0, last][..], &[0; 12]].concat();
+        message.extend([address(self.client.0), address(254)].concat());
+        message.extend(0u32.to_ne_bytes());
+        message.extend(self.cookie);
+        message.extend([0; 20]);
+        let ([acked, sent, retransmitted], unacked, length) = self.counters;
+        let mut info = vec![0; 232];
+        for (at, counter) in [(120, acked), (200, sent), (208, retransmitted)] {
+            info[at..at + 8].copy_from_slice(&counter.to_ne_bytes());
+        }
+        info[24..28].copy_from_slice(&unacked.to_ne_bytes());
+        // INET_DIAG_INFO, INET_DIAG_CGROUP_ID.
+        message.extend(attribute(2, &info[..length]));
+        message.extend(attribute(21, &self.cgroup));
+        let length = u32::try_from(message.len() + 16).unwrap();
+        let head = [&length.to_ne_bytes()[..], &SOCK_DIAG_BY_FAMILY.to_ne_bytes(), &[0, 0]].concat();
+        [head, self.sequence.to_ne_bytes().to_vec(), vec![0; 4], message].concat()
+    }
+}
+
+fn answers() -> impl Strategy<Value = Answer> {
+    let counter = || prop_oneof![3 => 0..4u64, 1 => 70..80u64, 1 => any::<u64>()];
+    // Mostly as many bytes acknowledged as sent, and up to two more: SYN and FIN.
+    let acked = prop_oneof![3 => (0..3u64).prop_map(Some), 1 => Just(None)];
+    let counters = (acked, counter(), counter(), counter()).prop_map(|(beyond, sent, again, other)| {
+        let sent = sent.max(again);
+        let acked = beyond.map_or(other, |beyond| (sent - again).saturating_add(beyond));
+        [acked, sent, again]
+    });
+    let state = prop_oneof![3 => select(&[1u8, 4, 5][..]), 1 => 0..13u8];
+    let unacked = prop_oneof![4 => Just(0), 1 => any::<u32>()];
+    let length = prop_oneof![8 => Just(232usize), 1 => (0..58usize).prop_map(|words| words * 4)];
+    let cgroup = prop_oneof![8 => vec(any::<u8>(), 8), 1 => vec(any::<u8>(), 0..12)];
+    let ends = (1..4u8, 0..4u16, any::<[u8; 8]>(), 0..3u32);
+    (ends, state, counters, unacked, length, cgroup).prop_map(
+        |((last, port, cookie, sequence), state, counters, unacked, length, cgroup)| Answer {
+            sequence,
+            state,
+            client: (last, port),
+            cookie,
+            counters: (counters, unacked, length),
+            cgroup,
+        },
+    )
+}
+
+/// An answer of which some bytes are changed or cut off.
+fn damaged_answers() -> impl Strategy<Value = Vec<u8>> {
+    let change = (any::<prop::sample::Index>(), any::<u8>());
+    let damage = (vec(change, 0..4), option::weighted(0.3, any::<prop::sample::Index>()));
+    let damaged = (answers(), damage).prop_map(|(answer, (changes, end))| {
+        let mut bytes = answer.bytes();
+        for (at, byte) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        bytes.truncate(end.map_or(bytes.len(), |end| end.index(bytes.len())));
+        bytes
+    });
+    prop_oneof![4 => damaged, 1 => vec(any::<u8>(), 0..400)]
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    #[test]
+    fn evidence_is_what_the_kernel_wrote(answer in answers(), sequence in 0..3u32) {
+        let read = read_answer(&answer.bytes(), sequence).unwrap();
+        prop_assert_eq!(read.is_some(), sequence == answer.sequence);
+        let Some(found) = read else { return Ok(()) };
+        let found = found.expect("a socket");
+        let (last, port) = answer.client;
+        let ends = ([10, 0, 0, last].into(), port, [10, 0, 0, 254].into());
+        prop_assert_eq!((found.local.ip(), found.local.port(), found.remote.ip()), ends);
+        prop_assert_eq!((found.state, found.cookie), (answer.state, u64::from_ne_bytes(answer.cookie)));
+        let cgroup = answer.cgroup.clone().try_into().map_or(0, u64::from_ne_bytes);
+        prop_assert_eq!(found.cgroup, CgroupId(cgroup));
+        // An established socket has opened its connection only if one more than its bytes was acknowledged: its SYN.
+        if found.open == Open::Active && found.state == 1 {
+            let ([acked, sent, again], unacked, length) = answer.counters;
+            prop_assert!(length >= 216 && unacked == 0 && sent >= again && acked == sent - again + 1);
+        }
+        prop_assert!(found.open != Open::Active || [1, 4, 5].contains(&found.state));
+        prop_assert!(found.open != Open::Earlier);
+    }
+
+    #[test]
+    fn no_bytes_are_more_than_one_socket_or_an_error(bytes in damaged_answers()) {
+        if let Ok(Some(Some(Found { open, state, .. }))) = read_answer(&bytes, 1) {
+            prop_assert!(bytes.len() >= 16 + 72, "a socket in {} bytes", bytes.len());
+            prop_assert!(open != Open::Active || [1, 4, 5].contains(&state));
+        }
+    }
+}
+
 // Files.
 
 const JSON: &[&str] = &[
@@ -655,6 +778,13 @@ fn inputs_are_neither_all_accepted_nor_all_rejected() {
             share(
                 (rules(), asked()),
                 |(rules, asked)| matches!(decided(&rules, &asked), Ok(Some(rule)) if rule.number > 1),
+            ),
+        ),
+        (
+            "sockets that connected",
+            share(
+                answers(),
+                |it| matches!(read_answer(&it.bytes(), it.sequence), Ok(Some(Some(found))) if found.open == Open::Active),
             ),
         ),
         (

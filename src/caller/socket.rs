@@ -185,14 +185,25 @@ impl DiagSocket {
         let mut buffer = [0; 4096];
         loop {
             let (length, _) = rustix::net::recv(&*socket, &mut buffer[..], RecvFlags::empty())?;
-            let message = NetlinkMessage::<SockDiagMessage>::deserialize(&buffer[..length])
-                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
-            // The answer to a query that has timed out.
-            if message.header.sequence_number != *sequence {
-                continue;
+            // The other answers are those to queries that have timed out.
+            if let Some(found) = read_answer(&buffer[..length], *sequence)? {
+                return Ok(found);
             }
-            return answer(message.payload);
         }
+    }
+}
+
+/// Reads the answer of the kernel to the query with this sequence number. `None`: it answers another query. `Some(None)`: no
+/// socket was found.
+///
+/// # Errors
+/// The error that the kernel has returned, or `InvalidData` for bytes that are not an answer of `inet_diag`.
+pub fn read_answer(bytes: &[u8], sequence: u32) -> io::Result<Option<Option<Found>>> {
+    let message = NetlinkMessage::<SockDiagMessage>::deserialize(bytes)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+    match message.header.sequence_number == sequence {
+        true => answer(message.payload).map(Some),
+        false => Ok(None),
     }
 }
 
@@ -205,16 +216,22 @@ enum Asked {
 }
 
 /// A socket that the kernel has found.
-struct Found {
-    local: SocketAddr,
-    remote: SocketAddr,
-    state: u8,
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Found {
+    /// Its own end.
+    pub local: SocketAddr,
+    /// The other end; port 0: a listener.
+    pub remote: SocketAddr,
+    /// TCP state as in `include/net/tcp_states.h`.
+    pub state: u8,
     /// The interface that it is bound to (`SO_BINDTODEVICE`), or 0.
-    interface: u32,
-    cookie: u64,
+    pub interface: u32,
+    /// `SO_COOKIE`
+    pub cookie: u64,
     /// 0, which no cgroup has, where the kernel keeps no socket: in `TCP_TIME_WAIT`.
-    cgroup: CgroupId,
-    open: Open,
+    pub cgroup: CgroupId,
+    /// Which end opened its connection.
+    pub open: Open,
 }
 
 fn request(
