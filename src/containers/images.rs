@@ -5,11 +5,9 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use dashmap::DashMap;
-use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 
 use super::Environment;
-use super::watcher::{ContainerEngine, EngineError, blocking};
 
 /// The labels and variables that an image brings to each container that is made of it.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -31,10 +29,35 @@ pub trait ImageStore: Send + Sync + 'static {
     fn store(&self, version: u64, images: &BTreeMap<String, Arc<Image>>);
 }
 
-/// Images by ID: those of the containers that exist.
-pub struct Images {
-    known: Arc<DashMap<String, Arc<Image>>>,
+/// The images that are known, by ID. Cheap to clone: all clones share them.
+#[derive(Clone)]
+pub struct KnownImages {
+    by_id: Arc<DashMap<String, Arc<Image>>>,
     store: Arc<dyn ImageStore>,
+}
+
+impl KnownImages {
+    /// An image that was read before.
+    pub fn get(&self, id: &str) -> Option<Arc<Image>> {
+        self.by_id.get(id).map(|image| image.clone())
+    }
+
+    /// An image that an earlier daemon has stored. Blocks.
+    pub fn load(&self, id: &str) -> Option<Image> {
+        self.store.load(id)
+    }
+
+    /// Remembers an image that was read, until [`Images::keep`] finds no container of it.
+    pub fn insert(&self, id: &str, image: Image) -> Arc<Image> {
+        let image = Arc::new(image);
+        self.by_id.insert(id.to_owned(), image.clone());
+        image
+    }
+}
+
+/// Images of the containers that exist: in memory, and in the store.
+pub struct Images {
+    known: KnownImages,
     stored: HashSet<String>,
     version: u64,
 }
@@ -43,52 +66,34 @@ impl Images {
     /// No image is known yet; `store` has those of an earlier daemon.
     pub fn new(store: Arc<dyn ImageStore>) -> Self {
         Self {
-            known: Arc::default(),
-            store,
+            known: KnownImages {
+                by_id: Arc::default(),
+                store,
+            },
             stored: HashSet::new(),
             version: 0,
         }
     }
 
-    /// Reads an image: as known, from the engine, or from the store if the engine does not have it any more. `None`: it cannot be
-    /// read.
-    pub fn read(
-        &self,
-        engine: Arc<dyn ContainerEngine>,
-    ) -> impl Fn(String) -> BoxFuture<'static, Result<Option<Arc<Image>>, EngineError>> + use<> {
-        let (known, store) = (self.known.clone(), self.store.clone());
-        move |id| {
-            let (known, store, engine) = (known.clone(), store.clone(), engine.clone());
-            Box::pin(async move {
-                if let Some(image) = known.get(&id) {
-                    return Ok(Some(image.clone()));
-                }
-                let key = id.clone();
-                let image = match engine.image(&id).await? {
-                    Some(image) => Some(image),
-                    None => blocking(move || store.load(&id)).await,
-                };
-                let image = image.map(Arc::new);
-                if let Some(image) = &image {
-                    known.insert(key, image.clone());
-                }
-                Ok(image)
-            })
-        }
+    /// The images that are known.
+    pub fn known(&self) -> KnownImages {
+        self.known.clone()
     }
 
-    /// Notes the images of the containers that exist. Returns the work of storing them, if they are others than before.
-    pub fn keep(&mut self, in_use: BTreeMap<String, Arc<Image>>) -> Option<BoxFuture<'static, ()>> {
-        self.known.retain(|id, _| in_use.contains_key(id));
+    /// Keeps the images of the containers that exist, and forgets all others. Returns the work of storing them, which blocks, if
+    /// they differ from those that are stored.
+    pub fn keep(&mut self, in_use: BTreeMap<String, Arc<Image>>) -> Option<impl FnOnce() + Send + use<>> {
+        let by_id = &self.known.by_id;
+        by_id.retain(|id, _| in_use.contains_key(id));
         for (id, image) in &in_use {
-            self.known.entry(id.clone()).or_insert_with(|| image.clone());
+            by_id.entry(id.clone()).or_insert_with(|| image.clone());
         }
         if self.stored.len() == in_use.len() && in_use.keys().all(|id| self.stored.contains(id)) {
             return None;
         }
         self.stored = in_use.keys().cloned().collect();
         self.version += 1;
-        let (store, version) = (self.store.clone(), self.version);
-        Some(blocking(move || store.store(version, &in_use)))
+        let (store, version) = (self.known.store.clone(), self.version);
+        Some(move || store.store(version, &in_use))
     }
 }

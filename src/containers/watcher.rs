@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
-use super::images::{Image, ImageStore, Images};
+use super::images::{Image, ImageStore, Images, KnownImages};
 use super::index::{EngineState, Index, Miss};
 use super::pairs::Pairs;
 use super::{
@@ -625,14 +625,16 @@ impl Watcher {
     }
 
     fn look_up(&self, subject: Subject) -> BoxFuture<'static, Answer> {
-        let (engine, image) = (self.engine.clone(), self.images.read(self.engine.clone()));
+        let (engine, images) = (self.engine.clone(), self.images.known());
         let all = self.instances.image_labels_count();
         async move {
             let found = match &subject {
                 Subject::Rows => {
                     async {
                         let rows = futures_util::stream::iter(engine.containers().await?);
-                        let read = rows.map(|row| with_image(&image, all, row)).buffered(FLIGHTS);
+                        let read = rows
+                            .map(|row| with_image(&*engine, &images, all, row))
+                            .buffered(FLIGHTS);
                         Ok(Found::Rows(read.try_collect().await?))
                     }
                     .await
@@ -640,7 +642,7 @@ impl Watcher {
                 Subject::Networks => engine.networks().await.map(Found::Networks),
                 Subject::Container(id) => match engine.container(id).await {
                     Ok(Some(row)) => {
-                        let read = with_image(&image, all, row).await;
+                        let read = with_image(&*engine, &images, all, row).await;
                         read.map(|read| Found::Container(Some(Box::new(read))))
                     }
                     Ok(None) => Ok(Found::Container(None)),
@@ -789,7 +791,7 @@ impl Watcher {
             Some((definition.image_id.clone(), known.image.clone()?))
         });
         if let Some(storing) = self.images.keep(in_use.collect()) {
-            self.background.push(storing);
+            self.background.push(blocking(storing));
         }
     }
 
@@ -1246,20 +1248,33 @@ async fn next_of(stream: &mut Option<BoxStream<'static, ContainerId>>) -> Option
     }
 }
 
+/// A row, and what its image brings: as known, from the engine, or as an earlier daemon has stored it.
 async fn with_image(
-    read: &impl Fn(String) -> BoxFuture<'static, Result<Option<Arc<Image>>, EngineError>>,
+    engine: &dyn ContainerEngine,
+    images: &KnownImages,
     all_count: bool,
     row: Row,
 ) -> Result<ReadRow, EngineError> {
-    match all_count {
-        true => Ok((row, None)),
-        false => read(row.image_id.clone()).await.map(|image| (row, image)),
+    if all_count {
+        return Ok((row, None));
     }
+    if let Some(image) = images.get(&row.image_id) {
+        return Ok((row, Some(image)));
+    }
+    let image = match engine.image(&row.image_id).await? {
+        Some(image) => Some(image),
+        None => {
+            let (images, id) = (images.clone(), row.image_id.clone());
+            blocking(move || images.load(&id)).await
+        }
+    };
+    let image = image.map(|image| images.insert(&row.image_id, image));
+    Ok((row, image))
 }
 
 /// Does what may block on a thread that may. One that panicked or was cancelled never comes back: the runtime is going down
 /// then.
-pub(super) fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> BoxFuture<'static, T> {
+fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> BoxFuture<'static, T> {
     let done = tokio::task::spawn_blocking(work);
     async move {
         match done.await {
