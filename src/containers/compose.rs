@@ -56,6 +56,8 @@ struct Network {
 struct Service {
     container_name: Option<String>,
     image: Option<String>,
+    /// Compose builds the image, with these labels in it.
+    build: Option<Value>,
     hostname: Option<String>,
     network_mode: Option<String>,
     #[serde(default)]
@@ -64,6 +66,16 @@ struct Service {
     environment: MapOrList,
     #[serde(default)]
     networks: MapOrList,
+}
+
+/// The labels that compose writes into the image that it builds: those of `build:`, which may be a path alone.
+fn labels_of_build(build: Option<Value>) -> Result<MapOrList, ComposeError> {
+    let labels = build.and_then(|mut build| build.get_mut("labels").map(Value::take));
+    let labels = labels.filter(|labels| !labels.is_null()).map(serde_json::from_value);
+    let labels = labels
+        .transpose()
+        .map_err(|_| ComposeError("build.labels: expected a mapping, or a list of NAME=VALUE".to_owned()))?;
+    Ok(labels.unwrap_or_default())
 }
 
 /// What may be written as a mapping or as a list: of names, or of `name=value`.
@@ -149,7 +161,11 @@ impl Service {
         networks: &BTreeMap<String, Option<Network>>,
     ) -> Result<(Definition, Attachments), ComposeError> {
         let of_service = |ComposeError(why)| ComposeError(format!("service {service}: {why}"));
-        let mut labels: Pairs = self.labels.into_pairs().map_err(of_service)?.into_iter().collect();
+        let image = labels_of_build(self.build).map_err(of_service)?;
+        let image: BTreeMap<_, _> = image.into_pairs().map_err(of_service)?.into_iter().collect();
+        let mut labels = image.clone();
+        labels.extend(self.labels.into_pairs().map_err(of_service)?);
+        let mut labels = Pairs::split(&labels, Some(&image));
         labels.insert(PROJECT, project);
         labels.insert(SERVICE, service);
         let variables = self.environment.into_pairs().map_err(of_service)?;
@@ -274,6 +290,17 @@ networks:
         let made = services(r#"{"name": "p", "services": {"a": {"labels": {"imds.role": "x"}}}}"#).unwrap();
         assert_eq!(made[0].0.labels.get_own("imds.role"), Some("x"));
         assert_eq!(made[0].1.0.values().next().unwrap().network, "p_default");
+    }
+
+    #[test]
+    fn labels_of_the_build_are_labels_of_the_image() {
+        let made = services(
+            "name: p\nservices: { a: { build: { context: ., labels: { imds.role: x, imds.region: eu-west-1 } }, labels: { imds.role: x } } }",
+        );
+        let labels = &made.unwrap()[0].0.labels;
+        assert_eq!(labels.get("imds.role"), Some(("x", Origin::Ambiguous)));
+        assert_eq!(labels.get("imds.region"), Some(("eu-west-1", Origin::Ambiguous)));
+        assert!(services("name: p\nservices: { a: { build: . } }").is_ok());
     }
 
     #[test]
