@@ -97,3 +97,35 @@ impl Images {
         Some(move || store.store(version, &in_use))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    /// The IDs of the images that were stored last.
+    #[derive(Default)]
+    struct Stored(Mutex<Vec<String>>);
+
+    impl ImageStore for Stored {
+        fn load(&self, _: &str) -> Option<Image> {
+            None
+        }
+
+        fn store(&self, _: u64, images: &BTreeMap<String, Arc<Image>>) {
+            *self.0.lock().unwrap() = images.keys().cloned().collect();
+        }
+    }
+
+    #[tokio::test]
+    async fn stores_the_images_in_use_whenever_one_takes_the_place_of_another() {
+        let stored = Arc::new(Stored::default());
+        let mut images = Images::new(stored.clone());
+        for in_use in [&["a", "b"][..], &["a", "c"], &["c"], &[]] {
+            let keep = || in_use.iter().map(|id| ((*id).to_owned(), Arc::default())).collect();
+            images.keep(keep()).expect("others than before").await;
+            assert_eq!(*stored.0.lock().unwrap(), in_use);
+            assert!(images.keep(keep()).is_none(), "the same as before: {in_use:?}");
+        }
+    }
+}

@@ -1275,3 +1275,48 @@ fn a_prefix_in_other_letters_is_a_typo() {
         "refused: unknown label IMDS.role; did you mean imds.role?"
     );
 }
+
+/// The outcome of `started` on a container whose image has the variables `image`.
+fn with_variables_of_image(toml: &str, image: &[&str], started: &[&str]) -> String {
+    let image = Environment::of(image).0;
+    let mut all = image.clone();
+    all.extend(Environment::of(started).0);
+    let mut container = container(&[]);
+    container.environment = Some(Pairs::split(&all, Some(&image)));
+    let settings = configured(toml);
+    said(&resolve(
+        &container,
+        &attachments(),
+        SystemTime::UNIX_EPOCH,
+        &settings,
+        &around(),
+    ))
+}
+
+#[test]
+fn session_policy_in_a_variable_counts_if_the_image_has_the_same() {
+    const COMPAT: &str = "[compat]\nenv = true";
+    let policy = format!("IAM_POLICY={POLICY}");
+    let outcome = with_variables_of_image(COMPAT, &[&policy], &["IAM_ROLE=app", &policy]);
+    assert_eq!(outcome, format!("{ARN}/app as web@h1 policy={POLICY}"));
+    // A policy that cannot be read may have been a restriction, too.
+    let outcome = with_variables_of_image(COMPAT, &["IAM_POLICY=x"], &["IAM_ROLE=app", "IAM_POLICY=x"]);
+    assert!(
+        outcome.starts_with("refused: label IAM_POLICY=\"x\": expected an IAM policy"),
+        "{outcome}"
+    );
+}
+
+#[test]
+fn variable_of_the_image_fills_no_template() {
+    let refused = format!("refused: variable ROLE: {UNKNOWN_SETTER}");
+    let by_role = "[credentials]\ndefault_role = \"{env:ROLE}\"";
+    // The role's template decides whether the container asks for a role at all, so there is none, and no refusal.
+    assert_eq!(with_variables_of_image(by_role, &["ROLE=admin"], &[]), "none");
+    assert_eq!(
+        with_variables_of_image(by_role, &["ROLE=admin"], &["ROLE=app"]),
+        format!("{ARN}/app as web@h1")
+    );
+    let by_session = "[credentials]\ndefault_role = \"app\"\nsession_name = \"{env:ROLE}\"";
+    assert_eq!(with_variables_of_image(by_session, &["ROLE=admin"], &[]), refused);
+}

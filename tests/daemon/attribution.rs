@@ -209,6 +209,29 @@ async fn later_requests_need_the_socket_that_was_proven() {
     assert_eq!(daemon.service.refusals(), [("not-established", 1), ("socket-gone", 1)]);
 }
 
+/// The counters of a socket that was closed between the two reads may count the acknowledgment of its FIN, not that of a SYN.
+#[tokio::test(start_paused = true)]
+async fn a_socket_that_changes_while_it_is_queried_is_no_evidence() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    let address = daemon.run(1, APP).await;
+    let cgroup = daemon.kernel.alive(&id(1)).unwrap();
+    let socket = connected(cgroup);
+    // `TCP_FIN_WAIT2`, `TCP_CLOSE_WAIT`, and another socket.
+    for changed in [
+        (5, socket.cookie),
+        (8, socket.cookie),
+        (socket.state, socket.cookie + 1),
+    ] {
+        let client = daemon.client(address);
+        daemon.kernel.socket(cgroup, client, socket);
+        daemon.kernel.socket_changes(cgroup, client, changed);
+        refused_via(&daemon, client, daemon.way_of(1)).await;
+    }
+    assert_eq!(daemon.service.refusals(), [("unacknowledged", 3)]);
+    assert_eq!(daemon.connect(1, address).get("/").await.unwrap().status, 200);
+}
+
 /// `TCP_FIN_WAIT1` and `TCP_FIN_WAIT2`: the container has sent its request and closed its side.
 #[tokio::test(start_paused = true)]
 async fn a_half_closed_socket_of_the_container_is_evidence() {

@@ -275,6 +275,8 @@ struct Lives {
     attach_error: Option<String>,
     /// Cgroups that lie below that of a life.
     below: HashSet<(CgroupId, CgroupId)>,
+    /// State and cookie of sockets that change between two queries, after the change.
+    changed: HashMap<(CgroupId, SocketAddr), (u8, u64)>,
     /// A container that ends while the kernel is asked about a socket.
     ends_when_asked: Option<ContainerId>,
     next: u64,
@@ -323,6 +325,12 @@ impl ScriptedKernel {
 }
 
 impl ScriptedKernel {
+    /// A socket has another state and cookie when the kernel is queried again.
+    pub fn socket_changes(&self, namespace: CgroupId, client: SocketAddr, (state, cookie): (u8, u64)) {
+        let mut lives = self.0.lock().unwrap();
+        lives.changed.insert((namespace, client), (state, cookie));
+    }
+
     /// From now on `inner` lies below the cgroup of a life.
     pub fn nest(&self, outer: CgroupId, inner: CgroupId) {
         self.0.lock().unwrap().below.insert((outer, inner));
@@ -397,6 +405,15 @@ impl Witness for ScriptedWitness {
             alive.send_replace(false);
         }
         Ok(lives.sockets.get(&(CgroupId(self.namespace.0), client)).copied())
+    }
+
+    fn socket_now(&self, client: SocketAddr, server: SocketAddr) -> std::io::Result<Option<(u8, u64)>> {
+        let key = (CgroupId(self.namespace.0), client);
+        if let Some(changed) = self.lives.lock().unwrap().changed.get(&key) {
+            return Ok(Some(*changed));
+        }
+        let socket = self.socket(client, server)?;
+        Ok(socket.map(|socket| (socket.state, socket.cookie)))
     }
 
     fn holds(&self, cgroup: CgroupId) -> bool {
