@@ -18,6 +18,7 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
         ("keeps_200_go_clients", keeps_200_go_clients),
         ("serves_100_forked_workers", serves_100_forked_workers),
         ("does_not_reset_pipelined_requests", does_not_reset_pipelined_requests),
+        ("answers_small_writes_at_once", answers_small_writes_at_once),
     ]
     .map(|(name, trial)| rig.once(&format!("connections::{name}"), trial))
     .into()
@@ -69,5 +70,16 @@ fn does_not_reset_pipelined_requests(engine: &Arc<Engine>) {
     let answers = run_script(&container, "many.py", &["pipelined", "1000"]);
     println!("{answers}");
     assert_eq!(answers, json!({ "HTTP/1.1 200 OK": 1000 }));
+    daemon.stop();
+}
+
+/// The kernel acknowledges small segments late as long as nobody reads them, and the proof waits for acknowledgments.
+fn answers_small_writes_at_once(engine: &Arc<Engine>) {
+    let (daemon, container) = served(engine, "writes");
+    let results = run_script(&container, "small_writes.py", &["100"]);
+    println!("{results}");
+    assert_eq!(results["answered"], json!(100), "{results}");
+    // The delay of an acknowledgment is 40 ms.
+    assert!(results["median_ms"].as_f64().is_some_and(|it| it < 20.0), "{results}");
     daemon.stop();
 }

@@ -70,6 +70,7 @@ pub fn prepare() -> Result<(), String> {
             ("many.py", include_str!("../../clients/many.py")),
             ("many.mjs", include_str!("../../clients/many.mjs")),
             ("half_closed.py", include_str!("../../clients/half_closed.py")),
+            ("small_writes.py", include_str!("../../clients/small_writes.py")),
             ("repaired.py", include_str!("../../clients/repaired.py")),
             ("remove.py", include_str!("../../clients/remove.py")),
             ("reach.py", include_str!("../../clients/reach.py")),
