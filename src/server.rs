@@ -16,9 +16,9 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
-use bytes::Bytes;
+use bytes::{Buf as _, Bytes, BytesMut};
 use hyper::http::request::Parts;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
@@ -52,6 +52,8 @@ const CONNECTION_LIFE: Duration = Duration::from_secs(300);
 /// How long the client's socket counts as verified. A look-up for each answer costs a busy connection a fifth of its requests a
 /// second. While the socket exists, a process of its namespace that forges packets can use the connection anyway.
 const PEER_VERIFIED: Duration = Duration::from_millis(10);
+/// How many bytes of a connection are read while it waits for its proof.
+const BYTES_BEFORE_PROOF: usize = 4096;
 /// How long a connection beyond all limits of its container is open for its 503: long enough if the request came with the
 /// handshake, short enough that the sockets do not add up.
 const AT_ONCE: Duration = Duration::from_millis(20);
@@ -329,8 +331,9 @@ async fn accept(
 /// Serves one connection: proof, then requests until one of the two leaves, or the container's life ends.
 pub async fn serve<S: Wire>(stream: S, connection: Connection, service: Arc<Service>) {
     let hops = Arc::new(AtomicU8::new(UNLIMITED));
-    let stream = Limited {
+    let mut stream = Limited {
         stream,
+        early: BytesMut::new(),
         wanted: hops.clone(),
         set: UNLIMITED,
     };
@@ -340,7 +343,8 @@ pub async fn serve<S: Wire>(stream: S, connection: Connection, service: Arc<Serv
     let place = tokio::time::timeout_at(deadline, service.before_proof.enter(connection.via)).await;
     let Ok(Some(place)) = place else { return };
     let probe = service.probes.remove(&connection.client).is_some();
-    match identify(&service.index, connection, deadline).await {
+    let proof = identify(&service.index, connection, deadline);
+    match stream.read_during(proof).await {
         Ok(caller) => {
             drop(place);
             let life = caller.life().clone();
@@ -452,6 +456,8 @@ const UNLIMITED: u8 = u8::MAX;
 /// held back would go out with the next answer.
 struct Limited<S> {
     stream: S,
+    /// What came before the proof, and is not read yet.
+    early: BytesMut,
     wanted: Arc<AtomicU8>,
     set: u8,
 }
@@ -465,10 +471,35 @@ impl<S: Wire> Limited<S> {
         }
         Ok(())
     }
+
+    /// Waits for the proof and reads meanwhile. It may depend on the client's having its bytes acknowledged, and the kernel
+    /// acknowledges small segments up to 40 ms late if nobody reads them.
+    async fn read_during<T>(&mut self, proof: impl Future<Output = T>) -> T {
+        let mut proof = std::pin::pin!(proof);
+        let mut more = true;
+        loop {
+            let read = async {
+                self.early.reserve(BYTES_BEFORE_PROOF.saturating_sub(self.early.len()));
+                self.stream.read_buf(&mut self.early).await
+            };
+            tokio::select! {
+                biased;
+                done = &mut proof => return done,
+                // An end or an error is met again by who reads next.
+                read = read, if more => more = matches!(read, Ok(1..)) && self.early.len() < BYTES_BEFORE_PROOF,
+            }
+        }
+    }
 }
 
 impl<S: Wire> AsyncRead for Limited<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if !self.early.is_empty() {
+            let length = self.early.len().min(into.remaining());
+            into.put_slice(&self.early[..length]);
+            self.early.advance(length);
+            return Poll::Ready(Ok(()));
+        }
         Pin::new(&mut self.stream).poll_read(cx, into)
     }
 }
