@@ -298,7 +298,14 @@ impl ContainerEngine for Engine {
     fn image(&self, id: &str) -> BoxFuture<'static, Result<Option<Image>, EngineError>> {
         let id = id.to_owned();
         self.ask(|docker| async move {
+            // A container of a directory has no image (`podman run --rootfs`).
+            if id.trim_start_matches("sha256:").is_empty() {
+                return Ok(None);
+            }
             let image = absent(docker.inspect_image(&id).await)?;
+            // Docker's containerd store tells neither a configuration nor an operating system if it lacks the content.
+            let image =
+                image.filter(|image| image.config.is_some() || image.os.as_ref().is_some_and(|os| !os.is_empty()));
             Ok(image.map(|image| {
                 let config = image.config.unwrap_or_default();
                 Image {
@@ -632,6 +639,31 @@ mod tests {
         });
         let events: Vec<_> = engine.subscribe().await.unwrap().collect().await;
         assert_eq!(events.len(), 2, "{events:?}");
+    }
+
+    #[tokio::test]
+    async fn a_container_without_an_image_has_none_that_can_be_read() {
+        // What Podman and Docker answer to a path without an ID is no image: a redirection, an error, or a list.
+        let (_dir, engine) = engine(|path| match path.contains("/images/") {
+            true => Some("[]".to_owned()),
+            false => version(path),
+        });
+        drop(engine.subscribe().await.unwrap());
+        for id in ["", "sha256:"] {
+            assert_eq!(engine.image(id).await.unwrap(), None, "{id:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_image_without_its_configuration_cannot_be_read() {
+        // The containerd store of Docker, if it has no content for a platform.
+        let image = r#"{"Id":"sha256:ab","RepoTags":[],"Architecture":"","Os":"","Size":1,"RootFS":{"Type":""}}"#;
+        let (_dir, engine) = engine(move |path| match path.contains("/images/") {
+            true => Some(image.to_owned()),
+            false => version(path),
+        });
+        drop(engine.subscribe().await.unwrap());
+        assert_eq!(engine.image("sha256:ab").await.unwrap(), None);
     }
 
     #[tokio::test]
