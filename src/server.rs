@@ -361,7 +361,7 @@ pub async fn serve<S: Wire>(stream: S, connection: Connection, service: Arc<Serv
             }
             let why = match refusal {
                 // Closed without an answer: the client tries again, and its next connection is answered.
-                Refusal::JustAttached { .. } | Refusal::EarlierSocket { .. } => return,
+                Refusal::JustAttached { .. } | Refusal::EarlierSocket { .. } | Refusal::Unacknowledged { .. } => return,
                 Refusal::NotSynchronised => Refused::NotReady,
                 _ => Refused::Unproven,
             };

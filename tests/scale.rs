@@ -14,7 +14,7 @@ use futures_util::future::{self, BoxFuture};
 use futures_util::stream::{BoxStream, StreamExt as _};
 use imds_router::clock::Clock;
 use imds_router::config::Settings;
-use imds_router::containers::images::{Image, ImageStore};
+use imds_router::containers::images::{Image, ImageStore, InUse};
 use imds_router::containers::index::{EngineState, Index};
 use imds_router::containers::watcher::{
     Birth, ContainerEngine, EngineError, Event, Hold, Inspection, Instances, Kernel, Network, Ports, Row, Run, Watcher,
@@ -131,6 +131,7 @@ impl Scripted {
             labels: BTreeMap::from([("imds.role".to_owned(), format!("role-{}", number % ROLES))]),
             image: "app".into(),
             image_id: "sha256:1234".into(),
+            image_is_certain: true,
             network_mode: NetworkMode::Own,
             running: true,
         }
@@ -211,7 +212,7 @@ impl ImageStore for Scripted {
         None
     }
 
-    fn store(&self, _: u64, _: &BTreeMap<String, Arc<Image>>) {}
+    fn store(&self, _: u64, _: &InUse) {}
 }
 
 impl Kernel for Scripted {

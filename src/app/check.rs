@@ -44,6 +44,7 @@ pub async fn containers(settings: Settings, compat: bool) -> Result<Checked, Eng
     for row in engine.containers().await? {
         let image = engine.image(&row.image_id).await?;
         let image = image.or_else(|| stored.load(&row.image_id));
+        let image = image.filter(|_| row.image_is_certain);
         let all = engine
             .inspect(&row.id)
             .await?

@@ -1,14 +1,13 @@
 //! Images in files of the state directory, so that they outlive the daemon: one JSON file for each image, named by its ID.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use tracing::warn;
 
 use super::state::{read_private, write_private};
-use crate::containers::images::{Image, ImageStore};
+use crate::containers::images::{Image, ImageStore, InUse};
 
 /// The largest file that is read or written. An image with more labels and variables is not stored: once it is removed, none of
 /// them counts in favor of its containers.
@@ -36,13 +35,15 @@ impl ImageFiles {
         Some(self.directory.join(name))
     }
 
-    fn replace_all(&self, images: &BTreeMap<String, Arc<Image>>) -> io::Result<()> {
+    fn replace_all(&self, images: &InUse) -> io::Result<()> {
         for (id, image) in images {
-            let Some(path) = self.path(id).filter(|path| !path.exists()) else {
+            let (Some(path), Some(image)) = (self.path(id), image) else {
                 continue;
             };
             let bytes = serde_json::to_vec(&**image).map_err(io::Error::other)?;
-            if u64::try_from(bytes.len()).is_ok_and(|length| length <= MAX_BYTES) {
+            let fits = u64::try_from(bytes.len()).is_ok_and(|length| length <= MAX_BYTES);
+            // A damaged file is written again.
+            if fits && read_private(&path, MAX_BYTES).ok().as_ref() != Some(&bytes) {
                 write_private(&path, &bytes)?;
             }
         }
@@ -84,7 +85,7 @@ impl ImageStore for ImageFiles {
         }
     }
 
-    fn store(&self, version: u64, images: &BTreeMap<String, Arc<Image>>) {
+    fn store(&self, version: u64, images: &InUse) {
         let mut stored = self.version.lock().unwrap_or_else(PoisonError::into_inner);
         if version <= *stored {
             return;
@@ -103,15 +104,16 @@ impl ImageStore for ImageFiles {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+    use std::sync::Arc;
 
     use super::*;
     use crate::containers::Environment;
 
-    fn image(label: &str) -> Arc<Image> {
-        Arc::new(Image {
+    fn image(label: &str) -> Option<Arc<Image>> {
+        Some(Arc::new(Image {
             labels: [("imds.role".to_owned(), label.to_owned())].into(),
             environment: Environment::of(["A=b"]),
-        })
+        }))
     }
 
     fn id(digit: char) -> String {
@@ -122,21 +124,24 @@ mod tests {
     fn images_outlive_the_daemon_until_their_last_container_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let state = dir.path().join("state");
-        let both = BTreeMap::from([(id('a'), image("x")), (id('b'), image("y"))]);
+        let both = InUse::from([(id('a'), image("x")), (id('b'), image("y"))]);
         ImageFiles::new(&state).store(1, &both);
 
         let files = ImageFiles::new(&state);
-        assert_eq!(files.load(&id('a')).as_ref(), Some(&*image("x")));
+        assert_eq!(files.load(&id('a')).map(Arc::new), image("x"));
         assert_eq!(files.load(&id('c')), None);
         let path = files.path(&id('a')).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         assert_eq!(std::fs::metadata(path.parent().unwrap()).unwrap().mode() & 0o777, 0o700);
 
-        files.store(2, &BTreeMap::from([(id('b'), image("y"))]));
+        // The first one cannot be read by the engine at this moment.
+        files.store(2, &InUse::from([(id('a'), None), (id('b'), image("y"))]));
+        assert!(files.load(&id('a')).is_some());
+        files.store(3, &InUse::from([(id('b'), image("y"))]));
         assert_eq!(files.load(&id('a')), None);
         assert!(files.load(&id('b')).is_some());
         // A call that was overtaken changes nothing.
-        files.store(1, &BTreeMap::new());
+        files.store(1, &InUse::new());
         assert!(files.load(&id('b')).is_some());
     }
 
@@ -146,7 +151,7 @@ mod tests {
         let files = ImageFiles::new(dir.path());
         files.store(
             1,
-            &BTreeMap::from([(id('a'), image("x")), ("../../../x".to_owned(), image("y"))]),
+            &InUse::from([(id('a'), image("x")), ("../../../x".to_owned(), image("y"))]),
         );
         assert_eq!(std::fs::read_dir(dir.path().join("images")).unwrap().count(), 1);
         assert_eq!(files.load("../../../x"), None);
@@ -156,5 +161,7 @@ mod tests {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
         std::fs::write(&path, "{").unwrap();
         assert_eq!(files.load(&id('a')), None);
+        files.store(2, &InUse::from([(id('a'), image("x"))]));
+        assert!(files.load(&id('a')).is_some(), "the damaged file is replaced");
     }
 }

@@ -485,25 +485,6 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "a measurement: cargo test --release --lib -- --ignored --nocapture cost_of"]
-    fn cost_of_a_look_up() {
-        const TIMES: u32 = 200_000;
-        let (_listener, client, _accepted) = connection("127.0.0.1:0", "127.0.0.1");
-        let (from, to) = (client.local_addr().unwrap(), client.peer_addr().unwrap());
-        let diag = DiagSocket::open().unwrap();
-        let start = std::time::Instant::now();
-        for _ in 0..TIMES {
-            diag.find(from, to, "lo").unwrap();
-        }
-        println!("{:?} for all evidence", start.elapsed() / TIMES);
-        let start = std::time::Instant::now();
-        for _ in 0..TIMES {
-            diag.find_now(from, to, "lo").unwrap();
-        }
-        println!("{:?} for state and cookie", start.elapsed() / TIMES);
-    }
-
-    #[test]
     fn a_connection_in_time_wait_has_that_state_and_no_cgroup() {
         const TIME_WAIT: u8 = 6;
         let (_listener, client, accepted) = connection("127.0.0.1:0", "127.0.0.1");

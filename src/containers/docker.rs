@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
-use arc_swap::ArcSwapOption;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use bollard::Docker;
 use bollard::errors::Error;
 use bollard::models::{
@@ -70,6 +70,7 @@ pub struct Engine {
     client: Arc<ArcSwapOption<Docker>>,
     lag: Arc<Lag>,
     is_podman: Arc<AtomicBool>,
+    images: Arc<ArcSwap<ImagesOfEngine>>,
 }
 
 /// How far behind the engine's events are when they come here.
@@ -104,6 +105,7 @@ impl Engine {
             client: Arc::default(),
             lag: Arc::default(),
             is_podman: Arc::default(),
+            images: Arc::default(),
         }
     }
 
@@ -123,6 +125,49 @@ impl Engine {
             None => future::ready(Err(EngineError("not connected".to_owned()))).boxed(),
         }
     }
+}
+
+/// What the engine's answer about an image is about.
+#[derive(Default)]
+struct ImagesOfEngine {
+    /// The ID of an image may name an index of images for several platforms: Docker with containerd's store. The engine then
+    /// describes the image for its own platform, whichever of them a container was created from.
+    has_indexes: bool,
+    /// The engine's own platform, as Go names it.
+    os: String,
+    architecture: String,
+}
+
+impl ImagesOfEngine {
+    /// Whether the engine describes the image that the container was created from. The author of an index writes everything in
+    /// it, except for the digests. The platform of the container's image is the one that was asked for when it was created, since
+    /// the engine chooses by it; the default is the engine's own.
+    fn tell_which(&self, row: &ContainerSummary) -> bool {
+        let Some(manifest) = &row.image_manifest_descriptor else {
+            return !self.has_indexes;
+        };
+        if manifest.digest.is_some() && manifest.digest == row.image_id {
+            return true;
+        }
+        manifest.platform.as_ref().is_some_and(|platform| {
+            let same = |text: &Option<String>, own: &str| !own.is_empty() && text.as_deref() == Some(own);
+            let variant = platform.variant.as_deref().unwrap_or_default();
+            // v8 is the only one of arm64 (containerd, platforms/database.go).
+            let is_default = variant.is_empty() || (self.architecture == "arm64" && variant == "v8");
+            same(&platform.os, &self.os) && same(&platform.architecture, &self.architecture) && is_default
+        })
+    }
+}
+
+/// Whether Docker keeps images in containerd's store (`docker info`: `driver-type: io.containerd.snapshotter.v1`).
+async fn uses_containerd(docker: &Docker) -> Result<bool, Error> {
+    let status = match docker.info().await {
+        Ok(info) => info.driver_status.unwrap_or_default(),
+        Err(Error::DockerResponseServerError { status_code: 404, .. }) => Vec::new(),
+        Err(error) => return Err(error),
+    };
+    let mut words = status.iter().flatten();
+    Ok(words.any(|word| word.starts_with("io.containerd.snapshotter")))
 }
 
 /// How long an engine that is there takes at most to say what it is: some milliseconds. Where systemd holds the engine's socket
@@ -180,8 +225,14 @@ impl ContainerEngine for Engine {
             let version = client.version().await.map_err(at)?;
             let is_podman = |component: &SystemVersionComponents| component.name.starts_with("Podman");
             let components = version.components.unwrap_or_default();
-            this.is_podman
-                .store(components.iter().any(is_podman), Ordering::Relaxed);
+            let is_podman = components.iter().any(is_podman);
+            this.is_podman.store(is_podman, Ordering::Relaxed);
+            let has_indexes = !is_podman && uses_containerd(&client).await.map_err(at)?;
+            this.images.store(Arc::new(ImagesOfEngine {
+                has_indexes,
+                os: version.os.unwrap_or_default(),
+                architecture: version.arch.unwrap_or_default(),
+            }));
             let since = this.clock.wall_seconds().saturating_sub(OVERLAP.as_secs());
             let options = EventsOptions {
                 since: Some(since.to_string()),
@@ -217,6 +268,7 @@ impl ContainerEngine for Engine {
     }
 
     fn containers(&self) -> BoxFuture<'static, Result<Vec<Row>, EngineError>> {
+        let images = self.images.load_full();
         self.ask(|docker| async move {
             let list = |states: Option<&'static str>| {
                 let filters = states.and_then(|state| filters(&[("status", &[state])]));
@@ -251,12 +303,12 @@ impl ContainerEngine for Engine {
                     rows
                 }
             };
-            read_rows(&docker, rows).await
+            read_rows(&docker, &images, rows).await
         })
     }
 
     fn container(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Row>, EngineError>> {
-        let id = id.clone();
+        let (id, images) = (id.clone(), self.images.load_full());
         self.ask(|docker| async move {
             let filters = filters(&[("id", &[id.as_str()])]);
             let options = ListContainersOptions {
@@ -265,7 +317,8 @@ impl ContainerEngine for Engine {
                 ..ListContainersOptions::default()
             };
             let rows = docker.list_containers(Some(options)).await.map_err(failed)?;
-            Ok(read_rows(&docker, rows).await?.into_iter().find(|row| row.id == id))
+            let rows = read_rows(&docker, &images, rows).await?;
+            Ok(rows.into_iter().find(|row| row.id == id))
         })
     }
 
@@ -376,10 +429,14 @@ fn read_event(event: EventMessage) -> Option<Event> {
 const AT_ONCE: usize = 8;
 
 /// Podman's list does not say which network mode a container has; its inspections do.
-async fn read_rows(docker: &Docker, rows: Vec<ContainerSummary>) -> Result<Vec<Row>, EngineError> {
+async fn read_rows(
+    docker: &Docker,
+    images: &ImagesOfEngine,
+    rows: Vec<ContainerSummary>,
+) -> Result<Vec<Row>, EngineError> {
     let rows = futures_util::stream::iter(rows).map(|row| async {
         let told = row.host_config.as_ref().is_some_and(|it| it.network_mode.is_some());
-        let Some(mut row) = read_row(row) else {
+        let Some(mut row) = read_row(row, images) else {
             return Ok(None);
         };
         if !told {
@@ -394,7 +451,8 @@ async fn read_rows(docker: &Docker, rows: Vec<ContainerSummary>) -> Result<Vec<R
     rows.try_collect().await
 }
 
-fn read_row(row: ContainerSummary) -> Option<Row> {
+fn read_row(row: ContainerSummary, images: &ImagesOfEngine) -> Option<Row> {
+    let image_is_certain = images.tell_which(&row);
     let id = ContainerId::parse(row.id.as_deref()?)?;
     let name = row.names.and_then(|names| {
         names
@@ -408,6 +466,7 @@ fn read_row(row: ContainerSummary) -> Option<Row> {
         labels: row.labels.unwrap_or_default().into_iter().collect(),
         image: row.image.unwrap_or_default(),
         image_id: row.image_id.unwrap_or_default(),
+        image_is_certain,
         network_mode: mode.as_deref().map(NetworkMode::parse).unwrap_or_default(),
         running: matches!(
             row.state,
@@ -560,6 +619,58 @@ mod tests {
     fn version(path: &str) -> Option<String> {
         path.ends_with("/version")
             .then(|| "{\"ApiVersion\":\"1.41\"}".to_owned())
+    }
+
+    #[test]
+    fn an_image_of_another_platform_than_the_engines_is_uncertain() {
+        let images = |has_indexes, architecture: &str| ImagesOfEngine {
+            has_indexes,
+            os: "linux".to_owned(),
+            architecture: architecture.to_owned(),
+        };
+        let row = |manifest: &str| -> ContainerSummary {
+            serde_json::from_str(&format!(r#"{{"Id":"x","ImageID":"sha256:aa"{manifest}}}"#)).unwrap()
+        };
+        let of = |digest: &str, platform: &str| {
+            let manifest = format!(r#""digest":"sha256:{digest}","platform":{platform}"#);
+            row(&format!(r#","ImageManifestDescriptor":{{{manifest}}}"#))
+        };
+        let amd64 = r#"{"os":"linux","architecture":"amd64"}"#;
+        let (arm64, v8) = (
+            amd64.replace("amd64", "arm64"),
+            r#"{"os":"linux","architecture":"arm64","variant":"v8"}"#,
+        );
+        let v3 = r#"{"os":"linux","architecture":"amd64","variant":"v3"}"#;
+        for (has_indexes, own, row, certain) in [
+            // Docker's classic store: the ID is the digest of the configuration.
+            (false, "amd64", row(""), true),
+            // A container that an older engine has created.
+            (true, "amd64", row(""), false),
+            (true, "amd64", of("bb", amd64), true),
+            (true, "amd64", of("bb", &arm64), false),
+            (true, "amd64", of("bb", v3), false),
+            (true, "amd64", of("bb", "null"), false),
+            (true, "", of("bb", r#"{"os":"linux","architecture":""}"#), false),
+            // No index: the ID is that of the manifest.
+            (true, "amd64", of("aa", &arm64), true),
+            (true, "arm64", of("bb", v8), true),
+        ] {
+            assert_eq!(images(has_indexes, own).tell_which(&row), certain, "{own} {row:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn containerds_store_is_known_by_its_driver() {
+        let (_dir, engine) = engine(|path| match path.ends_with("/info") {
+            true => Some(r#"{"DriverStatus":[["driver-type","io.containerd.snapshotter.v1"]]}"#.to_owned()),
+            false if path.contains("/containers/json") => Some(format!(
+                r#"[{{"Id":"{}","ImageID":"sha256:aa","HostConfig":{{"NetworkMode":"host"}}}}]"#,
+                "a".repeat(64)
+            )),
+            false => version(path),
+        });
+        drop(engine.subscribe().await.unwrap());
+        assert!(!engine.containers().await.unwrap()[0].image_is_certain);
     }
 
     #[tokio::test]

@@ -1,7 +1,7 @@
 //! Labels and variables of images, kept while a container of the image exists: `docker rmi -f` removes the image of a container
 //! and leaves the container, whose labels must keep their meaning.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use dashmap::DashMap;
@@ -18,15 +18,18 @@ pub struct Image {
     pub environment: Environment,
 }
 
+/// The images of all containers, by ID. `None`: it could not be read this time, so that a stored one stays.
+pub type InUse = BTreeMap<String, Option<Arc<Image>>>;
+
 /// Where images outlive the daemon. An image ID is a digest of the image's configuration, so that a stored image never becomes
 /// wrong. Calls block.
 pub trait ImageStore: Send + Sync + 'static {
     /// The image with this ID, if it is stored.
     fn load(&self, id: &str) -> Option<Image>;
 
-    /// Stores exactly these images, by ID, and forgets all others. A call with a lower `version` than an earlier one does
-    /// nothing: calls may overtake each other.
-    fn store(&self, version: u64, images: &BTreeMap<String, Arc<Image>>);
+    /// Stores these images and forgets all others. A call with a lower `version` than an earlier one does nothing: calls may
+    /// overtake each other.
+    fn store(&self, version: u64, images: &InUse);
 }
 
 /// The images that are known, by ID. Cheap to clone: all clones share them.
@@ -58,7 +61,8 @@ impl KnownImages {
 /// Images of the containers that exist: in memory, and in the store.
 pub struct Images {
     known: KnownImages,
-    stored: HashSet<String>,
+    /// The images that are stored, and whether they could be read.
+    stored: BTreeMap<String, bool>,
     version: u64,
 }
 
@@ -70,7 +74,7 @@ impl Images {
                 by_id: Arc::default(),
                 store,
             },
-            stored: HashSet::new(),
+            stored: BTreeMap::new(),
             version: 0,
         }
     }
@@ -82,16 +86,17 @@ impl Images {
 
     /// Keeps the images of the containers that exist, and forgets all others. Returns the work of storing them, which blocks, if
     /// they differ from those that are stored.
-    pub fn keep(&mut self, in_use: BTreeMap<String, Arc<Image>>) -> Option<impl FnOnce() + Send + use<>> {
+    pub fn keep(&mut self, in_use: InUse) -> Option<impl FnOnce() + Send + use<>> {
         let by_id = &self.known.by_id;
         by_id.retain(|id, _| in_use.contains_key(id));
-        for (id, image) in &in_use {
+        for (id, image) in in_use.iter().filter_map(|(id, image)| Some((id, image.as_ref()?))) {
             by_id.entry(id.clone()).or_insert_with(|| image.clone());
         }
-        if self.stored.len() == in_use.len() && in_use.keys().all(|id| self.stored.contains(id)) {
+        let new: BTreeMap<_, _> = in_use.iter().map(|(id, image)| (id.clone(), image.is_some())).collect();
+        if new == self.stored {
             return None;
         }
-        self.stored = in_use.keys().cloned().collect();
+        self.stored = new;
         self.version += 1;
         let (store, version) = (self.known.store.clone(), self.version);
         Some(move || store.store(version, &in_use))
@@ -112,18 +117,23 @@ mod tests {
             None
         }
 
-        fn store(&self, _: u64, images: &BTreeMap<String, Arc<Image>>) {
+        fn store(&self, _: u64, images: &InUse) {
             *self.0.lock().unwrap() = images.keys().cloned().collect();
         }
     }
 
-    #[tokio::test]
-    async fn stores_the_images_in_use_whenever_one_takes_the_place_of_another() {
+    #[test]
+    fn stores_the_images_in_use_whenever_one_takes_the_place_of_another() {
         let stored = Arc::new(Stored::default());
         let mut images = Images::new(stored.clone());
         for in_use in [&["a", "b"][..], &["a", "c"], &["c"], &[]] {
-            let keep = || in_use.iter().map(|id| ((*id).to_owned(), Arc::default())).collect();
-            images.keep(keep()).expect("others than before").await;
+            let keep = || {
+                in_use
+                    .iter()
+                    .map(|id| ((*id).to_owned(), Some(Arc::default())))
+                    .collect()
+            };
+            images.keep(keep()).expect("others than before")();
             assert_eq!(*stored.0.lock().unwrap(), in_use);
             assert!(images.keep(keep()).is_none(), "the same as before: {in_use:?}");
         }

@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
-use super::images::{Image, ImageStore, Images, KnownImages};
+use super::images::{Image, ImageStore, Images, InUse, KnownImages};
 use super::index::{EngineState, Index, Miss};
 use super::pairs::Pairs;
 use super::{
@@ -90,6 +90,8 @@ pub struct Row {
     pub image: String,
     /// Image id.
     pub image_id: String,
+    /// Whether the engine's answer about this image is about the one that the container was created from.
+    pub image_is_certain: bool,
     /// Whose network namespace.
     pub network_mode: NetworkMode,
     /// Whether it runs.
@@ -786,11 +788,14 @@ impl Watcher {
         if !self.is_listed {
             return;
         }
-        let in_use = self.known.values().filter_map(|known| {
-            let definition = known.definition.as_ref()?;
-            Some((definition.image_id.clone(), known.image.clone()?))
-        });
-        if let Some(storing) = self.images.keep(in_use.collect()) {
+        let mut in_use = InUse::new();
+        for known in self.known.values() {
+            if let Some(definition) = &known.definition {
+                let image = in_use.entry(definition.image_id.clone()).or_default();
+                *image = image.take().or_else(|| known.image.clone());
+            }
+        }
+        if let Some(storing) = self.images.keep(in_use) {
             self.background.push(blocking(storing));
         }
     }
@@ -1255,7 +1260,7 @@ async fn with_image(
     all_count: bool,
     row: Row,
 ) -> Result<ReadRow, EngineError> {
-    if all_count {
+    if all_count || !row.image_is_certain {
         return Ok((row, None));
     }
     if let Some(image) = images.get(&row.image_id) {

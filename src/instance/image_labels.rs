@@ -32,7 +32,7 @@ pub(super) fn note(container: &Definition, settings: &Settings) -> Option<String
     let names: Vec<_> = names.filter(|name| name.starts_with(&prefix)).cloned().collect();
     let why = match container.image_is_known {
         true => "the image has the same value",
-        false => "the image was removed",
+        false => "the image cannot be read",
     };
     (!names.is_empty()).then(|| {
         format!(
@@ -50,8 +50,8 @@ pub(super) fn unknown_setter(container: &Definition, names: &str) -> String {
              instead of its name), remove it from the image, or set [docker] image_labels = true"
         ),
         false => format!(
-            "{names}: the image was removed, so it is unknown who set it; create the container again from an image that exists, or set \
-             [docker] image_labels = true"
+            "{names}: the image cannot be read (it was removed, or is for another platform), so it is unknown who set it; create the container \
+             again from an image for this host, or set [docker] image_labels = true"
         ),
     }
 }

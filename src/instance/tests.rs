@@ -1201,8 +1201,8 @@ fn a_removed_image_leaves_the_restrictions_and_takes_the_credentials() {
     let (said, instance) = with_image("[credentials]\ndefault_role = \"other\"", None, &labels);
     assert_eq!(
         said,
-        "refused: label imds.role: the image was removed, so it is unknown who set it; create the container again from an image that \
-         exists, or set [docker] image_labels = true"
+        "refused: label imds.role: the image cannot be read (it was removed, or is for another platform), so it is unknown who set it; \
+         create the container again from an image for this host, or set [docker] image_labels = true"
     );
     assert!(!instance.endpoint && instance.tokens_required);
     // The default role does not depend on who set the options.

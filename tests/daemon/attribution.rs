@@ -17,6 +17,13 @@ async fn refused(daemon: &Daemon, client: SocketAddr) {
     refused_via(daemon, client, Via::Bridge(5)).await;
 }
 
+/// The counters did not decide in time: the client's next connection is answered.
+async fn closed_without_an_answer(daemon: &Daemon, client: SocketAddr) {
+    let asked = daemon.clock.now();
+    assert!(daemon.dial_via(client, daemon.way_of(1)).get("/").await.is_none());
+    assert!(daemon.clock.now() - asked <= Duration::from_millis(401));
+}
+
 async fn refused_via(daemon: &Daemon, client: SocketAddr, via: Via) {
     let mut connection = daemon.dial_via(client, via);
     let asked = daemon.clock.now();
@@ -90,11 +97,14 @@ async fn a_socket_that_the_container_accepted_is_no_evidence() {
         open: Open::Undecided,
         ..connected(cgroup)
     };
-    for evidence in [accepted, listening, listener_and_accepted, undecided] {
+    for evidence in [accepted, listening, listener_and_accepted] {
         let client = daemon.client(address);
         daemon.kernel.socket(cgroup, client, evidence);
         refused_via(&daemon, client, daemon.way_of(1)).await;
     }
+    let client = daemon.client(address);
+    daemon.kernel.socket(cgroup, client, undecided);
+    closed_without_an_answer(&daemon, client).await;
     assert_eq!(
         daemon.service.refusals(),
         [("accepted", 1), ("listener-at-port", 2), ("unacknowledged", 1)]
@@ -226,7 +236,7 @@ async fn a_socket_that_changes_while_it_is_queried_is_no_evidence() {
         let client = daemon.client(address);
         daemon.kernel.socket(cgroup, client, socket);
         daemon.kernel.socket_changes(cgroup, client, changed);
-        refused_via(&daemon, client, daemon.way_of(1)).await;
+        closed_without_an_answer(&daemon, client).await;
     }
     assert_eq!(daemon.service.refusals(), [("unacknowledged", 3)]);
     assert_eq!(daemon.connect(1, address).get("/").await.unwrap().status, 200);

@@ -155,6 +155,7 @@ impl Case {
             labels: merged(&self.image.labels, &self.labels),
             image: "box".to_owned(),
             image_id: format!("sha256:{}", "cd".repeat(32)),
+            image_is_certain: true,
             network_mode: NetworkMode::Host,
             running: true,
         };
@@ -417,7 +418,7 @@ async fn without_its_image_a_container_keeps_its_restrictions_and_gets_no_role()
     }
     daemon.settle().await;
     let instance = |number| daemon.index.get(&id(number)).unwrap().instance.clone();
-    assert!(matches!(&instance(1).role, Role::Refused(why) if why.contains("the image was removed")));
+    assert!(matches!(&instance(1).role, Role::Refused(why) if why.contains("the image cannot be read")));
     assert!(!instance(2).endpoint);
     assert!(matches!(instance(3).role, Role::Session(_)) && instance(3).tokens_required);
 }

@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, watch};
 use imds_router::caller::{Connection, Via};
 use imds_router::clock::Clock;
 use imds_router::config::{CredentialSource, Settings};
-use imds_router::containers::images::{Image, ImageStore};
+use imds_router::containers::images::{Image, ImageStore, InUse};
 use imds_router::containers::index::{EngineState, Index};
 use imds_router::containers::watcher::{
     Birth, ContainerEngine, EngineError, Event, Hold, Inspection, Instances, Kernel, Network, Ports, Row, Run, Watcher,
@@ -141,8 +141,15 @@ impl ImageStore for ScriptedEngine {
         self.world(|world| world.stored_images.get(id).map(|image| Image::clone(image)))
     }
 
-    fn store(&self, _version: u64, images: &BTreeMap<String, Arc<Image>>) {
-        self.world(|world| world.stored_images.clone_from(images));
+    fn store(&self, _version: u64, images: &InUse) {
+        let stored = |world: &mut World| {
+            world.stored_images.retain(|id, _| images.contains_key(id));
+            let read = images
+                .iter()
+                .filter_map(|(id, image)| Some((id.clone(), image.clone()?)));
+            world.stored_images.extend(read);
+        };
+        self.world(stored);
     }
 }
 
@@ -158,6 +165,7 @@ fn row(id: &ContainerId, container: &Container) -> Row {
         labels,
         image: "box".into(),
         image_id: format!("sha256:{}", id.as_str()),
+        image_is_certain: true,
         network_mode: container.network_mode.clone(),
         running: container.running,
     }

@@ -272,7 +272,7 @@ fn removed(engine: &Arc<Engine>) {
     assert!(!reply.body.contains("AccessKeyId"), "{reply:?}");
     let problems = problems(&daemon, "with-role");
     assert!(
-        problems.contains("label imds.role: the image was removed"),
+        problems.contains("label imds.role: the image cannot be read"),
         "{problems}"
     );
     daemon.stop();
