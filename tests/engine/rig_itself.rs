@@ -296,6 +296,10 @@ fn nothing_is_left(view: View) {
     // A daemon that was killed leaves its private network namespace pinned.
     let daemon = Daemon::start(&engine, "[credentials]\nsource = \"offline\"\n", &[]);
     let directory = daemon.directory().to_owned();
+    // Its admin socket answers a moment before.
+    poll(Duration::from_secs(10), "the daemon to pin its namespace", || {
+        Daemon::is_pinned(&engine, &directory).then_some(())
+    });
     daemon.kill();
     assert!(Daemon::is_pinned(&engine, &directory));
     let cgroups = format!("docker/{}", container.id());
