@@ -12,8 +12,8 @@ use crate::config::{Compat, CredentialSource, Settings};
 use crate::containers::compat;
 use crate::containers::compose::{self, ComposeError};
 use crate::containers::docker::Engine;
-use crate::containers::images::ImageStore as _;
-use crate::containers::watcher::{ContainerEngine as _, EngineError, split_environment};
+use crate::containers::images::Images;
+use crate::containers::watcher::{ContainerEngine as _, EngineError, read_image, split_environment};
 use crate::containers::{Attachments, ContainerId, Definition};
 use crate::credentials::sts::Sts;
 use crate::instance::{Instance, Role, Surroundings, resolve};
@@ -38,13 +38,11 @@ pub async fn containers(settings: Settings, compat: bool) -> Result<Checked, Eng
     let engine = Engine::new(&host, Clock::system());
     // The subscription connects; the events themselves are not wanted.
     drop(engine.subscribe().await?);
-    let stored = ImageFiles::new(&settings.state_dir);
+    let images = Images::new(Arc::new(ImageFiles::new(&settings.state_dir))).known();
     let mut checker = Checker::new(settings).await;
     let mut attachments = attachments(&engine).await?;
     for row in engine.containers().await? {
-        let image = engine.image(&row.image_id).await?;
-        let image = image.or_else(|| stored.load(&row.image_id));
-        let image = image.filter(|_| row.image_is_certain);
+        let image = read_image(&engine, &images, &row).await?;
         let all = engine
             .inspect(&row.id)
             .await?
@@ -54,8 +52,8 @@ pub async fn containers(settings: Settings, compat: bool) -> Result<Checked, Eng
         let settings = &checker.settings;
         let prefix = format!("{}.", settings.label_prefix);
         let mut whole = row.clone().define(None, true);
-        let mut definition = row.define(image.as_ref(), settings.image_labels);
-        definition.environment = Some(split_environment(&all, image.as_ref(), settings.image_labels));
+        let mut definition = row.define(image.as_deref(), settings.image_labels);
+        definition.environment = Some(split_environment(&all, image.as_deref(), settings.image_labels));
         checker.look_at(&definition, &attached).await;
         let name = printable(&definition.name, 40);
         let settings = &checker.settings;

@@ -1253,18 +1253,21 @@ async fn next_of(stream: &mut Option<BoxStream<'static, ContainerId>>) -> Option
     }
 }
 
-/// A row, and what its image brings: as known, from the engine, or as an earlier daemon has stored it.
-async fn with_image(
+/// Reads the image of a container: as known, from the engine, or as an earlier daemon has stored it. `None`: it cannot be read, or
+/// the engine would describe another one.
+///
+/// # Errors
+/// When the engine does not answer.
+pub async fn read_image(
     engine: &dyn ContainerEngine,
     images: &KnownImages,
-    all_count: bool,
-    row: Row,
-) -> Result<ReadRow, EngineError> {
-    if all_count || !row.image_is_certain {
-        return Ok((row, None));
+    row: &Row,
+) -> Result<Option<Arc<Image>>, EngineError> {
+    if !row.image_is_certain {
+        return Ok(None);
     }
     if let Some(image) = images.get(&row.image_id) {
-        return Ok((row, Some(image)));
+        return Ok(Some(image));
     }
     let image = match engine.image(&row.image_id).await? {
         Some(image) => Some(image),
@@ -1273,8 +1276,20 @@ async fn with_image(
             blocking(move || images.load(&id)).await
         }
     };
-    let image = image.map(|image| images.insert(&row.image_id, image));
-    Ok((row, image))
+    Ok(image.map(|image| images.insert(&row.image_id, image)))
+}
+
+/// A row, and what its image brings, if that makes a difference.
+async fn with_image(
+    engine: &dyn ContainerEngine,
+    images: &KnownImages,
+    all_count: bool,
+    row: Row,
+) -> Result<ReadRow, EngineError> {
+    match all_count {
+        true => Ok((row, None)),
+        false => read_image(engine, images, &row).await.map(|image| (row, image)),
+    }
 }
 
 /// Does what may block on a thread that may. One that panicked or was cancelled never comes back: the runtime is going down
