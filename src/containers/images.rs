@@ -21,8 +21,8 @@ pub struct Image {
 /// The images of all containers, by ID. `None`: it could not be read this time, so that a stored one stays.
 pub type InUse = BTreeMap<String, Option<Arc<Image>>>;
 
-/// Where images outlive the daemon. An image ID is a digest of the image's configuration, so that a stored image never becomes
-/// wrong. Calls block.
+/// Where images outlive the daemon. The ID of an image is a digest, and one that names images for several platforms is read for the
+/// platform of the host only, so that a stored image never becomes wrong. Calls block.
 pub trait ImageStore: Send + Sync + 'static {
     /// The image with this ID, if it is stored.
     fn load(&self, id: &str) -> Option<Image>;
@@ -61,8 +61,8 @@ impl KnownImages {
 /// Images of the containers that exist: in memory, and in the store.
 pub struct Images {
     known: KnownImages,
-    /// The images that are stored, and whether they could be read.
-    stored: BTreeMap<String, bool>,
+    /// The images that are stored, and whether they could be read. `None`: those of an earlier daemon.
+    stored: Option<BTreeMap<String, bool>>,
     version: u64,
 }
 
@@ -74,7 +74,7 @@ impl Images {
                 by_id: Arc::default(),
                 store,
             },
-            stored: BTreeMap::new(),
+            stored: None,
             version: 0,
         }
     }
@@ -93,10 +93,10 @@ impl Images {
             by_id.entry(id.clone()).or_insert_with(|| image.clone());
         }
         let new: BTreeMap<_, _> = in_use.iter().map(|(id, image)| (id.clone(), image.is_some())).collect();
-        if new == self.stored {
+        if self.stored.as_ref() == Some(&new) {
             return None;
         }
-        self.stored = new;
+        self.stored = Some(new);
         self.version += 1;
         let (store, version) = (self.known.store.clone(), self.version);
         Some(move || store.store(version, &in_use))
@@ -120,6 +120,15 @@ mod tests {
         fn store(&self, _: u64, images: &InUse) {
             *self.0.lock().unwrap() = images.keys().cloned().collect();
         }
+    }
+
+    #[test]
+    fn forgets_the_images_of_an_earlier_daemon_although_no_container_exists() {
+        let stored = Arc::new(Stored(Mutex::new(vec!["earlier".to_owned()])));
+        let mut images = Images::new(stored.clone());
+        images.keep(InUse::new()).expect("the stored images are not known")();
+        assert!(stored.0.lock().unwrap().is_empty());
+        assert!(images.keep(InUse::new()).is_none());
     }
 
     #[test]
