@@ -489,19 +489,14 @@ pub fn read(labels: &Pairs, environment: Option<&Pairs>, settings: &Settings) ->
             .map(|(name, value, _)| (name.clone(), value.clone()))
             .collect()
     };
-    let (all, more) = parse(&whole(labels), environment.map(whole).as_ref(), settings);
-    errors.extend(
-        more.into_iter()
-            .filter(|error| !errors.contains(error))
-            .collect::<Vec<_>>(),
-    );
-    let own_events = own.events.keys().copied().collect();
-    let more = events_without_time(&all, &own_events, settings);
-    errors.extend(
-        more.into_iter()
-            .filter(|error| !errors.contains(error))
-            .collect::<Vec<_>>(),
-    );
+    let (all, mut more) = parse(&whole(labels), environment.map(whole).as_ref(), settings);
+    let own_times = own.events.keys().copied().collect();
+    more.extend(events_without_time(&all, &own_times, settings));
+    for error in more {
+        if !errors.contains(&error) {
+            errors.push(error);
+        }
+    }
     (restricted(own, all, &ambiguous, settings), errors)
 }
 
