@@ -426,7 +426,10 @@ pub async fn run(
     // The rules are in place, and no connection of the host has been accepted.
     if let Some(kernel) = host_kernel.filter(|_| serves_the_host)
         && let Err(error) = kernel
-            .remember_earlier_sockets(vec![IMDS_ADDRESS.into(), IMDS_ADDRESS_IPV6.into()])
+            .remember_earlier_sockets(vec![
+                (IMDS_ADDRESS, IMDS_PORT).into(),
+                (IMDS_ADDRESS_IPV6, IMDS_PORT).into(),
+            ])
             .await
     {
         interception.extend(ipv6.map(|(also, _)| also));

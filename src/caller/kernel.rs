@@ -53,8 +53,10 @@ pub enum KernelError {
     #[error("this host's network namespace cannot be told from others: {0}")]
     Namespace(String),
     /// The sockets of the host cannot be listed.
-    #[error("cannot list the TCP connections of this host (sock_diag)")]
-    Sockets(#[source] io::Error),
+    #[error(
+        "cannot list the TCP connections of this host (sock_diag): {0}\nhint: sudo modprobe --all inet_diag tcp_diag"
+    )]
+    Sockets(io::Error),
 }
 
 impl HostKernel {
@@ -76,18 +78,15 @@ impl HostKernel {
         })
     }
 
-    /// Remembers the sockets of the host's namespace whose other end is port 80 of one of `addresses`. Before the rules were in
+    /// Remembers the sockets of the host's namespace whose other end is one of `servers`, where the service is. Before the rules were in
     /// place, another process could answer there, and it may still be their other end: they prove nothing. Call it once, when the
     /// rules are in place and no connection has been accepted.
     ///
     /// # Errors
     /// When the kernel does not list them.
-    pub async fn remember_earlier_sockets(&self, addresses: Vec<IpAddr>) -> Result<(), KernelError> {
+    pub async fn remember_earlier_sockets(&self, servers: Vec<SocketAddr>) -> Result<(), KernelError> {
         // A dump reads the tables of the whole machine.
-        let dump = tokio::task::spawn_blocking(move || {
-            let servers: Vec<_> = addresses.into_iter().map(|it| SocketAddr::new(it, 80)).collect();
-            DiagSocket::open()?.connected_to(&servers)
-        });
+        let dump = tokio::task::spawn_blocking(move || DiagSocket::open()?.connected_to(&servers));
         let cookies = dump.await.map_err(io::Error::other).flatten();
         let cookies: HashSet<u64> = cookies.map_err(KernelError::Sockets)?.into_iter().collect();
         if !cookies.is_empty() {
