@@ -254,8 +254,8 @@ fn search<'r>(rules: &'r [Rule], what: &str, covers: impl Fn(&Rule) -> Covers) -
             Covers::No(reason) => why.push(format!("{rule}: {reason}")),
             Covers::Ambiguous(label) => {
                 return Err(NotAllowed::Refused(format!(
-                    "{what}: {rule} looks at label {label}, and the image has the same value, so it is unknown who set it; remove the \
-                     label from the image, or set [docker] image_labels = true"
+                    "{what}: {rule} looks at label {label}, and it is unknown whether the image set it; use an image that can be \
+                     read and does not have the label, or set [docker] image_labels = true"
                 )));
             }
             Covers::Unknown(what) => return Err(NotAllowed::Pending(format!("{rule} looks at {what}, not known yet"))),

@@ -1221,7 +1221,7 @@ fn a_rule_that_looks_at_a_label_of_the_image_gives_nothing() {
     let (said, _) = with_image(&rules, Some(&[tier]), &[role, tier]);
     assert!(
         said.contains(
-            "allow rule 1 (line 1) looks at label tier, and the image has the same value, so it is unknown who set it"
+            "allow rule 1 (line 1) looks at label tier, and it is unknown whether the image set it; use an image that can be read and does not have the label, or set [docker] image_labels = true"
         ),
         "{said}"
     );
