@@ -79,7 +79,7 @@ impl ImageStore for ImageFiles {
             Ok(image) => Some(image),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => {
-                warn!(path = %path.display(), %error, "cannot read a stored image; its containers are restricted to the labels that restrict them");
+                warn!(path = %path.display(), %error, "cannot read a stored image; of its containers' labels, only restrictions count");
                 None
             }
         }
