@@ -14,6 +14,12 @@ as_root() { if [[ $EUID -eq 0 ]]; then "$@"; else sudo "$@"; fi; }
 has() { command -v "$1"; }
 statically_linked() { [[ -x /bin/busybox ]] && ! ldd /bin/busybox; }
 
+# The mirror that this machine installs from; empty if none is configured.
+debian_mirror() {
+    { cat /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list 2>/dev/null || true; } |
+        awk '/^URIs:/ { print $2; exit } /^deb / { for (i = 2; i <= NF; i++) if ($i ~ /^http/) { print $i; exit } }'
+}
+
 need() { # PACKAGE TEST...: PACKAGE is missing if TEST fails
     local package=$1
     shift

@@ -563,10 +563,9 @@ fn swarm(engine: &Arc<Engine>) {
     let instead = file("instead.yaml", &instead);
     let deploy = |name: &str, files: &[&str]| {
         let files = files.iter().flat_map(|file| ["--compose-file", file]);
-        let words: Vec<&str> = ["stack", "deploy", "--resolve-image=never", "--detach=true"]
-            .into_iter()
-            .collect();
-        engine.docker(&words.into_iter().chain(files).chain([name]).collect::<Vec<_>>());
+        // Without --detach, which Debian 12's client does not know: every client returns at once by default.
+        let words = ["stack", "deploy", "--resolve-image=never"].into_iter().chain(files).chain([name]);
+        engine.docker(&words.collect::<Vec<_>>());
     };
     deploy("imds-router", &[&repository("deploy/stack.yaml"), &instead]);
     let shop = format!(
