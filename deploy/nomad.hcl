@@ -20,7 +20,10 @@ job "imds-router" {
         cap_drop     = ["all"]
         cap_add      = ["net_admin", "sys_admin", "sys_ptrace"]
         security_opt = ["apparmor=unconfined", "label=disable"]
-        ulimit { core = "0" }
+        ulimit {
+          core   = "0"
+          nofile = "65536"
+        }
         volumes = [
           "/var/run/docker.sock:/var/run/docker.sock",
           "/sys/fs/cgroup:/sys/fs/cgroup:ro",

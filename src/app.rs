@@ -56,11 +56,13 @@ use crate::containers::watcher::{ContainerEngine, Kernel, Ports, Watcher};
 use crate::credentials::broker::{Broker, CredentialProvider, Limits};
 use crate::credentials::offline::Offline;
 use crate::credentials::sts::Sts;
+use crate::descriptors;
 use crate::host::apply::Interception;
 use crate::host::{HostError, LINK};
 use crate::instance::Surroundings;
 use crate::orders::Stops;
 use crate::server::{self, IMDS_PORT, Service};
+use crate::telemetry::report_lines_left_out;
 use crate::wire::imds::credentials_document;
 
 /// The address of the metadata service.
@@ -171,7 +173,7 @@ pub enum AppError {
 /// How the daemon runs as a container with all that it needs.
 pub const DOCKER_RUN: &str = "docker run -d --name imds-router --restart unless-stopped --network host --pid host --cgroupns host \
     --cap-drop ALL --cap-add NET_ADMIN --cap-add SYS_ADMIN --cap-add SYS_PTRACE --cap-add DAC_OVERRIDE \
-    --security-opt apparmor=unconfined --security-opt label=disable --ulimit core=0 \
+    --security-opt apparmor=unconfined --security-opt label=disable --ulimit core=0 --ulimit nofile=65536 \
     -v /var/run/docker.sock:/var/run/docker.sock -v /sys/fs/cgroup:/sys/fs/cgroup:ro -v imds-router:/var/lib/imds-router \
     -v ~/.aws:/aws:ro -e IMDS_ROUTER_CREDENTIALS_AWS_DIR=/aws imds-router";
 
@@ -241,6 +243,9 @@ pub async fn run(
     reloads: mpsc::Receiver<Settings>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), AppError> {
+    if let Err(error) = descriptors::raise_limit() {
+        warn!(%error, limit = descriptors::limit(), "the limit on open files cannot be raised");
+    }
     let clock = Clock::system();
     let mut shutdown = std::pin::pin!(shutdown);
     let tokens = state::token_authority(&settings.state_dir, &clock)?;
@@ -374,6 +379,7 @@ pub async fn run(
     };
     let mut tasks = tokio::task::JoinSet::new();
     tasks.spawn(systemd::alive());
+    tasks.spawn(report_lines_left_out());
     let path = settings.admin_socket.clone();
     // While another daemon answers on that socket it is that one's.
     let admin_is_anothers = admin_socket::another_answers(&path);

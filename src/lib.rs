@@ -15,6 +15,7 @@
 //! | [`admin`] | what does the operator see |
 //! | [`instance`] | labels, settings and links → what one container is to see: pure, the one place |
 //! | [`server`] | HTTP over any connection |
+//! | [`descriptors`] | how are file descriptors shared out: limit, reserve, shortages |
 //! | [`config`], [`cli`], [`verbs`], [`telemetry`], [`clock`] | what was typed, what is done, what is said, what time it is |
 //! | [`app`] | puts the parts together; nobody sees it |
 //!
@@ -42,6 +43,7 @@ pub mod clock;
 pub mod config;
 pub mod containers;
 pub mod credentials;
+pub mod descriptors;
 #[cfg(target_os = "linux")]
 pub mod host;
 pub mod instance;

@@ -5,14 +5,15 @@
 
 mod http;
 mod linger;
+mod unproven;
 
 use std::collections::VecDeque;
 use std::future::pending;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
@@ -20,19 +21,25 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use hyper::http::request::Parts;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
+use tokio::sync::OwnedSemaphorePermit;
+#[cfg(target_os = "linux")]
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tracing::{debug, info, trace, warn};
 
 use self::http::Ended;
+use self::unproven::{Sender, Unproven};
 #[cfg(target_os = "linux")]
 use crate::caller::connection::{Interface, Interfaces, ingress};
-use crate::caller::{Caller, Connection, Refusal, Via, identify, verify_peer};
+#[cfg(target_os = "linux")]
+use crate::caller::socket::DiagSocket;
+use crate::caller::{Caller, Connection, First, Refusal, Via, identify_at_once, identify_later, verify_peer};
 use crate::clock::Clock;
 use crate::containers::index::Index;
 use crate::containers::slots::{self, Full, Slot};
 use crate::containers::{ContainerId, Level, Life, NamespaceId};
 use crate::credentials::broker::{Broker, NoCredentials, ProviderError, Published};
+use crate::descriptors::{self, Budget};
 use crate::instance::{Instance, Role};
 use crate::metadata::Node;
 use crate::metadata::catalogue::{IAM, ROLE_LIST};
@@ -42,10 +49,6 @@ use crate::wire::imds::{self, Call, parse, version_list};
 use crate::wire::token::TokenAuthority;
 use crate::wire::{Refused, Reply, TOKEN_HEADER};
 
-/// Connections that are not proven yet, at once.
-const CONNECTIONS_BEFORE_PROOF: usize = 256;
-/// The same from one interface: one network cannot crowd out the others.
-const CONNECTIONS_BEFORE_PROOF_PER_INTERFACE: usize = 32;
 /// A connection ends after so many requests, or so long: whatever changes, nobody keeps an old one for ever.
 const REQUESTS_PER_CONNECTION: u32 = 1_000;
 const CONNECTION_LIFE: Duration = Duration::from_secs(300);
@@ -57,6 +60,13 @@ const BYTES_BEFORE_PROOF: usize = 4096;
 /// How long a connection beyond all limits of its container is open for its 503: long enough if the request came with the
 /// handshake, short enough that the sockets do not add up.
 const AT_ONCE: Duration = Duration::from_millis(20);
+/// What connections are called where shortages of descriptors are counted.
+#[cfg(target_os = "linux")]
+const CONNECTIONS: &str = "connections";
+/// Accepted connections of one listener of which it is not decided yet whether they may stay. The kernel keeps the others, without
+/// a descriptor of the daemon.
+#[cfg(target_os = "linux")]
+const UNDECIDED: usize = 16;
 /// The port that clients ask.
 pub const IMDS_PORT: u16 = 80;
 
@@ -78,7 +88,12 @@ pub struct Service {
     pub hosts: Vec<String>,
     /// Whether a role that is denied is answered as EC2 does it.
     pub ec2_error_documents: bool,
-    before_proof: Gate,
+    descriptors: Budget,
+    unproven: Unproven,
+    /// Connections that are open now, of all containers together.
+    open: Arc<AtomicUsize>,
+    /// Asks for the users of the host's own sockets.
+    host: OnceLock<HostUsers>,
     versions: Bytes,
     refusals: Refusals,
     requests: Requests,
@@ -122,7 +137,10 @@ impl Service {
             hold,
             hosts,
             ec2_error_documents,
-            before_proof: Gate::new(),
+            descriptors: Budget::of(descriptors::limit()),
+            unproven: Unproven::new(descriptors::limit()),
+            open: Arc::default(),
+            host: OnceLock::new(),
             versions: version_list().into(),
             requests: Requests::default(),
             at_limit: AtLimit::default(),
@@ -159,55 +177,50 @@ impl Drop for Probe {
     }
 }
 
-/// Connections before proof: so many over each link or bridge, and so many over all bridges.
-struct Gate {
-    all: Semaphore,
-    lanes: dashmap::DashMap<Via, Arc<Semaphore>>,
+/// The user of the host who made a connection, if the kernel tells.
+type HostUsers = Box<dyn Fn(Connection) -> Option<u32> + Send + Sync>;
+
+/// Counts one open connection.
+struct OpenConnection(Arc<AtomicUsize>);
+
+impl OpenConnection {
+    fn new(service: &Service) -> Self {
+        service.open.fetch_add(1, Ordering::Relaxed);
+        Self(service.open.clone())
+    }
 }
 
-impl Gate {
-    fn new() -> Self {
-        Self {
-            all: Semaphore::new(CONNECTIONS_BEFORE_PROOF),
-            lanes: dashmap::DashMap::new(),
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Service {
+    /// How many connections one container may have now: half of what is left. Others that use all they get therefore leave some
+    /// to a container that has none.
+    fn share(&self) -> usize {
+        let all = self.descriptors.for_connections(self.index.len());
+        all.saturating_sub(self.open.load(Ordering::Relaxed)) / 2
+    }
+
+    /// Whose share of the places before proof a connection takes.
+    fn sender(&self, connection: Connection) -> Sender {
+        let user = match connection.via {
+            Via::Namespace(_) => self.host.get().and_then(|user| user(connection)),
+            Via::Bridge(_) => None,
+        };
+        Sender {
+            via: connection.via,
+            address: connection.client.ip(),
+            user,
         }
     }
 
-    /// Waits for a place.
-    async fn enter(&self, via: Via) -> Option<Place<'_>> {
-        let lane = || Arc::new(Semaphore::new(CONNECTIONS_BEFORE_PROOF_PER_INTERFACE));
-        let lane = self.lanes.entry(via).or_insert_with(lane).clone();
-        // Nobody closes these semaphores.
-        let lane = lane.acquire_owned().await.ok()?;
-        // Over a link only one namespace comes: others cannot take its places.
-        let all = match via {
-            Via::Namespace(_) => None,
-            Via::Bridge(_) => Some(self.all.acquire().await.ok()?),
-        };
-        Some(Place {
-            gate: self,
-            via,
-            lane: Some(lane),
-            _all: all,
-        })
-    }
-}
-
-/// A place before proof.
-struct Place<'a> {
-    gate: &'a Gate,
-    via: Via,
-    lane: Option<OwnedSemaphorePermit>,
-    _all: Option<SemaphorePermit<'a>>,
-}
-
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        drop(self.lane.take());
-        // Interfaces come and go; an idle one is forgotten. Whoever is entering holds the lane itself.
-        self.gate.lanes.remove_if(&self.via, |_, lane| {
-            Arc::strong_count(lane) == 1 && lane.available_permits() == CONNECTIONS_BEFORE_PROOF_PER_INTERFACE
-        });
+    /// Connections whose caller was not proven and that were closed without an answer, because their sender had too many of
+    /// them, so far.
+    pub fn turned_away(&self) -> u64 {
+        self.unproven.turned_away()
     }
 }
 
@@ -221,9 +234,14 @@ pub async fn accept_on_host(
     level: Level,
     service: Arc<Service>,
 ) {
+    match DiagSocket::open() {
+        // The host has one listener for each family.
+        Ok(sockets) => drop(service.host.set(host_users(sockets, host))),
+        Err(error) => warn!(%error, "users of this host are not told apart when they have too many connections"),
+    }
     let via = |stream: &TcpStream, client| {
         let interface = ingress(stream).ok()?;
-        match interfaces.kind(interface) {
+        match interfaces.kind(interface).ok()? {
             Interface::Own => Some(Via::Namespace(host)),
             Interface::Bridge => Some(Via::Bridge(interface)),
             // In a container of its own the daemon has no bridges, only a link to the others' network.
@@ -236,6 +254,14 @@ pub async fn accept_on_host(
         }
     };
     accept(&listener, &service, false, via).await;
+}
+
+#[cfg(target_os = "linux")]
+fn host_users(sockets: DiagSocket, host: NamespaceId) -> HostUsers {
+    Box::new(move |connection| match connection.via {
+        Via::Namespace(namespace) if namespace == host => sockets.user(connection.client, connection.server).ok()?,
+        _ => None,
+    })
 }
 
 /// Accepts at an address that is the daemon's own on a network of the engine's, until the task is dropped: whoever comes over
@@ -303,9 +329,17 @@ async fn accept(
     nested: bool,
     via: impl Fn(&TcpStream, SocketAddr) -> Option<Via>,
 ) {
+    let undecided = Arc::new(Semaphore::new(UNDECIDED));
     loop {
+        // Nothing closes it.
+        let Ok(decision) = undecided.clone().acquire_owned().await else {
+            return;
+        };
         match listener.accept().await {
             Ok((stream, client)) => {
+                if takes_from_the_reserve(&stream, service) {
+                    continue;
+                }
                 let Ok(local) = stream.local_addr() else { continue };
                 let Some(via) = via(&stream, client) else { continue };
                 // Small answers, each of them awaited: nothing is gained by waiting for more to send.
@@ -317,10 +351,11 @@ async fn accept(
                     via,
                     nested,
                 };
-                tokio::spawn(serve(stream, connection, service.clone()));
+                tokio::spawn(serve_accepted(stream, connection, service.clone(), Some(decision)));
             }
             Err(error) => {
                 // Out of descriptors, mostly: they come back when connections end.
+                descriptors::note(CONNECTIONS, &error);
                 warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
@@ -328,8 +363,34 @@ async fn accept(
     }
 }
 
+/// Whether a connection has to be closed, because it has taken a descriptor of the reserve.
+#[cfg(target_os = "linux")]
+fn takes_from_the_reserve(stream: &TcpStream, service: &Service) -> bool {
+    use std::os::fd::AsRawFd as _;
+
+    let reserved = usize::try_from(stream.as_raw_fd()).is_ok_and(|number| service.descriptors.is_reserved(number));
+    if reserved {
+        descriptors::note_shortage(CONNECTIONS);
+        warn!(
+            limit = descriptors::limit(),
+            "too many open files: a connection of a container was closed; raise the limit (ulimit -Hn, LimitNOFILE=)"
+        );
+    }
+    reserved
+}
+
 /// Serves one connection: proof, then requests until one of the two leaves, or the container's life ends.
 pub async fn serve<S: Wire>(stream: S, connection: Connection, service: Arc<Service>) {
+    serve_accepted(stream, connection, service, None).await;
+}
+
+/// As [`serve`]. `decision` is dropped when the connection has its place, or its caller is proven.
+async fn serve_accepted<S: Wire>(
+    stream: S,
+    connection: Connection,
+    service: Arc<Service>,
+    decision: Option<OwnedSemaphorePermit>,
+) {
     let hops = Arc::new(AtomicU8::new(UNLIMITED));
     let mut stream = Limited {
         stream,
@@ -339,12 +400,29 @@ pub async fn serve<S: Wire>(stream: S, connection: Connection, service: Arc<Serv
     };
     let deadline = service.clock.now() + service.hold;
     trace!(client = %connection.client, via = ?connection.via, "accepted");
-    // Those who are not proven cannot crowd out those who are. The wait is part of the deadline.
-    let place = tokio::time::timeout_at(deadline, service.before_proof.enter(connection.via)).await;
-    let Ok(Some(place)) = place else { return };
+    let _open = OpenConnection::new(&service);
     let probe = service.probes.remove(&connection.client).is_some();
-    let proof = identify(&service.index, connection, deadline);
-    match stream.read_during(proof).await {
+    // Those who are proven do not wait for those who are not.
+    let first = identify_at_once(&service.index, connection);
+    let place = match first {
+        First::Proven(_) => None,
+        First::Refused(_) | First::Undecided => match service.unproven.take(service.sender(connection)) {
+            Some(place) => Some(place),
+            None => {
+                return debug!(client = %connection.client, via = ?connection.via, "closed: its sender has too many unproven connections");
+            }
+        },
+    };
+    drop(decision);
+    let proof = match first {
+        First::Proven(caller) => Ok(caller),
+        First::Refused(refusal) => Err(refusal),
+        First::Undecided => {
+            let proof = identify_later(&service.index, connection, deadline);
+            stream.read_during(proof).await
+        }
+    };
+    match proof {
         Ok(caller) => {
             drop(place);
             let life = caller.life().clone();
@@ -365,7 +443,7 @@ pub async fn serve<S: Wire>(stream: S, connection: Connection, service: Arc<Serv
                 Refusal::NotSynchronised => Refused::NotReady,
                 _ => Refused::Unproven,
             };
-            // The place is held on: whoever is refused has no more of us than the unproven have together.
+            // It keeps its place until then.
             let refuse = http::serve(stream, pending(), |_| async { Ok(Reply::refused(why)) });
             let _ = tokio::time::timeout(service.hold, refuse).await;
             drop(place);
@@ -381,13 +459,14 @@ async fn serve_caller<S: Wire>(
     (hops, deadline): (Arc<AtomicU8>, Instant),
     service: &Arc<Service>,
 ) {
-    let slot = match caller.life().connections.take(deadline).await {
+    let slot = match caller.life().connections.take(deadline, service.share()).await {
         Ok(slot) => slot,
         Err(full) => {
             service.at_limit.refused.fetch_add(1, Ordering::Relaxed);
             let time = match &full {
                 Full::TimedOut(_) => service.hold,
-                Full::TooManyWaiting => AT_ONCE,
+                Full::TooManyWaiting(_) => AT_ONCE,
+                Full::TooManyTurnedAway => return,
             };
             let life = caller.life();
             let refuse = http::serve(
@@ -396,7 +475,7 @@ async fn serve_caller<S: Wire>(
                 |request| async move { service.no_slot(life, &request) },
             );
             let _ = tokio::time::timeout(time, refuse).await;
-            // The place of a connection that has waited is held until here.
+            // Its place is held until here.
             drop(full);
             return;
         }

@@ -1,8 +1,15 @@
 //! What the daemon says of itself: the log, and how foreign text gets into it.
 
+mod limit;
+
+use tracing_subscriber::Layer as _;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
+
+use self::limit::LineLimit;
+pub use self::limit::{lines_left_out, report_lines_left_out};
+use crate::clock::Clock;
 
 /// Environment variable of the log level: `error`, `warn`, `info` (default), `debug`, `trace`.
 pub const LOG_VARIABLE: &str = "IMDS_ROUTER_LOG";
@@ -70,10 +77,11 @@ pub fn start(format: LogFormat, level: Option<&str>) -> Result<(), String> {
         .ok_or_else(|| format!("variable {LOG_VARIABLE}: {level:?}: expected error, warn, info, debug or trace"))?;
     let registry = tracing_subscriber::registry().with(filter);
     let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let limit = LineLimit::new(Clock::system());
     // A second start, in tests, keeps the first: nothing to be said about it.
     let _ = match format {
-        LogFormat::Text => registry.with(layer.with_ansi(false)).try_init(),
-        LogFormat::Json => registry.with(layer.json()).try_init(),
+        LogFormat::Text => registry.with(layer.with_ansi(false).with_filter(limit)).try_init(),
+        LogFormat::Json => registry.with(layer.json().with_filter(limit)).try_init(),
     };
     Ok(())
 }

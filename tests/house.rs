@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 /// says more about one of these. On the right, `credentials` is what `credentials/mod.rs` has, its nouns; `host::*` is
 /// everything in the folder. `clock` and `telemetry` see nobody: they are leaves, and so is `host`.
 const MAP: &[(&str, &[&str])] = &[
-    ("admin", &["telemetry"]),
+    ("admin", &["descriptors", "telemetry"]),
     // The composition root sees everything it puts together, and nobody but the verbs sees it.
     (
         "app",
@@ -20,6 +20,7 @@ const MAP: &[(&str, &[&str])] = &[
             "config",
             "containers::*",
             "credentials::*",
+            "descriptors",
             "host::*",
             "instance",
             "metadata::catalogue",
@@ -32,17 +33,21 @@ const MAP: &[(&str, &[&str])] = &[
             "wire::*",
         ],
     ),
-    ("caller", &["containers", "containers::index"]),
+    ("caller", &["containers", "containers::index", "descriptors"]),
     ("caller::cgroup_watch", &["containers"]),
     // Keeps the link of a namespace in place, and says in the log when it cannot.
-    ("caller::attachment", &["clock", "containers", "telemetry"]),
+    (
+        "caller::attachment",
+        &["clock", "containers", "descriptors", "telemetry"],
+    ),
     // What stands in for the kernel behind the watcher's port where there is none to ask.
     ("caller::address", &["clock", "containers", "containers::watcher"]),
     // The real kernel behind the watcher's port.
     (
         "caller::kernel",
-        &["clock", "containers", "containers::watcher", "telemetry"],
+        &["clock", "containers", "containers::watcher", "descriptors", "telemetry"],
     ),
+    ("caller::cgroup", &["containers", "descriptors"]),
     ("cli", &["config", "telemetry"]),
     ("clock", &[]),
     // The rules of `[[allow]]` are read here, and STS's limits are kept.
@@ -72,7 +77,7 @@ const MAP: &[(&str, &[&str])] = &[
     ),
     ("containers::watcher", &["clock", "credentials", "instance"]),
     ("credentials", &[]),
-    ("credentials::base", &["clock", "telemetry"]),
+    ("credentials::base", &["clock", "descriptors", "telemetry"]),
     ("credentials::broker", &["clock"]),
     ("credentials::instance_profile", &["telemetry"]),
     // How a role is typed is settled by the settings' aliases.
@@ -81,7 +86,10 @@ const MAP: &[(&str, &[&str])] = &[
     ("credentials::profile", &["config", "telemetry"]),
     ("credentials::sso", &["clock"]),
     ("credentials::sts", &["clock", "telemetry"]),
+    ("descriptors", &[]),
     ("host", &[]),
+    // A shortage of descriptors is no property of a namespace.
+    ("host::link", &["descriptors"]),
     (
         "instance",
         &[
@@ -119,11 +127,13 @@ const MAP: &[(&str, &[&str])] = &[
         &[
             "caller",
             "caller::connection",
+            "caller::socket",
             "clock",
             "containers",
             "containers::index",
             "containers::slots",
             "credentials::broker",
+            "descriptors",
             "instance",
             "metadata",
             "metadata::catalogue",
@@ -132,7 +142,8 @@ const MAP: &[(&str, &[&str])] = &[
             "wire::*",
         ],
     ),
-    ("telemetry", &[]),
+    // The limit on lines needs the time.
+    ("telemetry", &["clock"]),
     (
         "verbs",
         &[
@@ -348,7 +359,6 @@ fn the_check_itself_finds_what_is_wrong() {
     assert_eq!(
         told,
         [
-            "telemetry → clock",
             "telemetry → config",
             "telemetry → credentials",
             "telemetry → credentials::broker",
@@ -358,8 +368,8 @@ fn the_check_itself_finds_what_is_wrong() {
         ]
     );
     assert_eq!(
-        broken[5],
-        "src/telemetry.rs, line 7: telemetry → host::apply: not on the map; telemetry may see nobody (tests/house.rs, MAP)"
+        broken[4],
+        "src/telemetry.rs, line 7: telemetry → host::apply: not on the map; telemetry may see clock (tests/house.rs, MAP)"
     );
     let words = check_words(&file);
     assert_eq!(words.len(), 2, "{words:?}");

@@ -246,8 +246,8 @@ impl Witness for Witnessed {
         Ok(None)
     }
 
-    fn holds(&self, _: CgroupId) -> bool {
-        false
+    fn holds(&self, _: CgroupId) -> std::io::Result<bool> {
+        Ok(false)
     }
 
     fn namespace(&self) -> NamespaceId {

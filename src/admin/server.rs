@@ -1,5 +1,6 @@
 //! Answers on the socket, and what Prometheus asks on a loopback port.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,17 +16,55 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
 use tracing::warn;
 
 use super::{Handover, NotDone, Observatory};
+use crate::descriptors;
 
 /// Answers on the socket until the task is dropped.
 pub async fn serve(listener: UnixListener, observatory: Arc<dyn Observatory>) {
+    let mut open = Open::default();
     loop {
         let stream = accepted(|| listener.accept()).await;
-        tokio::spawn(converse(stream, observatory.clone(), |request, observatory| {
+        open.spawn(converse(stream, observatory.clone(), |request, observatory| {
             Box::pin(answer(request, observatory))
         }));
+    }
+}
+
+/// Connections that are open at once on the admin socket, and on the port of metrics.
+const CONNECTIONS: usize = 64;
+/// How long a client may take to send the head of its first request, or of the next one.
+const IDLE: Duration = Duration::from_secs(15);
+/// How long a connection lasts at most.
+const CONNECTION_LIFE: Duration = Duration::from_secs(300);
+
+/// The open connections of one listener. At the limit the oldest one closes for a new one, so that a client that holds
+/// connections does not keep others out.
+#[derive(Default)]
+struct Open(VecDeque<AbortOnDrop>);
+
+struct AbortOnDrop(AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Open {
+    fn spawn(&mut self, connection: impl Future<Output = ()> + Send + 'static) {
+        self.0.retain(|open| !open.0.is_finished());
+        if self.0.len() >= CONNECTIONS {
+            self.0.pop_front();
+        }
+        let connection = tokio::spawn(async move {
+            // Whoever is late loses the connection, and opens another.
+            let _ = timeout(CONNECTION_LIFE, connection).await;
+        });
+        self.0.push_back(AbortOnDrop(connection.abort_handle()));
     }
 }
 
@@ -38,6 +77,7 @@ where
         match accept().await {
             Ok((stream, _)) => return stream,
             Err(error) => {
+                descriptors::note("admin socket and metrics", &error);
                 warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
@@ -47,9 +87,10 @@ where
 
 /// Answers what Prometheus and health checks ask, and nothing else, until the task is dropped.
 pub async fn serve_metrics(listener: TcpListener, observatory: Arc<dyn Observatory>) {
+    let mut open = Open::default();
     loop {
         let stream = accepted(|| listener.accept()).await;
-        tokio::spawn(converse(stream, observatory.clone(), |request, observatory| {
+        open.spawn(converse(stream, observatory.clone(), |request, observatory| {
             Box::pin(async move {
                 let known = matches!(request.uri().path(), "/metrics" | "/livez" | "/readyz");
                 match known && request.method() == Method::GET {
@@ -75,6 +116,7 @@ async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     // Whoever hangs up has seen enough.
     let _ = http1::Builder::new()
         .timer(TokioTimer::new())
+        .header_read_timeout(IDLE)
         .serve_connection(TokioIo::new(stream), service)
         .await;
 }
@@ -169,6 +211,27 @@ fn done<T: Serialize>(done: Result<T, NotDone>) -> (StatusCode, Vec<u8>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_oldest_connection_closes_for_a_new_one() {
+        let mut open = Open::default();
+        let (closed, mut oldest) = tokio::sync::mpsc::channel::<()>(1);
+        let hold = |held: Option<tokio::sync::mpsc::Sender<()>>| async move {
+            std::future::pending::<()>().await;
+            drop(held);
+        };
+        open.spawn(hold(Some(closed)));
+        (1..CONNECTIONS).for_each(|_| open.spawn(hold(None)));
+        tokio::task::yield_now().await;
+        assert_eq!(oldest.try_recv(), Err(tokio::sync::mpsc::error::TryRecvError::Empty));
+        open.spawn(hold(None));
+        assert_eq!(oldest.recv().await, None, "it has ended");
+        assert_eq!(open.0.len(), CONNECTIONS);
+        // All end at last.
+        tokio::time::sleep(CONNECTION_LIFE * 2).await;
+        open.spawn(hold(None));
+        assert_eq!(open.0.len(), 1);
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_connection_that_cannot_be_accepted_ends_nothing() {

@@ -11,6 +11,8 @@ use prometheus_client::registry::{Registry, Unit};
 
 use super::observer::Observer;
 use crate::containers::index::EngineState;
+use crate::descriptors;
+use crate::telemetry::lines_left_out;
 
 /// The content type of what [`text`] makes (OpenMetrics 1.0, "Content-Type").
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -57,6 +59,22 @@ pub(super) fn text(observer: &Observer) -> String {
         "connections_at_limit",
         "Connections at the limit of their container: idle ones closed for a new one, and new ones answered with 503",
         at_limit,
+    );
+
+    let turned_away = Counter::<u64>::default();
+    turned_away.inc_by(service.turned_away());
+    registry.register(
+        "unproven_connections_closed",
+        "Connections that were closed without an answer: their sender had too many that were not proven",
+        turned_away,
+    );
+    descriptors(&mut registry);
+    let left_out = Counter::<u64>::default();
+    left_out.inc_by(lines_left_out());
+    registry.register(
+        "log_lines_left_out",
+        "Log lines above the limit of their kind",
+        left_out,
     );
 
     let calls = Counters::default();
@@ -119,6 +137,25 @@ pub(super) fn text(observer: &Observer) -> String {
     // Writing to a String cannot fail.
     let _ = encode(&mut text, &registry);
     text
+}
+
+fn descriptors(registry: &mut Registry) {
+    let shortages = Counters::default();
+    for (work, count) in descriptors::shortages() {
+        shortages.get_or_create(&vec![("work", work.to_owned())]).inc_by(count);
+    }
+    registry.register(
+        "descriptor_shortages",
+        "How often no file descriptor was left, by the work that needed one",
+        shortages,
+    );
+    // Without /proc nothing is known, which is no number.
+    if let Ok(open) = descriptors::open() {
+        let open = i64::try_from(open).unwrap_or(i64::MAX);
+        registry.register("descriptors_open", "Open file descriptors", of(open));
+    }
+    let limit = i64::try_from(descriptors::limit()).unwrap_or(i64::MAX);
+    registry.register("descriptors_limit", "The limit on open file descriptors", of(limit));
 }
 
 fn of(value: i64) -> Gauge {

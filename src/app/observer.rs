@@ -23,6 +23,7 @@ use crate::containers::watcher::Instances as _;
 use crate::containers::{ContainerId, Level, NetworkMode, Record};
 use crate::credentials::Session;
 use crate::credentials::sts::Sts;
+use crate::descriptors;
 use crate::instance::{Ordered, Role};
 use crate::metadata::events::{Event, Kind};
 use crate::orders::to_stop;
@@ -83,6 +84,7 @@ impl Observatory for Observer {
                 .warnings()
                 .into_iter()
                 .chain(self.clock_warnings())
+                .chain(shortages())
                 .chain(standing_by)
                 .collect(),
             bases: self.bases(),
@@ -658,6 +660,24 @@ impl Observer {
     }
 }
 
+/// That descriptors have run out, and what to do.
+fn shortages() -> Option<String> {
+    let shortages = descriptors::shortages();
+    if shortages.is_empty() {
+        return None;
+    }
+    let shortages = shortages
+        .into_iter()
+        .map(|(work, count)| format!("{work} {count} times"));
+    Some(format!(
+        "too many open files: {}; the limit is {}, and each container takes {}; raise it: LimitNOFILE= in the unit, or \
+         docker run --ulimit nofile=65536",
+        shortages.collect::<Vec<_>>().join(", "),
+        descriptors::limit(),
+        descriptors::PER_CONTAINER
+    ))
+}
+
 /// The connections of a container, and what has happened at their limit.
 fn connections(slots: &ConnectionSlots) -> String {
     let (open, made_room, refused) = (slots.open(), slots.made_room(), slots.refused());
@@ -681,13 +701,13 @@ mod tests {
         let now = Clock::system().now();
         let mut open = Vec::new();
         for _ in 0..slots::LIMIT {
-            open.push(slots.take(now).await.unwrap());
+            open.push(slots.take(now, usize::MAX).await.unwrap());
         }
         assert_eq!(
             connections(&slots),
             "64 of 64 open; at the limit the idlest one is closed"
         );
-        assert!(slots.take(now).await.is_err());
+        assert!(slots.take(now, usize::MAX).await.is_err());
         open.truncate(3);
         assert_eq!(
             connections(&slots),

@@ -103,8 +103,8 @@ impl Witness for EngineWitness {
         Ok(None)
     }
 
-    fn holds(&self, _: CgroupId) -> bool {
-        false
+    fn holds(&self, _: CgroupId) -> io::Result<bool> {
+        Ok(false)
     }
 
     fn namespace(&self) -> NamespaceId {

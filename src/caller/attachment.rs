@@ -26,6 +26,7 @@ use super::cgroup::Cgroups;
 use super::namespace::open_in;
 use crate::clock::Clock;
 use crate::containers::{CgroupId, NamespaceId};
+use crate::descriptors;
 use crate::telemetry::with_causes;
 
 /// How a network namespace is connected to the service. Implemented by `app` on the real kernel. All but `serve` are called
@@ -91,6 +92,10 @@ const SUSPENSION: (Duration, Duration) = (Duration::from_secs(1), Duration::from
 const FORGOTTEN: Duration = Duration::from_secs(60);
 /// Changes come in bursts: this long after a look, the next one sees all that has happened since.
 const SETTLE: Duration = Duration::from_millis(10);
+/// The longest pause after a look that took long.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// How links are called where shortages of descriptors are counted.
+pub(super) const LINKS: &str = "links";
 /// The pauses after a repair that failed.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 
@@ -101,7 +106,10 @@ pub(super) struct Attachment {
     clock: Clock,
     runtime: Handle,
     is_attached: AtomicBool,
+    /// Held while the kernel works in the namespace, so only by threads that may block.
     state: Mutex<State>,
+    /// Why the link is not in place now. Apart from `state`, because tasks read it.
+    problem: Mutex<Option<String>>,
 }
 
 #[derive(Default)]
@@ -111,8 +119,6 @@ struct State {
     serving: Option<Task>,
     keeper: Option<Task>,
     left_alone: Vec<String>,
-    /// Why the link is not in place now.
-    problem: Option<String>,
     removals: Removals,
 }
 
@@ -165,6 +171,7 @@ impl Attachment {
             runtime,
             is_attached: AtomicBool::new(false),
             state: Mutex::default(),
+            problem: Mutex::default(),
         })
     }
 
@@ -210,24 +217,33 @@ impl Attachment {
     }
 
     /// A run has ended. The link itself goes with the namespace; until then the kernel refuses whatever comes over it.
-    pub(super) fn forget(&self, run: CgroupId) {
-        let mut state = self.lock();
-        if state.members.remove(&run).is_some() && state.members.is_empty() {
-            (state.keeper, state.serving) = (None, None);
+    pub(super) fn forget(self: &Arc<Self>, run: CgroupId) {
+        let forget = move |mut state: MutexGuard<'_, State>| {
+            if state.members.remove(&run).is_some() && state.members.is_empty() {
+                (state.keeper, state.serving) = (None, None);
+            }
+        };
+        match self.state.try_lock() {
+            Ok(state) => forget(state),
+            // The kernel works in the namespace, and this may be a task.
+            Err(_) => {
+                let attachment = self.clone();
+                self.runtime.spawn_blocking(move || forget(attachment.lock()));
+            }
         }
     }
 
     /// Why the link was not in place at its last change.
     pub(super) fn problem(&self) -> Option<String> {
-        self.lock().problem.clone()
+        self.problem.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Looks whether a request would reach the service now.
     pub(super) fn check(&self) -> Result<(), String> {
-        let state = self.lock();
-        if let Some(problem) = &state.problem {
-            return Err(problem.clone());
+        if let Some(problem) = self.problem() {
+            return Err(problem);
         }
+        let state = self.lock();
         let serves = state.serving.as_ref().is_some_and(|task| !task.0.is_finished());
         if !serves {
             return Err("nothing listens at its link".to_owned());
@@ -287,6 +303,10 @@ impl Attachment {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn set_problem(&self, problem: Option<String>) {
+        *self.problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
+    }
+
     /// Looks once, after a change, and restores what is missing.
     fn look(&self) -> Next {
         let mut state = self.lock();
@@ -296,10 +316,10 @@ impl Attachment {
         }
         let namespace = self.namespace.0;
         match self.restore(&mut state) {
-            Ok(added) if added.is_empty() => state.problem = None,
+            Ok(added) if added.is_empty() => self.set_problem(None),
             Ok(added) => {
                 debug!(namespace, ?added, "the link of a container was changed; restored");
-                state.problem = None;
+                self.set_problem(None);
                 if let Some(pause) = state.removals.note(self.clock.now()) {
                     let why = format!(
                         "something in the container removed its link more than {REMOVALS} times within {} s; repairs are \
@@ -308,14 +328,15 @@ impl Attachment {
                         pause.as_secs()
                     );
                     warn!(namespace, "{why}");
-                    state.problem = Some(why);
+                    self.set_problem(Some(why));
                     return Next::After(pause);
                 }
             }
             Err(error) => {
                 let why = with_causes(&error);
                 debug!(namespace, why, "the link of a container cannot be restored");
-                state.problem = Some(format!("its link cannot be restored: {why}"));
+                descriptors::note(LINKS, &error);
+                self.set_problem(Some(format!("its link cannot be restored: {why}")));
                 return Next::Retry;
             }
         }
@@ -365,15 +386,23 @@ async fn keep(attachment: Weak<Attachment>, changes: OwnedFd) {
         // Before the look, so that a change during it is seen again.
         drain(&changes);
         let Some(attachment) = attachment.upgrade() else { return };
+        let clock = attachment.clock.clone();
+        let began = clock.now();
         let looked = tokio::task::spawn_blocking(move || attachment.look()).await;
         // The runtime goes down.
         let Ok(looked) = looked else { return };
         next = looked;
         if matches!(next, Next::OnChange) {
             retry = RETRY.0;
-            tokio::time::sleep(SETTLE).await;
+            tokio::time::sleep(pause_after(clock.now() - began)).await;
         }
     }
+}
+
+/// The pause after a look that took so long. A container with many links or addresses makes looks slow, and may change them all
+/// the time: looking takes a tenth of one processor at most.
+fn pause_after(look: Duration) -> Duration {
+    (look * 9).clamp(SETTLE, LONGEST_PAUSE)
 }
 
 /// The messages themselves do not matter, only that there were some: a short buffer cuts them off.
@@ -391,6 +420,12 @@ fn drain(changes: &AsyncFd<OwnedFd>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn slow_looks_are_rare() {
+        let pause = |milliseconds| pause_after(Duration::from_millis(milliseconds)).as_millis();
+        assert_eq!([pause(0), pause(1), pause(20), pause(500)], [10, 10, 180, 1000]);
+    }
 
     #[tokio::test(start_paused = true)]
     async fn eleven_removals_within_a_second_suspend_repairs() {

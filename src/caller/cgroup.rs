@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::containers::{CgroupId, ContainerId, NamespaceId, NetworkMode};
+use crate::descriptors;
 
 /// Directories below a container's cgroup that are looked through for a process or an id: enough for systemd in a
 /// container, too few to keep the daemon busy.
@@ -138,13 +139,18 @@ impl Cgroups {
     }
 
     /// The process of a container's cgroup that is number 1 in a PID namespace of its own, the outermost of those.
-    fn first_in(&self, directory: &Path) -> Result<u32, String> {
+    fn first_in(&self, path: &Path) -> Result<u32, String> {
         let mut first: Option<(usize, u32)> = None;
-        for directory in below(directory) {
-            let processes = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+        for directory in below(path) {
+            let list = directory
+                .map_err(|error| unreadable(path, &error))?
+                .join("cgroup.procs");
+            let processes = unless_scarce(fs::read_to_string(&list)).map_err(|error| unreadable(&list, &error))?;
             for pid in processes.lines().filter_map(|line| line.parse().ok()) {
+                let status = self.proc.join(format!("{pid}/status"));
                 // A process that ends meanwhile is not the first: the first ends last.
-                let Ok(numbers) = self.namespace_pids(pid) else {
+                let status = unless_scarce(fs::read_to_string(&status)).map_err(|error| unreadable(&status, &error))?;
+                let Ok(numbers) = namespace_pids(&status) else {
                     continue;
                 };
                 if numbers.last() == Some(&1) && first.is_none_or(|(depth, _)| numbers.len() < depth) {
@@ -252,12 +258,7 @@ impl Cgroups {
     }
 
     fn namespace_pids(&self, pid: u32) -> Result<Vec<u32>, String> {
-        let status = self.read(&format!("{pid}/status"))?;
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("NSpid:"))
-            .ok_or("the kernel shows no NSpid")?;
-        Ok(line.split_whitespace().filter_map(|it| it.parse().ok()).collect())
+        namespace_pids(&self.read(&format!("{pid}/status"))?)
     }
 
     /// The network namespace of this process: the host's.
@@ -280,7 +281,7 @@ impl Cgroups {
         let path = self.proc.join(process).join("ns/net");
         fs::metadata(&path)
             .map(|it| NamespaceId(it.ino()))
-            .map_err(|error| format!("cannot read {}: {error}", path.display()))
+            .map_err(|error| unreadable(&path, &error))
     }
 
     /// When a process started: field 22 of `stat`, in clock ticks after boot (proc_pid_stat(5)).
@@ -305,8 +306,30 @@ impl Cgroups {
 
     fn read(&self, path: &str) -> Result<String, String> {
         let path = self.proc.join(path);
-        fs::read_to_string(&path).map_err(|error| format!("cannot read {}: {error}", path.display()))
+        fs::read_to_string(&path).map_err(|error| unreadable(&path, &error))
     }
+}
+
+fn unreadable(path: &Path, error: &io::Error) -> String {
+    descriptors::note("containers that start", error);
+    format!("cannot read {}: {error}", path.display())
+}
+
+/// Reads nothing where the kernel reports that there is nothing to read; an error only if no descriptor was left.
+fn unless_scarce<T: Default>(read: io::Result<T>) -> io::Result<T> {
+    match read {
+        Err(error) if descriptors::is_shortage(&error) => Err(error),
+        read => Ok(read.unwrap_or_default()),
+    }
+}
+
+/// The numbers of a process in its PID namespaces, the outermost first, by its `status` (proc_pid_status(5)).
+fn namespace_pids(status: &str) -> Result<Vec<u32>, String> {
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("NSpid:"))
+        .ok_or("the kernel shows no NSpid")?;
+    Ok(line.split_whitespace().filter_map(|it| it.parse().ok()).collect())
 }
 
 /// Whether the process behind a handle still runs: the handle becomes readable when it ends (pidfd_open(2)).
@@ -319,28 +342,34 @@ pub fn alive(pidfd: &OwnedFd) -> bool {
 }
 
 /// Whether a cgroup is `directory`'s or lies below it.
-pub fn holds(directory: &Path, own: CgroupId, cgroup: CgroupId) -> bool {
+///
+/// # Errors
+/// When a directory cannot be read because no descriptor is left.
+pub fn holds(directory: &Path, own: CgroupId, cgroup: CgroupId) -> io::Result<bool> {
     if own == cgroup {
-        return true;
+        return Ok(true);
     }
-    below(directory)
-        .skip(1)
-        .any(|directory| fs::metadata(directory).is_ok_and(|it| it.ino() == cgroup.0))
+    for directory in below(directory).skip(1) {
+        if fs::metadata(directory?).is_ok_and(|it| it.ino() == cgroup.0) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
-/// A directory and those below it, outermost first.
-fn below(directory: &Path) -> impl Iterator<Item = PathBuf> {
+/// A directory and those below it, outermost first. An error if no descriptor is left.
+fn below(directory: &Path) -> impl Iterator<Item = io::Result<PathBuf>> {
     let mut left = std::collections::VecDeque::from([directory.to_owned()]);
     std::iter::from_fn(move || {
         let next = left.pop_front()?;
-        let entries = fs::read_dir(&next).into_iter().flatten().flatten();
-        left.extend(
-            entries
-                .filter(|it| it.file_type().is_ok_and(|it| it.is_dir()))
-                .map(|it| it.path()),
-        );
+        let directories = match unless_scarce(fs::read_dir(&next).map(Some)) {
+            Ok(entries) => entries.into_iter().flatten().flatten(),
+            Err(error) => return Some(Err(error)),
+        };
+        let directories = directories.filter(|it| it.file_type().is_ok_and(|it| it.is_dir()));
+        left.extend(directories.map(|it| it.path()));
         left.truncate(DIRECTORIES);
-        Some(next)
+        Some(Ok(next))
     })
     .take(DIRECTORIES)
 }
@@ -457,8 +486,8 @@ mod tests {
         let first = host.cgroups().first_process(&id(), None, None).unwrap();
         assert!(first.directory.ends_with(id().as_str()));
         let nested = fs::metadata(host.dir.path().join("c").join(path)).unwrap().ino();
-        assert!(holds(&first.directory, first.cgroup, CgroupId(nested)));
-        assert!(!holds(&first.directory, first.cgroup, CgroupId(nested + 100_000)));
+        assert!(holds(&first.directory, first.cgroup, CgroupId(nested)).unwrap());
+        assert!(!holds(&first.directory, first.cgroup, CgroupId(nested + 100_000)).unwrap());
     }
 
     #[test]

@@ -153,15 +153,20 @@ impl Interfaces {
         }
     }
 
-    /// What the interface of this number is. One that the kernel does not know, or that it cannot be asked about, is
-    /// foreign.
-    pub fn kind(&self, number: u32) -> Interface {
+    /// What the interface of this number is. One that the kernel does not know is foreign.
+    ///
+    /// # Errors
+    /// When the kernel cannot be asked, for example because no descriptor is left. The next connection asks again.
+    pub fn kind(&self, number: u32) -> io::Result<Interface> {
         if let Some(known) = self.known.get(&number) {
-            return *known;
+            return Ok(*known);
         }
-        let kind = self.ask(number).unwrap_or(Interface::Foreign);
+        let kind = match self.ask(number) {
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Interface::Foreign,
+            asked => asked?,
+        };
         self.known.insert(number, kind);
-        kind
+        Ok(kind)
     }
 
     /// Whether `client` is in the network in which the interface of this number has the address `own`. Asked anew each time:
@@ -196,7 +201,7 @@ impl Interfaces {
         let mut reply = socket.request(&request)?;
         let mut kind = Interface::Foreign;
         while let Some(answer) = reply.recv() {
-            let (head, link) = answer.map_err(|error| io::Error::other(error.to_string()))?;
+            let (head, link) = answer?;
             let is_bridge = link
                 .get_linkinfo()
                 .and_then(|info| info.get_kind())
@@ -236,8 +241,8 @@ mod tests {
             let (accepted, _) = listener.accept().unwrap();
             let number = ingress(&accepted).unwrap();
             let interfaces = Interfaces::new("imds0");
-            assert_eq!(interfaces.kind(number), Interface::Own, "{address}");
-            assert_eq!(interfaces.kind(4_000_000), Interface::Foreign);
+            assert_eq!(interfaces.kind(number).unwrap(), Interface::Own, "{address}");
+            assert_eq!(interfaces.kind(4_000_000).unwrap(), Interface::Foreign);
         }
     }
 

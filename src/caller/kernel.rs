@@ -17,7 +17,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::runtime::Handle;
 use tracing::warn;
 
-use super::attachment::{Attachment, Member, NamespaceListeners};
+use super::attachment::{Attachment, LINKS, Member, NamespaceListeners};
 use super::cgroup::{self, CgroupError, Cgroups, FirstProcess};
 use super::cgroup_watch;
 use super::namespace::open_in;
@@ -25,6 +25,7 @@ use super::socket::DiagSocket;
 use crate::clock::Clock;
 use crate::containers::watcher::{Birth, Kernel, Run};
 use crate::containers::{CgroupId, ContainerId, NamespaceId, NetworkMode, Open, SocketEvidence, Witness};
+use crate::descriptors;
 use crate::telemetry::with_causes;
 
 /// The name of the link to the service, in each network namespace.
@@ -157,9 +158,10 @@ impl Kernel for HostKernel {
 
     fn birth(&self, id: &ContainerId, run: Option<&Run>, mode: Option<&NetworkMode>) -> Result<Birth, String> {
         let first = self.cgroups.first_process(id, run.map(|run| run.pid), mode)?;
-        let namespace = self
-            .namespace(&first)
-            .map_err(|error| format!("its network namespace cannot be entered: {error}"))?;
+        let namespace = self.namespace(&first).map_err(|error| {
+            descriptors::note(LINKS, &error);
+            format!("its network namespace cannot be entered: {error}")
+        })?;
         let FirstProcess {
             directory,
             cgroup,
@@ -257,7 +259,7 @@ impl Witness for KernelWitness {
         self.namespace.attachment.is_local(&self.pidfd, address)
     }
 
-    fn holds(&self, cgroup: CgroupId) -> bool {
+    fn holds(&self, cgroup: CgroupId) -> io::Result<bool> {
         cgroup::holds(&self.directory, self.cgroup, cgroup)
     }
 
@@ -276,7 +278,10 @@ impl Witness for KernelWitness {
         }
         let attached = self.namespace.attachment.attach(self.cgroup, &self.pidfd);
         self.attached.fetch_or(attached.is_ok(), Ordering::AcqRel);
-        attached.map_err(|error| with_causes(&error))
+        attached.map_err(|error| {
+            descriptors::note(LINKS, &error);
+            with_causes(&error)
+        })
     }
 
     fn detach(&self) -> Result<(), String> {

@@ -66,6 +66,7 @@ use tokio::time::Instant;
 
 use crate::containers::index::{EngineState, Index};
 use crate::containers::{CgroupId, ContainerId, Level, Life, NamespaceId, NetworkMode, Open, Record, SocketEvidence};
+use crate::descriptors;
 
 /// States in which the container's socket is the other end of the connection: `TCP_ESTABLISHED`, `TCP_FIN_WAIT1` and `TCP_FIN_WAIT2`
 /// (include/net/tcp_states.h). In the latter two the container has sent its request and closed its side, as `nc` does. In
@@ -337,18 +338,59 @@ impl Refusal {
     }
 }
 
+/// The first proof of a connection, which takes microseconds.
+#[derive(Debug)]
+pub enum First {
+    /// The caller is proven.
+    Proven(Caller),
+    /// The caller is refused, and nothing that the engine or the kernel tells later changes that.
+    Refused(Refusal),
+    /// The answer may change until the deadline: [`identify`] waits for it.
+    Undecided,
+}
+
+/// Proves who is at the other end of `connection` as far as that is known now.
+pub fn identify_at_once(index: &Index, connection: Connection) -> First {
+    let refusal = match prove(index, connection) {
+        Ok(caller) => return First::Proven(caller),
+        Err(refusal) => refusal,
+    };
+    let synchronised = *index.engine() == EngineState::Synchronised;
+    let is_final = match &refusal {
+        Refusal::Unacknowledged { .. } => false,
+        Refusal::OverBridge { .. } => true,
+        // Over a bridge the address may have moved: the engine is asked about it.
+        refusal => matches!(connection.via, Via::Namespace(_)) && synchronised && !awaits(index, connection, refusal),
+    };
+    match is_final {
+        true => First::Refused(refusal),
+        false => First::Undecided,
+    }
+}
+
 /// Proves who is at the other end of `connection`, by `deadline` at the latest. Unknown, ambiguous or conflicting: refused.
 ///
 /// # Errors
 /// Why nobody was proven.
 pub async fn identify(index: &Index, connection: Connection, deadline: Instant) -> Result<Caller, Refusal> {
+    match identify_at_once(index, connection) {
+        First::Proven(caller) => Ok(caller),
+        First::Refused(refusal) => Err(refusal),
+        First::Undecided => identify_later(index, connection, deadline).await,
+    }
+}
+
+/// As [`identify`], after a first proof that was undecided.
+///
+/// # Errors
+/// Why nobody was proven.
+pub async fn identify_later(index: &Index, connection: Connection, deadline: Instant) -> Result<Caller, Refusal> {
     let address = connection.client.ip();
     // Subscribed before the first look: what comes in between wakes us.
     let mut changes = index.changes();
     let mut looked = std::pin::pin!(index.look_again(address));
     // In a namespace addresses tell nothing: there is nothing to ask the engine.
     let mut has_looked = matches!(connection.via, Via::Namespace(_));
-    let mut waited = false;
     let mut attempts = 0;
     loop {
         changes.mark_unchanged();
@@ -371,18 +413,14 @@ pub async fn identify(index: &Index, connection: Connection, deadline: Instant) 
             }
         }
         let synchronised = *index.engine() == EngineState::Synchronised;
-        // It has its link: if that was so from the start, no look-up changes anything.
+        // It has its link, and had none when this connection was proven first.
         if let Refusal::OverBridge { container } = refusal {
-            return Err(match waited {
-                true => Refusal::JustAttached { container },
-                false => Refusal::OverBridge { container },
-            });
+            return Err(Refusal::JustAttached { container });
         }
         // More knowledge changes the answer only if a run or a link is just being made, or an address has just moved.
         if has_looked && synchronised && !awaits(index, connection, &refusal) {
             return Err(refusal);
         }
-        waited = true;
         tokio::select! {
             () = &mut looked, if !has_looked => has_looked = true,
             changed = changes.changed() => if changed.is_err() { return Err(refusal) },
@@ -533,24 +571,26 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
                     state: socket.state,
                 };
             }
-            Ok(Some(socket)) if !life.witness.holds(socket.cgroup) => {
+            Ok(Some(socket)) => match life.witness.holds(socket.cgroup) {
+                Ok(true) => match opened(&life, connection, *socket) {
+                    Ok(()) if proven.is_some() => return Err(Refusal::Ambiguous),
+                    Ok(()) => {
+                        proven = Some(Caller {
+                            life,
+                            socket: Some(socket.cookie),
+                        });
+                    }
+                    Err(why) => refusal = why,
+                },
                 // The refusal of the container whose socket it is says more.
-                if !refusal.is_about_the_open() {
+                Ok(false) if refusal.is_about_the_open() => {}
+                Ok(false) => {
                     refusal = Refusal::ForeignCgroup {
                         container,
                         cgroup: socket.cgroup,
                     };
                 }
-            }
-            Ok(Some(socket)) => match opened(&life, connection, *socket) {
-                Ok(()) if proven.is_some() => return Err(Refusal::Ambiguous),
-                Ok(()) => {
-                    proven = Some(Caller {
-                        life,
-                        socket: Some(socket.cookie),
-                    });
-                }
-                Err(why) => refusal = why,
+                Err(error) => refusal = unasked(container, &error),
             },
             Err(error) => refusal = unasked(container, error),
         }
@@ -585,6 +625,7 @@ fn opened(life: &Life, connection: Connection, socket: SocketEvidence) -> Result
 }
 
 fn unasked(container: ContainerId, error: &std::io::Error) -> Refusal {
+    descriptors::note("proofs", error);
     Refusal::Unasked {
         container,
         error: error.to_string(),

@@ -109,6 +109,15 @@ impl DiagSocket {
         Ok(None)
     }
 
+    /// The user whose process made that socket. `None`: there is no such socket.
+    ///
+    /// # Errors
+    /// When the kernel does not answer.
+    pub fn user(&self, client: SocketAddr, server: SocketAddr) -> io::Result<Option<u32>> {
+        let found = self.exact((client, server), "lo", Asked::State)?;
+        Ok(found.map(|found| found.user))
+    }
+
     /// The cookies of all sockets that are connected, or are about to be, to one of `servers`. Blocks.
     ///
     /// # Errors
@@ -228,6 +237,8 @@ pub struct Found {
     pub interface: u32,
     /// `SO_COOKIE`
     pub cookie: u64,
+    /// The user whose process made it.
+    pub user: u32,
     /// 0, which no cgroup has, where the kernel keeps no socket: in `TCP_TIME_WAIT`.
     pub cgroup: CgroupId,
     /// Which end opened its connection.
@@ -290,6 +301,7 @@ fn answer(payload: NetlinkPayload<SockDiagMessage>) -> io::Result<Option<Found>>
                 state,
                 interface: id.interface_id,
                 cookie: u64::from_ne_bytes(id.cookie),
+                user: response.header.uid,
                 cgroup: cgroup.unwrap_or(CgroupId(0)),
                 open: open.unwrap_or(Open::Undecided),
             }))

@@ -48,7 +48,7 @@ pub struct Index {
     misses: mpsc::Sender<Miss>,
 }
 
-/// Misses that wait for the watcher. More than there are connections before proof cannot come.
+/// Misses that wait for the watcher. More than these wait for a place.
 const MISSES: usize = 512;
 
 impl Index {
@@ -79,6 +79,16 @@ impl Index {
         let mut all: Vec<_> = self.records.iter().map(|record| record.value().clone()).collect();
         all.sort_by(|a, b| (&a.definition.name, &a.definition.id).cmp(&(&b.definition.name, &b.definition.id)));
         all
+    }
+
+    /// How many containers there are.
+    pub fn len(&self) -> usize {
+        self.records.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.records.is_empty()
     }
 
     /// Who may be at `address`: candidates, never a proof.

@@ -305,7 +305,10 @@ pub trait Witness: Send + Sync + 'static {
     }
 
     /// Whether `cgroup` is the container's or lies below it.
-    fn holds(&self, cgroup: CgroupId) -> bool;
+    ///
+    /// # Errors
+    /// When its directory cannot be read.
+    fn holds(&self, cgroup: CgroupId) -> std::io::Result<bool>;
 
     /// The container's network namespace; several containers may share one, or have the host's.
     fn namespace(&self) -> NamespaceId;

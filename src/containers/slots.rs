@@ -17,8 +17,34 @@ use tokio::time::{Instant, timeout_at};
 pub const LIMIT: usize = 64;
 /// Open connections of one container run up to which idle ones are kept.
 pub const KEPT_LIMIT: usize = LIMIT / 2;
-/// New connections of one container run that wait for a slot or are being answered with 503, at most.
+/// New connections of one container run that wait for a slot, or have waited and are being answered with 503, at most.
 pub const WAITING_LIMIT: usize = 192;
+/// New connections of one container run that are answered with 503 at once, at most.
+const TURNED_AWAY_LIMIT: usize = 64;
+/// The smallest share of a container run.
+const LOWEST_SHARE: usize = 4;
+
+/// How many connections one container run may have at once, in each state.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    open: usize,
+    waiting: usize,
+    turned_away: usize,
+}
+
+impl Limits {
+    /// Where descriptors are scarce, all connections together stay within `share`. A quarter of it is for those that wait, since a
+    /// connection closes for a new one only if that one can wait.
+    fn of(share: usize) -> Self {
+        let share = share.max(LOWEST_SHARE);
+        let open = (share - share / 4).min(LIMIT);
+        Self {
+            open,
+            waiting: (share - open).min(WAITING_LIMIT),
+            turned_away: (share / LOWEST_SHARE).min(TURNED_AWAY_LIMIT),
+        }
+    }
+}
 
 /// The connections of one container run. Each open one holds a [`Slot`].
 #[derive(Debug, Default)]
@@ -31,6 +57,8 @@ struct State {
     waiting: VecDeque<oneshot::Sender<Slot>>,
     /// How many hold a [`Waiting`]: those of `waiting`, and those that gave up and have not been answered yet.
     places: usize,
+    /// How many are answered with 503 at once.
+    turned_away: usize,
     /// The number given last, to a connection or to an idle period.
     last_number: u64,
     made_room: u64,
@@ -54,24 +82,32 @@ struct Open {
 pub enum Full {
     /// No slot became free before the deadline. The caller answers with 503 and then drops the place.
     TimedOut(Waiting),
-    /// [`WAITING_LIMIT`] connections wait already.
-    TooManyWaiting,
+    /// Too many connections wait already. The caller answers with 503 at once and then drops the place.
+    TooManyWaiting(TurnedAway),
+    /// As many are being answered with 503 at once: the caller closes this one.
+    TooManyTurnedAway,
 }
 
 impl ConnectionSlots {
-    /// Takes a slot. At the limit it waits for one until `deadline`.
+    /// Takes a slot. At the limit it waits for one until `deadline`. `share`: how many connections this run may have at once, if that
+    /// is less than [`LIMIT`] and [`WAITING_LIMIT`] together.
     ///
     /// # Errors
     /// When there is none; counted in [`refused`](Self::refused).
-    pub async fn take(self: &Arc<Self>, deadline: Instant) -> Result<Slot, Full> {
+    pub async fn take(self: &Arc<Self>, deadline: Instant, share: usize) -> Result<Slot, Full> {
+        let limits = Limits::of(share);
         let (place, granted) = {
             let mut state = self.lock();
-            if state.open.len() < LIMIT {
+            if state.open.len() < limits.open {
                 return Ok(self.occupy(&mut state));
             }
-            if state.places >= WAITING_LIMIT {
+            if state.places >= limits.waiting {
                 state.refused += 1;
-                return Err(Full::TooManyWaiting);
+                if state.turned_away >= limits.turned_away {
+                    return Err(Full::TooManyTurnedAway);
+                }
+                state.turned_away += 1;
+                return Err(Full::TooManyWaiting(TurnedAway(self.clone())));
             }
             let (grant, granted) = oneshot::channel();
             state.waiting.push_back(grant);
@@ -210,6 +246,16 @@ impl Drop for Slot {
     }
 }
 
+/// The place of a new connection that is answered with 503 at once. Dropping it frees the place.
+#[derive(Debug)]
+pub struct TurnedAway(Arc<ConnectionSlots>);
+
+impl Drop for TurnedAway {
+    fn drop(&mut self) {
+        self.0.lock().turned_away -= 1;
+    }
+}
+
 /// The place of a new connection that waits for a slot. Dropping it frees the place.
 #[derive(Debug)]
 pub struct Waiting(Arc<ConnectionSlots>);
@@ -239,14 +285,14 @@ mod tests {
             if number == KEPT_LIMIT {
                 idle.iter().for_each(|number| assert!(!taken[*number].idle()));
             }
-            taken.push(slots.take(Instant::now()).await.unwrap());
+            taken.push(slots.take(Instant::now(), usize::MAX).await.unwrap());
         }
         (slots, taken)
     }
 
     fn spawn_take(slots: &Arc<ConnectionSlots>) -> tokio::task::JoinHandle<Result<Slot, Full>> {
         let slots = slots.clone();
-        tokio::spawn(async move { slots.take(Instant::now() + WAIT).await })
+        tokio::spawn(async move { slots.take(Instant::now() + WAIT, usize::MAX).await })
     }
 
     /// Lets every other task run until it waits.
@@ -336,16 +382,71 @@ mod tests {
         let waiting: Vec<_> = (0..WAITING_LIMIT).map(|_| spawn_take(&slots)).collect();
         settle().await;
         let now = Instant::now();
-        let full = timeout(WAIT / 2, slots.take(now + WAIT)).await.unwrap();
-        assert!(matches!(full, Err(Full::TooManyWaiting)));
+        let full = timeout(WAIT / 2, slots.take(now + WAIT, usize::MAX)).await.unwrap();
+        let Err(Full::TooManyWaiting(first)) = full else {
+            panic!("{full:?}")
+        };
+        // Those that are turned away are limited, too.
+        let mut turned_away = vec![first];
+        let last = loop {
+            match slots.take(now + WAIT, usize::MAX).await {
+                Err(Full::TooManyWaiting(place)) => turned_away.push(place),
+                other => break other,
+            }
+        };
+        assert!(matches!(last, Err(Full::TooManyTurnedAway)), "{last:?}");
+        assert_eq!(turned_away.len(), LIMIT);
+        drop(turned_away);
         // Those that gave up keep their places until they are answered.
         let mut unanswered = Vec::new();
         for waiting in waiting {
             unanswered.push(waiting.await.unwrap().unwrap_err());
         }
-        assert!(matches!(slots.take(now).await, Err(Full::TooManyWaiting)));
+        assert!(matches!(
+            slots.take(now, usize::MAX).await,
+            Err(Full::TooManyWaiting(_))
+        ));
         drop(unanswered);
-        assert!(matches!(slots.take(now).await, Err(Full::TimedOut(_))));
-        assert_eq!(slots.refused(), WAITING_LIMIT as u64 + 3);
+        assert!(matches!(slots.take(now, usize::MAX).await, Err(Full::TimedOut(_))));
+        assert_eq!(slots.refused(), (WAITING_LIMIT + LIMIT) as u64 + 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn where_descriptors_are_scarce_fewer_are_open() {
+        let slots = Arc::new(ConnectionSlots::default());
+        let now = Instant::now();
+        let mut taken = Vec::new();
+        for _ in 0..6 {
+            taken.push(slots.take(now, 8).await.unwrap());
+        }
+        let first = slots.take(now, 8).await.unwrap_err();
+        let second = slots.take(now, 8).await.unwrap_err();
+        assert!(matches!((&first, &second), (Full::TimedOut(_), Full::TimedOut(_))));
+        // 8 in all: more are told so, a few at a time, and the others are closed.
+        let third = slots.take(now, 8).await.unwrap_err();
+        assert!(matches!(third, Full::TooManyWaiting(_)));
+        let fourth = slots.take(now, 8).await.unwrap_err();
+        assert!(matches!(fourth, Full::TooManyWaiting(_)));
+        assert!(matches!(slots.take(now, 8).await, Err(Full::TooManyTurnedAway)));
+        // Later there are more again, and never fewer than a client needs.
+        taken.push(slots.take(now, 64).await.unwrap());
+        let few = Arc::new(ConnectionSlots::default());
+        assert!(few.take(now, 0).await.is_ok());
+    }
+
+    #[test]
+    fn the_limits_of_a_share() {
+        let limits = |share| {
+            let Limits {
+                open,
+                waiting,
+                turned_away,
+            } = Limits::of(share);
+            [open, waiting, turned_away]
+        };
+        assert_eq!(limits(0), [3, 1, 1]);
+        assert_eq!(limits(32), [24, 8, 8]);
+        assert_eq!(limits(LIMIT + WAITING_LIMIT), [LIMIT, WAITING_LIMIT, TURNED_AWAY_LIMIT]);
+        assert_eq!(limits(usize::MAX), [LIMIT, WAITING_LIMIT, TURNED_AWAY_LIMIT]);
     }
 }

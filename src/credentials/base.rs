@@ -29,6 +29,7 @@ use super::profile::{self, Allowed, Keys, Plan, ProfileError, Source};
 use super::sso::SsoTokens;
 use super::sts::{MESSAGE_CHARACTERS, assume_step, exchange_web_identity};
 use crate::clock::Clock;
+use crate::descriptors;
 use crate::telemetry::{printable, with_causes};
 
 /// A call of AWS that has not ended after this is given up; requests never wait for it.
@@ -674,8 +675,16 @@ async fn process(name: &str, command: &Secret) -> Result<aws_credential_types::C
             "profile {name}: its credential_process gives no credentials; running it by hand says why"
         ))
     };
+    // With the limit on open files that the daemon was started with: programs that use select(2) fail above 1,024.
+    let limit = descriptors::limit_of_children().map_or("unlimited".to_owned(), |limit| limit.to_string());
     let child = tokio::process::Command::new("sh")
-        .args(["-c", command.reveal()])
+        .args([
+            "-c",
+            r#"ulimit -S -n "$1"; exec sh -c "$2""#,
+            "sh",
+            &limit,
+            command.reveal(),
+        ])
         .stdin(std::process::Stdio::null())
         .stdout(std::process::Stdio::piped())
         .stderr(std::process::Stdio::null())

@@ -373,6 +373,22 @@ pub(super) fn ask<R: NetlinkRequest>(
     Ok(())
 }
 
+/// Entries that are read of a list of a container's namespace, at most. A container with `NET_ADMIN` makes as many links and
+/// addresses as it likes, and each takes the kernel microseconds.
+const ENTRIES: usize = 4096;
+
+/// Asks for a list in the calling thread's network namespace, and hands its first [`ENTRIES`] entries on.
+pub(super) fn ask_for_list<R: NetlinkRequest>(request: &R, mut each: impl FnMut(R::ReplyType<'_>)) -> io::Result<()> {
+    // Of its own: the kernel drops what is left unread with it.
+    let mut socket = NetlinkSocket::new();
+    let mut reply = socket.request(request)?;
+    for _ in 0..ENTRIES {
+        let Some(answer) = reply.recv() else { break };
+        each(answer?);
+    }
+    Ok(())
+}
+
 /// The name of a link of the namespace that the socket is in.
 pub(super) fn link_name(socket: &mut NetlinkSocket, index: u32) -> io::Result<String> {
     let mut header = Ifinfomsg::new();

@@ -33,11 +33,12 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::HostError;
 use super::kernel::{
-    IPPROTO_TCP, LOOPBACK_INDEX, RT_SCOPE_HOST, RT_SCOPE_LINK, RT_SCOPE_UNIVERSE, RT_TABLE_MAIN, ask, family, is,
-    link_name, netlink_socket, set_link_up,
+    IPPROTO_TCP, LOOPBACK_INDEX, RT_SCOPE_HOST, RT_SCOPE_LINK, RT_SCOPE_UNIVERSE, RT_TABLE_MAIN, ask, ask_for_list,
+    family, is, link_name, netlink_socket, set_link_up,
 };
 use super::private::{self, PrivateNetwork, on_a_thread};
 use super::{LINK, LOOPBACK, PROTOCOL, sysctl, whole};
+use crate::descriptors;
 
 /// The IPv4 addresses with which requests leave served namespaces: 169.254.192.0 to 169.254.254.255, link-local ones (RFC 3927)
 /// that neither AWS nor Docker uses. Each namespace has one of them, local to it without being on any link. The private
@@ -126,7 +127,7 @@ pub fn connect(network: &PrivateNetwork, namespace: u64, options: Options) -> io
     };
     // An engine disables IPv6 on new links of a namespace, or on all of them, and enables it on its own.
     let enable = || sysctl::set(&format!("ipv6/conf/{LINK}/disable_ipv6"), "0");
-    let ipv6 = options.ipv6 && network.has_ipv6() && has_ipv6() && enable().is_ok();
+    let ipv6 = options.ipv6 && network.has_ipv6() && has_ipv6()? && unless_scarce(enable())?;
     let up = state(&mut netlink, LINK, namespace)?.is_some_and(|it| it.up);
     if !up {
         let up = set_link_up(&mut netlink, link, IfinfoFlags::NoArp as u32);
@@ -135,7 +136,7 @@ pub fn connect(network: &PrivateNetwork, namespace: u64, options: Options) -> io
     }
     let mut senders = vec![LOOPBACK.to_owned()];
     if options.nested {
-        senders.extend(bridges(&mut netlink)?);
+        senders.extend(bridges()?);
     }
     let addresses = addresses(network, ipv6);
     let (own, left_alone) = seen_addresses(&mut netlink, &addresses)?;
@@ -147,7 +148,7 @@ pub fn connect(network: &PrivateNetwork, namespace: u64, options: Options) -> io
         match lead_over(&mut netlink, link, address, source, &senders) {
             Ok(missing) => added.extend(missing),
             // IPv6 comes and goes while an engine sets a namespace up. Each change leads to another look.
-            Err(_) if address.is_ipv6() => {}
+            Err(error) if address.is_ipv6() && !descriptors::is_shortage(&error) => {}
             Err(error) => return Err(error),
         }
     }
@@ -192,7 +193,11 @@ fn lead_over(
 
 /// Names the step that has failed.
 fn during<T>(step: &dyn Display, done: io::Result<T>) -> io::Result<T> {
-    done.map_err(|error| io::Error::new(error.kind(), format!("cannot {step}: {error}")))
+    done.map_err(|error| match descriptors::is_shortage(&error) {
+        // Its number is looked at.
+        true => error,
+        false => io::Error::new(error.kind(), format!("cannot {step}: {error}")),
+    })
 }
 
 /// The near end, in the private namespace: up, and with a route to each address from which the namespace calls. Returns its
@@ -402,8 +407,18 @@ fn addresses(network: &PrivateNetwork, ipv6: bool) -> Vec<IpAddr> {
 }
 
 /// Whether the network namespace of the calling thread has IPv6 on its loopback (ip-sysctl, `disable_ipv6`).
-fn has_ipv6() -> bool {
-    sysctl::read("ipv6/conf/lo/disable_ipv6").is_ok_and(|value| value == "0")
+fn has_ipv6() -> io::Result<bool> {
+    let mut disabled = String::new();
+    let read = sysctl::read("ipv6/conf/lo/disable_ipv6").map(|value| disabled = value);
+    Ok(unless_scarce(read)? && disabled == "0")
+}
+
+/// Whether it was done; an error only if no descriptor was left, which says nothing about the namespace.
+fn unless_scarce(done: io::Result<()>) -> io::Result<bool> {
+    match done {
+        Err(error) if descriptors::is_shortage(&error) => Err(error),
+        done => Ok(done.is_ok()),
+    }
 }
 
 fn missing(what: &str) -> io::Error {
@@ -657,10 +672,10 @@ fn rule(to: IpAddr) -> FibRuleHdr {
 }
 
 /// The bridges of the namespace: of the containers inside this container.
-fn bridges(netlink: &mut NetlinkSocket) -> io::Result<Vec<String>> {
+fn bridges() -> io::Result<Vec<String>> {
     let mut names = Vec::new();
     let request = rt_link::Request::new().op_getlink_dump(&Ifinfomsg::new());
-    ask(netlink, &request, |(_, link)| {
+    ask_for_list(&request, |(_, link)| {
         let kind = link.get_linkinfo().and_then(|info| info.get_kind());
         if let (Ok(kind), Ok(name)) = (kind, link.get_ifname())
             && kind == c"bridge"
@@ -677,7 +692,7 @@ fn bridges(netlink: &mut NetlinkSocket) -> io::Result<Vec<String>> {
 fn seen_addresses(netlink: &mut NetlinkSocket, addresses: &[IpAddr]) -> io::Result<(Vec<Ipv6Addr>, Vec<String>)> {
     let (mut own, mut foreign) = (Vec::new(), Vec::new());
     let request = rt_addr::Request::new().op_getaddr_dump(&Ifaddrmsg::new());
-    ask(netlink, &request, |(head, found)| {
+    ask_for_list(&request, |(head, found)| {
         let Ok(address) = found.get_local().or(found.get_address()) else {
             return;
         };

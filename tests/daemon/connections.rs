@@ -41,6 +41,24 @@ async fn fill(daemon: &Daemon, address: SocketAddr) -> Vec<Client> {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_proven_caller_does_not_wait_for_those_who_are_not() {
+    let (daemon, address) = daemon().await;
+    // They send nothing, so each keeps its place until its refusal is given up.
+    let silent: Vec<_> = (1..=500_u16)
+        .map(|port| daemon.dial(SocketAddr::from(([10, 9, 9, 9], port))))
+        .collect();
+    daemon.settle().await;
+    let asked = daemon.clock.now();
+    let mut client = daemon.connect(1, address);
+    assert_eq!(client.get(DOCUMENT).await.unwrap().status, 200);
+    assert_eq!(daemon.clock.now(), asked);
+    // Another address that is unknown has its own share.
+    let mut other = daemon.dial(SocketAddr::from(([10, 9, 9, 8], 1)));
+    assert_eq!(other.get("/").await.unwrap().status, 403);
+    drop(silent);
+}
+
+#[tokio::test(start_paused = true)]
 async fn closes_after_the_answer_unless_the_request_asks_for_keep_alive() {
     let (daemon, address) = daemon().await;
     for (version, connection, open) in [

@@ -424,8 +424,8 @@ impl Witness for ScriptedWitness {
         Ok(socket.map(|socket| (socket.state, socket.cookie)))
     }
 
-    fn holds(&self, cgroup: CgroupId) -> bool {
-        self.cgroup == cgroup || self.lives.lock().unwrap().below.contains(&(self.cgroup, cgroup))
+    fn holds(&self, cgroup: CgroupId) -> std::io::Result<bool> {
+        Ok(self.cgroup == cgroup || self.lives.lock().unwrap().below.contains(&(self.cgroup, cgroup)))
     }
 
     fn namespace(&self) -> NamespaceId {

@@ -1,0 +1,159 @@
+//! The limit on log lines: a container can cause events of many kinds as often as it likes.
+//!
+//! Each kind of line is one place in the code. Up to [`BURST`] lines of a kind are written at once, and [`PER_SECOND`] after
+//! that. Lines of level `debug` and `trace` are not limited: the operator asks for them.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tracing::callsite::Identifier;
+use tracing::{Event, Level, Metadata, Subscriber};
+use tracing_subscriber::layer::{Context, Filter};
+
+use crate::clock::Clock;
+
+/// Lines of one kind that are written at once.
+const BURST: f64 = 20.0;
+/// Lines of one kind a second after that.
+const PER_SECOND: f64 = 1.0;
+
+/// Lines that were not written.
+static LEFT_OUT: AtomicU64 = AtomicU64::new(0);
+
+/// Log lines of this process that were left out, so far.
+pub fn lines_left_out() -> u64 {
+    LEFT_OUT.load(Ordering::Relaxed)
+}
+
+/// How often the log says that lines were left out.
+const REPORTED: Duration = Duration::from_secs(10);
+
+/// Says in the log when lines were left out, until the task is dropped.
+pub async fn report_lines_left_out() {
+    let mut reported = lines_left_out();
+    loop {
+        tokio::time::sleep(REPORTED).await;
+        let left_out = lines_left_out();
+        if left_out > reported {
+            tracing::warn!(
+                lines = left_out - reported,
+                "log lines were left out: of each kind, one a second is written"
+            );
+        }
+        reported = left_out;
+    }
+}
+
+/// Lets lines through within the limit.
+pub(super) struct LineLimit {
+    clock: Clock,
+    kinds: Mutex<HashMap<Identifier, Kind>>,
+}
+
+struct Kind {
+    /// Lines that may be written now.
+    lines: f64,
+    /// The boot time of the last line.
+    last: Duration,
+}
+
+impl LineLimit {
+    pub(super) fn new(clock: Clock) -> Self {
+        Self {
+            clock,
+            kinds: Mutex::default(),
+        }
+    }
+
+    /// Whether one more line of that kind may be written.
+    fn allows(&self, kind: Identifier) -> bool {
+        let now = self.clock.boot();
+        let mut kinds = self.kinds.lock().unwrap_or_else(PoisonError::into_inner);
+        let kind = kinds.entry(kind).or_insert(Kind {
+            lines: BURST,
+            last: now,
+        });
+        let since = now.saturating_sub(kind.last).as_secs_f64();
+        kind.lines = (kind.lines + since * PER_SECOND).min(BURST);
+        kind.last = now;
+        let allows = kind.lines >= 1.0;
+        if allows {
+            kind.lines -= 1.0;
+        }
+        allows
+    }
+}
+
+impl<S: Subscriber> Filter<S> for LineLimit {
+    fn enabled(&self, _: &Metadata<'_>, _: &Context<'_, S>) -> bool {
+        true
+    }
+
+    fn event_enabled(&self, event: &Event<'_>, _: &Context<'_, S>) -> bool {
+        let metadata = event.metadata();
+        // More verbose levels are greater.
+        let is_written = *metadata.level() > Level::INFO || self.allows(metadata.callsite());
+        if !is_written {
+            LEFT_OUT.fetch_add(1, Ordering::Relaxed);
+        }
+        is_written
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::Arc;
+    use std::time::UNIX_EPOCH;
+
+    use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Written(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Written {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Written {
+        fn lines(&self, with: &str) -> usize {
+            let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+            text.lines().filter(|line| line.contains(with)).count()
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_kind_of_line_has_a_limit_of_its_own() {
+        let (written, clock) = (Written::default(), Clock::scripted(UNIX_EPOCH));
+        let writer = written.clone();
+        let layer = tracing_subscriber::fmt::layer().with_writer(move || writer.clone());
+        let log = tracing_subscriber::registry().with(layer.with_filter(LineLimit::new(clock)));
+        let _log = tracing::subscriber::set_default(log);
+        let before = lines_left_out();
+        let often = || (0..1000).for_each(|number| tracing::warn!(number, "often"));
+        often();
+        assert_eq!(written.lines("often"), 20);
+        assert!(lines_left_out() - before >= 980);
+        // Another kind, and a level that somebody has asked for.
+        tracing::warn!("once");
+        (0..1000).for_each(|number| tracing::debug!(number, "in detail"));
+        assert_eq!((written.lines("once"), written.lines("in detail")), (1, 1000));
+        // Later one line a second, and another burst at last.
+        tokio::time::advance(Duration::from_secs(3)).await;
+        often();
+        assert_eq!(written.lines("often"), 23);
+        tokio::time::advance(Duration::from_secs(3600)).await;
+        often();
+        assert_eq!(written.lines("often"), 43);
+    }
+}
