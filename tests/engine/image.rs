@@ -564,7 +564,10 @@ fn swarm(engine: &Arc<Engine>) {
     let deploy = |name: &str, files: &[&str]| {
         let files = files.iter().flat_map(|file| ["--compose-file", file]);
         // Without --detach, which Debian 12's client does not know: every client returns at once by default.
-        let words = ["stack", "deploy", "--resolve-image=never"].into_iter().chain(files).chain([name]);
+        let words = ["stack", "deploy", "--resolve-image=never"]
+            .into_iter()
+            .chain(files)
+            .chain([name]);
         engine.docker(&words.collect::<Vec<_>>());
     };
     deploy("imds-router", &[&repository("deploy/stack.yaml"), &instead]);

@@ -27,6 +27,8 @@ mod descriptors;
 #[cfg(target_os = "linux")]
 mod filters;
 #[cfg(target_os = "linux")]
+mod floods;
+#[cfg(target_os = "linux")]
 mod half_closed;
 #[cfg(target_os = "linux")]
 mod host;
@@ -79,6 +81,7 @@ fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
     trials.extend(networks::trials(rig));
     trials.extend(podman::trials(rig));
     trials.extend(load::trials(rig));
+    trials.extend(floods::trials(rig));
     trials.extend(connections::trials(rig));
     trials.extend(half_closed::trials(rig));
     trials.extend(repair::trials(rig));
