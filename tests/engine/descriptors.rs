@@ -6,17 +6,25 @@ use std::time::Duration;
 
 use libtest_mimic::Trial;
 
-use crate::cases::daemon;
+use crate::cases::{daemon, is_itself};
+use crate::floods::ASK;
+use crate::rig::hostile::last_line;
 use crate::rig::{BOX, Container, Daemon, Engine, Rig, poll, rounds};
 
 /// More are a leak, or a new descriptor per container that the documented limits do not count.
 const LIMIT: f64 = 4.0;
 
 pub fn trials(rig: &Rig) -> Vec<Trial> {
-    vec![rig.once(
-        "descriptors::a_container_at_rest_takes_four",
-        a_container_at_rest_takes_four,
-    )]
+    vec![
+        rig.once(
+            "descriptors::a_container_at_rest_takes_four",
+            a_container_at_rest_takes_four,
+        ),
+        rig.once(
+            "descriptors::many_containers_within_the_limit",
+            many_containers_within_the_limit,
+        ),
+    ]
 }
 
 fn open(daemon: &Daemon) -> usize {
@@ -61,9 +69,58 @@ fn a_container_at_rest_takes_four(engine: &Arc<Engine>) {
     daemon.stop();
 }
 
+/// A hard limit of 4,096 and four for each container is enough, and requests take as long as among ten containers.
+/// `IMDS_TRIALS_ROUNDS=1000` starts as many.
+fn many_containers_within_the_limit(engine: &Arc<Engine>) {
+    let count = rounds(20) as usize;
+    let limit = format!("ulimit -n {}; exec \"$@\"", 4096 + 4 * count);
+    let config = "account_id = \"111122223333\"\n";
+    let daemon = Daemon::start_by(
+        engine,
+        &["sh", "-c", &limit, "sh"],
+        config,
+        &engine.moto().daemon_environment(),
+    );
+    let network = engine.network("descriptors", &["--subnet=10.201.0.0/16"]);
+    let asking = engine.run("asking").label("imds.role", "asking").start();
+    is_itself(&asking);
+    let ask = || last_line(&asking.exec(&["/usr/bin/python3", "-c", ASK, "4"]));
+    let mut containers = start(engine, network.name(), 10);
+    let among_ten = ask();
+    containers.extend(start_from(10, engine, network.name(), count));
+    let next = AtomicUsize::new(0);
+    let served = || {
+        while let Some(container) = containers.get(next.fetch_add(1, Ordering::Relaxed)) {
+            poll(Duration::from_secs(10), "a container to be served", || {
+                let url = "http://169.254.169.254/latest/meta-data/iam/security-credentials/";
+                let got = container.try_exec(&["timeout", "5", "wget", "-q", "-O", "-", url]);
+                (got.stdout == "descriptors").then_some(())
+            });
+        }
+    };
+    std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(served))));
+    let among_all = ask();
+    println!(
+        "among 10: {among_ten}; among {count}: {among_all}; {} descriptors",
+        open(&daemon)
+    );
+    assert_eq!(among_all["failed"], serde_json::json!({}), "{among_all}");
+    let ids: Vec<&str> = containers.iter().map(Container::id).collect();
+    for some in ids.chunks(100) {
+        engine.docker(&[&["rm", "--force", "--volumes"], some].concat());
+    }
+    containers.into_iter().for_each(Container::forget);
+    daemon.stop();
+}
+
 /// Starts the containers, four at a time.
 fn start(engine: &Arc<Engine>, network: &str, count: usize) -> Vec<Container> {
-    let next = AtomicUsize::new(0);
+    start_from(0, engine, network, count)
+}
+
+/// As [`start`], but for those that were started before.
+fn start_from(first: usize, engine: &Arc<Engine>, network: &str, count: usize) -> Vec<Container> {
+    let next = AtomicUsize::new(first);
     let start_some = || {
         let mut started = Vec::new();
         loop {

@@ -36,7 +36,7 @@ const SECONDS: &str = "8";
 const NETWORKS: u8 = 40;
 
 /// A container that asks every 2 ms, on a new connection each time.
-const ASK: &str = "
+pub const ASK: &str = "
 import json, socket, sys, time
 end, took, failed = time.monotonic() + float(sys.argv[1]), [], {}
 while time.monotonic() < end:
