@@ -109,7 +109,7 @@ impl Budget {
         }
     }
 
-    /// Descriptors for connections, all together, beside that many containers.
+    /// Descriptors for connections, all together, beside that many containers that run.
     pub fn for_connections(self, containers: usize) -> usize {
         self.limit
             .saturating_sub(self.reserve + OWN + containers * PER_CONTAINER)

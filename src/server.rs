@@ -200,19 +200,19 @@ impl Service {
     /// How many connections one container may have now: half of what is left. Others that use all they get therefore leave some
     /// to a container that has none.
     fn share(&self) -> usize {
-        let all = self.descriptors.for_connections(self.index.len());
+        let all = self.descriptors.for_connections(self.index.namespaces());
         all.saturating_sub(self.open.load(Ordering::Relaxed)) / 2
     }
 
     /// Whose share of the places before proof a connection takes.
     fn sender(&self, connection: Connection) -> Sender {
-        let user = match connection.via {
-            Via::Namespace(_) => self.host.get().and_then(|user| user(connection)),
-            Via::Bridge(_) => None,
+        let (address, user) = match connection.via {
+            Via::Namespace(_) => (None, self.host.get().and_then(|user| user(connection))),
+            Via::Bridge(_) => (Some(connection.client.ip()), None),
         };
         Sender {
-            via: connection.via,
-            address: connection.client.ip(),
+            ingress: connection.via,
+            address,
             user,
         }
     }

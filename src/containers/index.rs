@@ -81,14 +81,9 @@ impl Index {
         all
     }
 
-    /// How many containers there are.
-    pub fn len(&self) -> usize {
-        self.records.len()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.records.is_empty()
+    /// How many network namespaces have runs in them.
+    pub fn namespaces(&self) -> usize {
+        self.by_namespace.len()
     }
 
     /// Who may be at `address`: candidates, never a proof.

@@ -110,9 +110,10 @@ async fn a_flood_of_unknown_callers_costs_few_look_ups() {
         answers.push(task.await.unwrap());
     }
     let answered = answers.iter().filter(|it| **it == Some(403)).count();
-    assert_eq!(answered, 64, "its share of the places: {answers:?}");
-    assert_eq!(answers.iter().filter(|it| it.is_none()).count(), 200 - 64);
-    assert_eq!(daemon.service.turned_away(), 200 - 64);
+    // As many as its share of the places, which depends on the limit on open files; the others are closed.
+    assert!((22..=86).contains(&answered), "{answers:?}");
+    assert_eq!(answers.iter().filter(|it| it.is_none()).count(), 200 - answered);
+    assert_eq!(daemon.service.turned_away(), 200 - answered as u64);
     let lookups = daemon.engine.world(|world| world.lookups) - before;
     assert!(lookups <= 10, "{lookups}");
 }
