@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::clock::Clock;
-use crate::containers::index::{EngineState, Index};
+use crate::containers::index::Index;
 use crate::containers::watcher::ContainerEngine;
 use crate::containers::{ContainerId, Life, Record};
 use crate::instance::Ordered;
@@ -229,10 +229,10 @@ impl Stops {
         if !(self.permitted)() {
             return Due::Never("the configuration does not allow it any more: [imds] triggers_may_stop");
         }
-        match (self.index.get(id), &*self.index.engine()) {
-            (None, EngineState::Synchronised) => Due::Never("it is no more"),
-            (None, _) => Due::Open,
-            (Some(record), _) => match record.life.as_ref().filter(|life| life.alive()) {
+        match self.index.get(id) {
+            None if self.index.is_gone(id) => Due::Never("it is no more"),
+            None => Due::Open,
+            Some(record) => match record.life.as_ref().filter(|life| life.alive()) {
                 None => Due::Open,
                 Some(life) if run_of(life).is(&run) => Due::Now,
                 Some(_) => Due::Never("it has been restarted since it was told"),

@@ -65,6 +65,7 @@ const MAP: &[(&str, &[&str])] = &[
     ("containers", &["instance"]),
     ("containers::compat", &["config", "credentials", "credentials::inputs"]),
     ("containers::docker", &["clock", "telemetry"]),
+    ("containers::docker_http", &["telemetry"]),
     (
         "containers::labels",
         &[

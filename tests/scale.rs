@@ -17,7 +17,8 @@ use imds_router::config::Settings;
 use imds_router::containers::images::{Image, ImageStore, InUse};
 use imds_router::containers::index::{EngineState, Index};
 use imds_router::containers::watcher::{
-    Birth, ContainerEngine, EngineError, Event, Hold, Inspection, Instances, Kernel, Network, Ports, Row, Run, Watcher,
+    Birth, ContainerEngine, EngineError, Event, Events, Hold, Inspection, Instances, Kernel, Listed, Network, Ports,
+    Row, Run, Watcher,
 };
 use imds_router::containers::{
     Attachments, CgroupId, ContainerId, Definition, Endpoint, Environment, NamespaceId, NetworkId, NetworkMode,
@@ -143,20 +144,23 @@ fn number_of(id: &ContainerId) -> u32 {
 }
 
 impl ContainerEngine for Scripted {
-    fn subscribe(&self) -> BoxFuture<'static, Result<BoxStream<'static, Event>, EngineError>> {
+    fn subscribe(&self) -> BoxFuture<'static, Result<Events, EngineError>> {
         self.say(|world| {
             let (sender, receiver) = mpsc::unbounded_channel();
             world.events = Some(sender);
             futures_util::stream::unfold(receiver, |mut receiver| async move {
-                receiver.recv().await.map(|event| (event, receiver))
+                receiver.recv().await.map(|event| (Ok(event), receiver))
             })
             .boxed()
         })
     }
 
-    fn containers(&self) -> BoxFuture<'static, Result<Vec<Row>, EngineError>> {
+    fn containers(&self) -> BoxFuture<'static, Result<Listed, EngineError>> {
         let this = self.clone();
-        self.say(move |world| (0..world.containers).map(|number| this.row(number)).collect())
+        self.say(move |world| {
+            let rows: Vec<_> = (0..world.containers).map(|number| this.row(number)).collect();
+            rows.into()
+        })
     }
 
     fn container(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Row>, EngineError>> {

@@ -13,7 +13,8 @@ use crate::containers::compat;
 use crate::containers::compose::{self, ComposeError};
 use crate::containers::docker::Engine;
 use crate::containers::images::Images;
-use crate::containers::watcher::{ContainerEngine as _, EngineError, read_image, split_environment};
+use crate::containers::lookups::read_image;
+use crate::containers::watcher::{ContainerEngine as _, EngineError, split_environment};
 use crate::containers::{Attachments, ContainerId, Definition};
 use crate::credentials::sts::Sts;
 use crate::instance::{Instance, Role, Surroundings, resolve};
@@ -41,8 +42,15 @@ pub async fn containers(settings: Settings, compat: bool) -> Result<Checked, Eng
     let images = Images::new(Arc::new(ImageFiles::new(&settings.state_dir))).known();
     let mut checker = Checker::new(settings).await;
     let mut attachments = attachments(&engine).await?;
-    for row in engine.containers().await? {
-        let image = read_image(&engine, &images, &row).await?;
+    let listed = engine.containers().await?;
+    if let Some((id, why)) = listed.undescribed.first() {
+        return Err(EngineError(format!("container {}: {why}", id.short())));
+    }
+    for row in listed.rows {
+        let image = match row.image_is_certain {
+            true => read_image(&engine, &images, &row.image_id).await?,
+            false => None,
+        };
         let all = engine
             .inspect(&row.id)
             .await?

@@ -1,6 +1,7 @@
 //! What is wrong on this host, why it matters, and the command that fixes it. Changes nothing.
 
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use super::kept::Kept;
 use super::{ATTACH_HOST, DOCKER_RUN, IMDS_ADDRESS, engine_host, plans};
@@ -9,10 +10,14 @@ use crate::caller::level::Lack;
 use crate::clock::Clock;
 use crate::config::{Attach, Proof, Settings};
 use crate::containers::docker::Engine;
-use crate::containers::watcher::ContainerEngine as _;
+use crate::containers::lookups::answer_within;
+use crate::containers::watcher::{ContainerEngine as _, EngineError};
 use crate::host::apply::{Survey, survey};
 use crate::host::{GUARD_TABLE, HostError, LINK, Plan, RULES_TABLE};
 use crate::telemetry::{printable, with_causes};
+
+/// How long the engine may take to list its containers.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How it stands with one thing.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -101,8 +106,23 @@ pub async fn examine(settings: &Settings) -> Diagnosis {
 async fn engine(settings: &Settings, found: &mut Diagnosis) {
     let at = engine_host(settings);
     let engine = Engine::new(&at, Clock::system());
-    match engine.subscribe().await {
-        Ok(_) => found.fine(format!("engine: {at} answers")),
+    let listed = async {
+        drop(engine.subscribe().await?);
+        let listed = answer_within(PATIENCE, engine.containers()).await;
+        listed.map_err(|EngineError(why)| EngineError(format!("{at}: list of containers: {why}")))
+    };
+    match listed.await {
+        Ok(listed) => {
+            found.fine(format!("engine: {at} answers"));
+            for (id, why) in listed.undescribed {
+                found.add(
+                    Verdict::Wrong,
+                    format!("engine: container {} cannot be described: {why}", id.short()),
+                    "the daemon does not serve the container until the engine describes it",
+                    Some(&format!("docker inspect {}", id.short())),
+                );
+            }
+        }
         Err(error) => found.add(
             Verdict::Wrong,
             format!("engine: {error}"),
@@ -278,6 +298,14 @@ async fn daemon(settings: &Settings, found: &mut Diagnosis) {
         "daemon: serves, version {}, attach {}, proof {}, engine {}",
         status.version, status.attach, status.proof, status.engine.state
     ));
+    if let Some(why) = &status.engine.reason {
+        found.add(
+            Verdict::Wrong,
+            format!("daemon: engine {}: {why}", status.engine.state),
+            "the daemon does not know all containers; it repeats the call until the engine answers",
+            Some("docker ps --all; journalctl --unit docker"),
+        );
+    }
     for warning in &status.warnings {
         found.add(
             Verdict::Note,

@@ -52,8 +52,8 @@ impl Observatory for Observer {
     fn status(&self) -> Status {
         let (state, reason) = match &*self.service.index.engine() {
             EngineState::Away(why) => ("away", Some(why.clone())),
-            EngineState::Synchronising => ("synchronising", None),
-            EngineState::Synchronised => ("synchronised", None),
+            EngineState::Synchronising => ("synchronising", self.failing()),
+            EngineState::Synchronised => ("synchronised", self.failing()),
         };
         let source = match self.resolver.settings.load().source {
             CredentialSource::Sts => "sts",
@@ -285,6 +285,11 @@ impl Observer {
         }
     }
 
+    /// The call to the engine that fails, if one does.
+    fn failing(&self) -> Option<String> {
+        self.service.index.failing().as_deref().map(probe::failing)
+    }
+
     /// How many containers reach the service, as of the last change of each one's link. A container that breaks its own link
     /// does not make the daemon unready.
     fn reach(&self) -> String {
@@ -304,9 +309,7 @@ impl Observer {
     /// Orders something for a container, and has it looked at again.
     fn order(&self, record: &Record, change: impl FnOnce(&mut Ordered)) -> Result<Ordered, admin::NotDone> {
         let index = &self.service.index;
-        // Whether others still exist is only known when the engine has told everything.
-        let whole = *index.engine() == EngineState::Synchronised;
-        let exists = |id: &ContainerId| !whole || index.get(id).is_some();
+        let exists = |id: &ContainerId| !index.is_gone(id);
         let ordered = self.resolver.orders.order(&record.definition.id, exists, change);
         let ordered = ordered.map_err(|error| admin::NotDone::Failed(with_causes(&error)))?;
         self.resolver.changed.send_modify(|version| *version += 1);
@@ -413,8 +416,8 @@ impl Observer {
             true,
             match &*engine {
                 EngineState::Away(why) => format!("away ({why}); what is known of the container holds"),
-                EngineState::Synchronising => "synchronising".to_owned(),
-                EngineState::Synchronised => "synchronised".to_owned(),
+                EngineState::Synchronising => and_failing("synchronising", self.failing()),
+                EngineState::Synchronised => and_failing("synchronised", self.failing()),
             },
         );
         match record.life.as_ref().filter(|life| life.alive()) {
@@ -547,6 +550,11 @@ impl Observer {
         if let Role::Pending(why) = &instance.role {
             problems.push(why.clone());
         }
+        problems.extend(record.unread.as_ref().map(|why| {
+            format!(
+                "the container engine does not describe it ({why}); the daemon repeats the call until it is answered"
+            )
+        }));
         problems.extend(record.no_life.clone());
         problems.extend(record.not_attached.as_ref().map(|why| {
             format!(
@@ -676,6 +684,13 @@ fn shortages() -> Option<String> {
         descriptors::limit(),
         descriptors::PER_CONTAINER
     ))
+}
+
+fn and_failing(state: &str, failing: Option<String>) -> String {
+    match failing {
+        Some(failing) => format!("{state}; {failing}"),
+        None => state.to_owned(),
+    }
 }
 
 /// The connections of a container, and what has happened at their limit.

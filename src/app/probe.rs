@@ -10,7 +10,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpSocket;
 use tokio::time::timeout;
 
-use crate::containers::index::EngineState;
+use crate::clock::rfc3339_seconds;
+use crate::containers::index::{EngineState, Failing};
 use crate::server::{IMDS_PORT, Service};
 
 /// The longest that it takes; an answer takes half a second at most.
@@ -24,7 +25,13 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub async fn probe(service: &Arc<Service>, address: Option<IpAddr>) -> Result<(), String> {
     match &*service.index.engine() {
         EngineState::Away(why) => return Err(format!("the engine is away: {why}")),
-        EngineState::Synchronising => return Err("what runs here is still being looked up".to_owned()),
+        EngineState::Synchronising => {
+            let failing = service.index.failing();
+            let looked_up = || "the containers of this host are still being looked up".to_owned();
+            return Err(failing.map_or_else(looked_up, |it| {
+                format!("the container engine fails: {}", self::failing(&it))
+            }));
+        }
         EngineState::Synchronised => {}
     }
     let Some(address) = address else { return Ok(()) };
@@ -34,6 +41,20 @@ pub async fn probe(service: &Arc<Service>, address: Option<IpAddr>) -> Result<()
         Ok(false) => Err(format!("{address} is answered by somebody else on this host")),
         Err(error) => Err(format!("{address} does not answer on this host: {error}")),
     }
+}
+
+/// A call to the engine that fails: since when, and with which error.
+pub(super) fn failing(failing: &Failing) -> String {
+    let others = match failing.others {
+        0 => String::new(),
+        others => format!(" (and {others} other calls)"),
+    };
+    format!(
+        "{} fails since {}{others}: {}",
+        failing.call,
+        rfc3339_seconds(failing.since),
+        failing.error
+    )
 }
 
 /// Whether it was this daemon that answered.

@@ -389,8 +389,9 @@ pub async fn identify_later(index: &Index, connection: Connection, deadline: Ins
     // Subscribed before the first look: what comes in between wakes us.
     let mut changes = index.changes();
     let mut looked = std::pin::pin!(index.look_again(address));
-    // In a namespace addresses tell nothing: there is nothing to ask the engine.
-    let mut has_looked = matches!(connection.via, Via::Namespace(_));
+    // In a namespace addresses tell nothing: there is nothing to ask the engine, unless it has not described the container yet.
+    let is_undefined = || matches!(connection.via, Via::Namespace(namespace) if index.is_undefined(namespace));
+    let mut has_looked = matches!(connection.via, Via::Namespace(_)) && !is_undefined();
     let mut attempts = 0;
     loop {
         changes.mark_unchanged();
@@ -429,7 +430,8 @@ pub async fn identify_later(index: &Index, connection: Connection, deadline: Ins
                     refusal,
                     Refusal::UnknownAddress(_) | Refusal::Gateway(_) | Refusal::Host(_)
                 );
-                return Err(if unknown && !synchronised { Refusal::NotSynchronised } else { refusal });
+                let is_known = synchronised && has_looked && !is_undefined();
+                return Err(if unknown && !is_known { Refusal::NotSynchronised } else { refusal });
             }
         }
     }

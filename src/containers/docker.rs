@@ -1,38 +1,42 @@
 //! [`ContainerEngine`] on bollard: Docker, and whatever speaks its API.
 //!
 //! bollard's enums are closed: one row with a state that it does not know fails the whole list, one such event ends the
-//! stream. So the engine filters by type and action, a list that fails is asked again state by state, and a stream that
-//! ends is subscribed again (the watcher resynchronises).
+//! stream. So lists of containers and events are read here, each row and each event by itself. One that cannot be read costs
+//! no other.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
-use arc_swap::{ArcSwap, ArcSwapOption};
+use arc_swap::ArcSwapOption;
 use bollard::Docker;
 use bollard::errors::Error;
-use bollard::models::{
-    ContainerSummary, ContainerSummaryStateEnum, EventMessage, EventMessageTypeEnum, NetworkInspect,
-    SystemVersionComponents,
-};
-use bollard::query_parameters::{
-    EventsOptions, InspectContainerOptions, InspectNetworkOptions, ListContainersOptions, StopContainerOptions,
-};
-use futures_util::future::BoxFuture;
-use futures_util::stream::{BoxStream, StreamExt as _, TryStreamExt as _};
+use bollard::models::{NetworkInspect, OciDescriptor, SystemVersionComponents};
+use bollard::query_parameters::{InspectContainerOptions, InspectNetworkOptions, StopContainerOptions};
+use futures_util::future::{BoxFuture, TryFutureExt as _};
+use futures_util::stream::StreamExt as _;
 use futures_util::{FutureExt as _, future};
-use tracing::{debug, warn};
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use tokio::sync::OnceCell;
+use tokio::time::timeout;
+use tracing::debug;
 
+use super::docker_http::{self, Line};
 use super::images::Image;
-use super::watcher::{ContainerEngine, EngineError, Event, Inspection, Network, Row, Run};
+use super::watcher::{ContainerEngine, EngineError, Event, Events, Inspection, Listed, Network, Row, Run};
 use super::{ContainerId, Endpoint, Environment, NetworkId, NetworkMode};
 use crate::clock::Clock;
 use crate::telemetry::{printable, with_causes};
 
 /// Where Docker listens when nobody says otherwise.
 pub const DEFAULT_HOST: &str = "unix:///var/run/docker.sock";
+
+/// Kinds of events that say where to look.
+const KINDS: &[&str] = &["container", "network"];
 
 /// Events that say where to look. Others (exec, health, pause …) would only wake us.
 const ACTIONS: &[&str] = &[
@@ -48,16 +52,8 @@ const ACTIONS: &[&str] = &[
     "init",
 ];
 
-/// States of containers in the engine's list (Docker API 1.41 to 1.53), for asking state by state.
-const STATES: &[&str] = &[
-    "created",
-    "running",
-    "paused",
-    "restarting",
-    "removing",
-    "exited",
-    "dead",
-];
+/// How long the engine may take to inspect one container that its list does not describe.
+const INSPECTION: Duration = Duration::from_secs(2);
 
 /// How far back events are asked for at subscription: whatever happens while the request is on its way is repeated.
 const OVERLAP: Duration = Duration::from_secs(2);
@@ -67,10 +63,41 @@ const OVERLAP: Duration = Duration::from_secs(2);
 pub struct Engine {
     host: String,
     clock: Clock,
-    client: Arc<ArcSwapOption<Docker>>,
+    connected: Arc<ArcSwapOption<Connected>>,
     lag: Arc<Lag>,
-    is_podman: Arc<AtomicBool>,
-    images: Arc<ArcSwap<ImagesOfEngine>>,
+}
+
+/// An engine that was connected to. A new one after each subscription: it may have been updated.
+struct Connected {
+    host: String,
+    docker: Docker,
+    kind: OnceCell<EngineKind>,
+}
+
+/// What the engine says of itself.
+struct EngineKind {
+    is_podman: bool,
+    images: ImagesOfEngine,
+}
+
+impl Connected {
+    /// Asks the engine once.
+    async fn kind(&self) -> Result<&EngineKind, EngineError> {
+        let asked = async {
+            let version = self.docker.version().await?;
+            let is_podman = |component: &SystemVersionComponents| component.name.starts_with("Podman");
+            let is_podman = version.components.unwrap_or_default().iter().any(is_podman);
+            Ok(EngineKind {
+                is_podman,
+                images: ImagesOfEngine {
+                    has_indexes: !is_podman && uses_containerd(&self.docker).await?,
+                    os: version.os.unwrap_or_default(),
+                    architecture: version.arch.unwrap_or_default(),
+                },
+            })
+        };
+        self.kind.get_or_try_init(|| asked.map_err(failed)).await
+    }
 }
 
 /// How far behind the engine's events are when they come here.
@@ -102,10 +129,8 @@ impl Engine {
         Self {
             host: host.to_owned(),
             clock,
-            client: Arc::default(),
+            connected: Arc::default(),
             lag: Arc::default(),
-            is_podman: Arc::default(),
-            images: Arc::default(),
         }
     }
 
@@ -120,10 +145,25 @@ impl Engine {
         F: Future<Output = Result<T, EngineError>> + Send + 'static,
         T: Send + 'static,
     {
-        match self.client.load_full() {
-            Some(client) => ask(Docker::clone(&client)).boxed(),
-            None => future::ready(Err(EngineError("not connected".to_owned()))).boxed(),
+        match self.connected() {
+            Ok(connected) => ask(connected.docker.clone()).boxed(),
+            Err(error) => future::ready(Err(error)).boxed(),
         }
+    }
+
+    fn note_lag(&self, message: &Message, subscribed: SystemTime) {
+        let made = message
+            .time_nano
+            .map(|nanos| SystemTime::UNIX_EPOCH + Duration::from_nanos(nanos));
+        // The engine repeats events from before the subscription.
+        if let Some(made) = made.filter(|made| *made >= subscribed) {
+            self.lag.note(made, &self.clock);
+        }
+    }
+
+    fn connected(&self) -> Result<Arc<Connected>, EngineError> {
+        let connected = self.connected.load_full();
+        connected.ok_or_else(|| EngineError("not connected".to_owned()))
     }
 }
 
@@ -142,11 +182,11 @@ impl ImagesOfEngine {
     /// Whether the engine describes the image that the container was created from. The author of an index writes everything in
     /// it, except for the digests. The platform of the container's image is the one that was asked for when it was created, since
     /// the engine chooses by it; the default is the engine's own.
-    fn tell_which(&self, row: &ContainerSummary) -> bool {
-        let Some(manifest) = &row.image_manifest_descriptor else {
+    fn tell_which(&self, image_id: &str, manifest: Option<&OciDescriptor>) -> bool {
+        let Some(manifest) = manifest else {
             return !self.has_indexes;
         };
-        if manifest.digest.is_some() && manifest.digest == row.image_id {
+        if manifest.digest.as_deref() == Some(image_id) {
             return true;
         }
         manifest.platform.as_ref().is_some_and(|platform| {
@@ -194,132 +234,83 @@ fn absent<T>(answer: Result<T, Error>) -> Result<Option<T>, EngineError> {
     }
 }
 
-fn filters(pairs: &[(&str, &[&str])]) -> Option<HashMap<String, Vec<String>>> {
-    let owned = |values: &[&str]| values.iter().map(|it| (*it).to_owned()).collect();
-    Some(
-        pairs
-            .iter()
-            .map(|(key, values)| ((*key).to_owned(), owned(values)))
-            .collect(),
-    )
+/// The value of the parameter `filters`.
+fn filters(pairs: &[(&str, &[&str])]) -> String {
+    let pairs: BTreeMap<_, _> = pairs.iter().copied().collect();
+    let json = serde_json::json!(pairs).to_string();
+    utf8_percent_encode(&json, NON_ALPHANUMERIC).to_string()
 }
 
 impl ContainerEngine for Engine {
     fn announces_late(&self) -> bool {
-        self.is_podman.load(Ordering::Relaxed)
+        let connected = self.connected.load();
+        let kind = connected.as_ref().and_then(|connected| connected.kind.get());
+        kind.is_some_and(|kind| kind.is_podman)
     }
 
-    fn subscribe(&self) -> BoxFuture<'static, Result<BoxStream<'static, Event>, EngineError>> {
+    fn subscribe(&self) -> BoxFuture<'static, Result<Events, EngineError>> {
         let this = self.clone();
         async move {
-            let at = |error| {
-                let EngineError(why) = failed(error);
-                EngineError(format!("{}: {why}", this.host))
-            };
-            let client = Docker::connect_with_host(&this.host)
-                .map_err(at)?
-                .negotiate_version()
-                .await
-                .map_err(at)?;
-            this.client.store(Some(Arc::new(client.clone())));
-            let version = client.version().await.map_err(at)?;
-            let is_podman = |component: &SystemVersionComponents| component.name.starts_with("Podman");
-            let components = version.components.unwrap_or_default();
-            let is_podman = components.iter().any(is_podman);
-            this.is_podman.store(is_podman, Ordering::Relaxed);
-            let has_indexes = !is_podman && uses_containerd(&client).await.map_err(at)?;
-            this.images.store(Arc::new(ImagesOfEngine {
-                has_indexes,
-                os: version.os.unwrap_or_default(),
-                architecture: version.arch.unwrap_or_default(),
-            }));
-            let since = this.clock.wall_seconds().saturating_sub(OVERLAP.as_secs());
-            let options = EventsOptions {
-                since: Some(since.to_string()),
-                filters: filters(&[("type", &["container", "network"]), ("event", ACTIONS)]),
-                ..EventsOptions::default()
-            };
+            let at = |EngineError(why)| EngineError(format!("{}: {why}", this.host));
+            let docker = Docker::connect_with_host(&this.host).map_err(failed).map_err(at)?;
             let subscribed = this.clock.wall();
-            let events = client.events(Some(options)).map(move |event| match event {
-                Ok(event) => {
-                    let made = event.time_nano.and_then(|nanos| u64::try_from(nanos).ok());
-                    let made = made.map(|nanos| SystemTime::UNIX_EPOCH + Duration::from_nanos(nanos));
-                    // What is told again was made before.
-                    if let Some(made) = made.filter(|made| *made >= subscribed) {
-                        this.lag.note(made, &this.clock);
+            let since = this.clock.wall_seconds().saturating_sub(OVERLAP.as_secs());
+            let path = format!(
+                "/events?since={since}&filters={}",
+                filters(&[("type", KINDS), ("event", ACTIONS)])
+            );
+            let lines = docker_http::lines(&this.host, &path).await.map_err(at)?;
+            this.connected.store(Some(Arc::new(Connected {
+                host: this.host.clone(),
+                docker,
+                kind: OnceCell::new(),
+            })));
+            let events = lines.filter_map(move |line| {
+                let event = match line {
+                    Ok(Line::Whole(line)) => match serde_json::from_slice::<Message>(&line) {
+                        Ok(message) => {
+                            this.note_lag(&message, subscribed);
+                            read_event(message).map(Ok)
+                        }
+                        Err(error) => {
+                            debug!(bytes = line.len(), column = error.column(), "an event cannot be read");
+                            Some(Ok(Event::Unreadable))
+                        }
+                    },
+                    Ok(Line::TooLong) => {
+                        debug!("an event is too long");
+                        Some(Ok(Event::Unreadable))
                     }
-                    Some(event)
-                }
-                Err(error) => {
-                    warn!(
-                        error = failed(error).0,
-                        "the stream of events has broken; subscribing again"
-                    );
-                    None
-                }
+                    Err(error) => Some(Err(error)),
+                };
+                future::ready(event)
             });
-            // The stream ends with the first error.
-            let events = events.take_while(|event| future::ready(event.is_some()));
-            Ok(events
-                .filter_map(|event| future::ready(event.and_then(read_event)))
-                .boxed())
+            Ok(events.boxed())
         }
         .boxed()
     }
 
-    fn containers(&self) -> BoxFuture<'static, Result<Vec<Row>, EngineError>> {
-        let images = self.images.load_full();
-        self.ask(|docker| async move {
-            let list = |states: Option<&'static str>| {
-                let filters = states.and_then(|state| filters(&[("status", &[state])]));
-                let options = ListContainersOptions {
-                    all: true,
-                    filters,
-                    ..ListContainersOptions::default()
-                };
-                let docker = docker.clone();
-                async move { docker.list_containers(Some(options)).await }
-            };
-            let rows = match list(None).await {
-                Ok(rows) => rows,
-                Err(error) => {
-                    debug!(
-                        error = failed(error).0,
-                        "the list of containers is unreadable; asking state by state"
-                    );
-                    let mut rows = Vec::new();
-                    for state in STATES {
-                        match list(Some(state)).await {
-                            Ok(more) => rows.extend(more),
-                            // A state that this engine does not know, or rows of it that cannot be read: theirs alone.
-                            Err(
-                                Error::JsonDataError { .. } | Error::DockerResponseServerError { status_code: 400, .. },
-                            ) => {
-                                warn!(state, "containers of this state are unreadable; they are not served");
-                            }
-                            Err(error) => return Err(failed(error)),
-                        }
-                    }
-                    rows
-                }
-            };
-            read_rows(&docker, &images, rows).await
-        })
+    fn containers(&self) -> BoxFuture<'static, Result<Listed, EngineError>> {
+        let connected = self.connected();
+        async move { list(&*connected?, None).await }.boxed()
     }
 
     fn container(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Row>, EngineError>> {
-        let (id, images) = (id.clone(), self.images.load_full());
-        self.ask(|docker| async move {
-            let filters = filters(&[("id", &[id.as_str()])]);
-            let options = ListContainersOptions {
-                all: true,
-                filters,
-                ..ListContainersOptions::default()
-            };
-            let rows = docker.list_containers(Some(options)).await.map_err(failed)?;
-            let rows = read_rows(&docker, &images, rows).await?;
-            Ok(rows.into_iter().find(|row| row.id == id))
-        })
+        let (connected, id) = (self.connected(), id.clone());
+        async move {
+            let listed = list(&*connected?, Some(&id)).await?;
+            if let Some(row) = listed.rows.into_iter().find(|row| row.id == id) {
+                return Ok(Some(row));
+            }
+            let why = listed
+                .undescribed
+                .into_iter()
+                .find(|(it, _)| *it == id)
+                .map(|(_, why)| why);
+            // A row without an ID may be that of the container.
+            why.or(listed.incomplete).map_or(Ok(None), Err)
+        }
+        .boxed()
     }
 
     fn inspect(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Inspection>, EngineError>> {
@@ -395,12 +386,36 @@ impl ContainerEngine for Engine {
     }
 }
 
-fn read_event(event: EventMessage) -> Option<Event> {
-    let actor = event.actor?;
+/// An event, as Docker and Podman send it.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Message {
+    r#type: Option<String>,
+    action: Option<String>,
+    actor: Option<Actor>,
+    #[serde(rename = "timeNano")]
+    time_nano: Option<u64>,
+}
+
+#[derive(Deserialize)]
+struct Actor {
+    #[serde(rename = "ID")]
+    id: Option<String>,
+    #[serde(rename = "Attributes")]
+    attributes: Option<Attributes>,
+}
+
+/// All others are the labels of a container.
+#[derive(Deserialize)]
+struct Attributes {
+    container: Option<String>,
+}
+
+fn read_event(message: Message) -> Option<Event> {
+    let actor = message.actor?;
     let subject = actor.id?;
-    let attribute = |name: &str| actor.attributes.as_ref().and_then(|attributes| attributes.get(name));
-    match (event.typ?, event.action?.as_str()) {
-        (EventMessageTypeEnum::CONTAINER, action) => {
+    match (message.r#type?.as_str(), message.action?.as_str()) {
+        ("container", action) => {
             let id = ContainerId::parse(&subject)?;
             Some(match action {
                 "start" | "init" => Event::Started(id),
@@ -409,12 +424,13 @@ fn read_event(event: EventMessage) -> Option<Event> {
                 _ => Event::Defined(id),
             })
         }
-        (EventMessageTypeEnum::NETWORK, action) => {
+        ("network", action) => {
             let network = NetworkId::from(subject.as_str());
+            let container = actor.attributes.and_then(|attributes| attributes.container);
             match action {
                 "connect" => Some(Event::Connected(
                     network,
-                    attribute("container").and_then(|id| ContainerId::parse(id)),
+                    container.and_then(|id| ContainerId::parse(&id)),
                 )),
                 "disconnect" | "destroy" | "remove" => Some(Event::Disconnected(network)),
                 "create" => Some(Event::Connected(network, None)),
@@ -428,52 +444,115 @@ fn read_event(event: EventMessage) -> Option<Event> {
 /// Inspections at once, for rows that say too little.
 const AT_ONCE: usize = 8;
 
-/// Podman's list does not say which network mode a container has; its inspections do.
-async fn read_rows(
-    docker: &Docker,
-    images: &ImagesOfEngine,
-    rows: Vec<ContainerSummary>,
-) -> Result<Vec<Row>, EngineError> {
-    let rows = futures_util::stream::iter(rows).map(|row| async {
-        let told = row.host_config.as_ref().is_some_and(|it| it.network_mode.is_some());
-        let Some(mut row) = read_row(row, images) else {
-            return Ok(None);
-        };
-        if !told {
-            let answer = docker.inspect_container(row.id.as_str(), None::<InspectContainerOptions>);
-            let host_config = absent(answer.await)?.and_then(|answer| answer.host_config);
-            let mode = host_config.and_then(|config| config.network_mode);
-            row.network_mode = mode.as_deref().map(NetworkMode::parse).unwrap_or_default();
-        }
-        Ok(Some(row))
-    });
-    let rows = rows.buffered(AT_ONCE).try_filter_map(future::ok);
-    rows.try_collect().await
+/// The row of a container. Everything but its ID may be missing; a state that this daemon does not know is not `running`.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct ListedRow {
+    names: Option<Vec<String>>,
+    labels: Option<BTreeMap<String, String>>,
+    image: Option<String>,
+    #[serde(rename = "ImageID")]
+    image_id: Option<String>,
+    image_manifest_descriptor: Option<OciDescriptor>,
+    state: Option<String>,
+    host_config: Option<ListedHostConfig>,
 }
 
-fn read_row(row: ContainerSummary, images: &ImagesOfEngine) -> Option<Row> {
-    let image_is_certain = images.tell_which(&row);
-    let id = ContainerId::parse(row.id.as_deref()?)?;
-    let name = row.names.and_then(|names| {
-        names
-            .into_iter()
-            .map(|name| name.trim_start_matches('/').to_owned())
-            .min_by_key(String::len)
-    });
-    let mode = row.host_config.and_then(|config| config.network_mode);
-    Some(Row {
-        name: name.unwrap_or_else(|| id.short().to_owned()),
-        labels: row.labels.unwrap_or_default().into_iter().collect(),
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct ListedHostConfig {
+    network_mode: Option<String>,
+}
+
+/// The ID of a row, whatever else it has.
+#[derive(Deserialize)]
+struct ListedId {
+    #[serde(rename = "Id")]
+    id: String,
+}
+
+/// Lists all containers, or one.
+async fn list(connected: &Connected, id: Option<&ContainerId>) -> Result<Listed, EngineError> {
+    let kind = connected.kind().await?;
+    let filter = id.map(|id| format!("&filters={}", filters(&[("id", &[id.as_str()])])));
+    let path = format!("/containers/json?all=true{}", filter.unwrap_or_default());
+    let answer = docker_http::get(&connected.host, &path).await?;
+    let rows: Vec<&RawValue> = serde_json::from_slice(&answer)
+        .map_err(|error| EngineError(printable(&format!("the list is not JSON as expected: {error}"), 300)))?;
+    let rows: Vec<_> = rows.into_iter().map(|row| describe(connected, kind, row)).collect();
+    let mut described = futures_util::stream::iter(rows).buffered(AT_ONCE);
+    let mut listed = Listed::default();
+    while let Some(row) = described.next().await {
+        match row {
+            Described::As(row) => listed.rows.push(*row),
+            Described::Not(id, why) => listed.undescribed.push((id, why)),
+            Described::Gone => {}
+            Described::Unnamed => {
+                listed.incomplete = Some(EngineError(
+                    "a container of the list has no ID of 64 hex digits".to_owned(),
+                ));
+            }
+        }
+    }
+    Ok(listed)
+}
+
+enum Described {
+    As(Box<Row>),
+    Not(ContainerId, EngineError),
+    /// It was removed meanwhile.
+    Gone,
+    Unnamed,
+}
+
+/// Reads one row. Podman's list does not say which network mode a container has; its inspections do.
+async fn describe(connected: &Connected, kind: &EngineKind, row: &RawValue) -> Described {
+    let id = serde_json::from_str(row.get()).ok();
+    let Some(id) = id.and_then(|ListedId { id }| ContainerId::parse(&id)) else {
+        return Described::Unnamed;
+    };
+    let row: ListedRow = match serde_json::from_str(row.get()) {
+        Ok(row) => row,
+        Err(error) => {
+            return Described::Not(
+                id,
+                EngineError(printable(&format!("its row cannot be read: {error}"), 300)),
+            );
+        }
+    };
+    let listed = row.host_config.as_ref().and_then(|config| config.network_mode.clone());
+    let mode = match listed {
+        Some(mode) => Some(mode),
+        None => {
+            let answer = connected
+                .docker
+                .inspect_container(id.as_str(), None::<InspectContainerOptions>);
+            let limited = timeout(INSPECTION, answer.map(absent)).await;
+            let late = || Err(EngineError(format!("no inspection within {} s", INSPECTION.as_secs())));
+            match limited.unwrap_or_else(|_| late()) {
+                Ok(Some(answer)) => answer.host_config.and_then(|config| config.network_mode),
+                Ok(None) => return Described::Gone,
+                Err(why) => return Described::Not(id, why),
+            }
+        }
+    };
+    Described::As(Box::new(read_row(id, row, mode.as_deref(), &kind.images)))
+}
+
+fn read_row(id: ContainerId, row: ListedRow, mode: Option<&str>, images: &ImagesOfEngine) -> Row {
+    let image_id = row.image_id.unwrap_or_default();
+    let names = row.names.unwrap_or_default();
+    let names = names.iter().map(|name| name.trim_start_matches('/'));
+    Row {
+        name: names.min_by_key(|name| name.len()).unwrap_or(id.short()).to_owned(),
+        labels: row.labels.unwrap_or_default(),
         image: row.image.unwrap_or_default(),
-        image_id: row.image_id.unwrap_or_default(),
-        image_is_certain,
-        network_mode: mode.as_deref().map(NetworkMode::parse).unwrap_or_default(),
-        running: matches!(
-            row.state,
-            Some(ContainerSummaryStateEnum::RUNNING | ContainerSummaryStateEnum::PAUSED)
-        ),
+        image_is_certain: images.tell_which(&image_id, row.image_manifest_descriptor.as_ref()),
+        image_id,
+        network_mode: mode.map(NetworkMode::parse).unwrap_or_default(),
+        running: matches!(row.state.as_deref(), Some("running" | "paused")),
         id,
-    })
+    }
 }
 
 fn read_network(network: NetworkInspect) -> Network {
@@ -580,6 +659,9 @@ mod tests {
         assert!(endpoint.internal);
     }
 
+    /// The answer that stands for an error of the engine.
+    const FAILS: &str = "fails";
+
     /// An engine that answers every request for `path` with what `answer` says.
     fn engine(answer: impl Fn(&str) -> Option<String> + Send + Sync + 'static) -> (tempfile::TempDir, Engine) {
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -601,6 +683,9 @@ mod tests {
                     let path =
                         percent_encoding::percent_decode_str(head.split(' ').nth(1).unwrap()).decode_utf8_lossy();
                     let (status, body) = match answer(&path) {
+                        Some(body) if body == FAILS => {
+                            ("500 Internal Server Error", "{\"message\":\"broken\"}".to_owned())
+                        }
                         Some(body) => ("200 OK", body),
                         None => ("404 Not Found", "{\"message\":\"no such thing\"}".to_owned()),
                     };
@@ -628,9 +713,7 @@ mod tests {
             os: "linux".to_owned(),
             architecture: architecture.to_owned(),
         };
-        let row = |manifest: &str| -> ContainerSummary {
-            serde_json::from_str(&format!(r#"{{"Id":"x","ImageID":"sha256:aa"{manifest}}}"#)).unwrap()
-        };
+        let row = |manifest: &str| format!(r#"{{"Id":"x","ImageID":"sha256:aa"{manifest}}}"#);
         let of = |digest: &str, platform: &str| {
             let manifest = format!(r#""digest":"sha256:{digest}","platform":{platform}"#);
             row(&format!(r#","ImageManifestDescriptor":{{{manifest}}}"#))
@@ -655,7 +738,10 @@ mod tests {
             (true, "amd64", of("aa", &arm64), true),
             (true, "arm64", of("bb", v8), true),
         ] {
-            assert_eq!(images(has_indexes, own).tell_which(&row), certain, "{own} {row:?}");
+            let read: ListedRow = serde_json::from_str(&row).unwrap();
+            let manifest = read.image_manifest_descriptor.as_ref();
+            let is_certain = images(has_indexes, own).tell_which(&read.image_id.unwrap(), manifest);
+            assert_eq!(is_certain, certain, "{own} {row}");
         }
     }
 
@@ -670,7 +756,7 @@ mod tests {
             false => version(path),
         });
         drop(engine.subscribe().await.unwrap());
-        assert!(!engine.containers().await.unwrap()[0].image_is_certain);
+        assert!(!engine.containers().await.unwrap().rows[0].image_is_certain);
     }
 
     #[tokio::test]
@@ -700,56 +786,128 @@ mod tests {
             inspected.or_else(|| version(path))
         });
         drop(engine.subscribe().await.unwrap());
-        let rows = engine.containers().await.unwrap();
+        let rows = engine.containers().await.unwrap().rows;
         let modes: Vec<_> = rows.into_iter().map(|row| row.network_mode).collect();
-        assert_eq!(modes, [NetworkMode::Host, NetworkMode::Own, NetworkMode::Own]);
+        assert_eq!(modes, [NetworkMode::Host, NetworkMode::Own]);
     }
 
-    #[tokio::test]
-    async fn a_row_that_cannot_be_read_costs_those_of_its_state_only() {
-        let row = |digit: &str, state: &str| format!("{{\"Id\":\"{}\",\"State\":\"{state}\"}}", digit.repeat(64));
-        let (_dir, engine) = engine(move |path| {
-            // Podman says `stopped`, which bollard does not know.
-            let rows = match path {
-                _ if path.contains("\"status\":[\"running\"]") => vec![row("a", "running")],
-                _ if path.contains("\"status\":[\"exited\"]") => vec![row("b", "stopped")],
-                _ if path.contains("\"status\":") => vec![],
-                _ if path.contains("/containers/json") => vec![row("a", "running"), row("b", "stopped")],
-                _ => return version(path),
-            };
-            Some(format!("[{}]", rows.join(",")))
+    /// The answer of an engine whose list is `list`.
+    async fn listed(list: String) -> Result<Listed, EngineError> {
+        let (_dir, engine) = engine(move |path| match path.contains("/containers/") {
+            true if path.contains("/containers/json") => Some(list.clone()),
+            true => Some(FAILS.to_owned()),
+            false => version(path),
         });
         drop(engine.subscribe().await.unwrap());
-        let rows = engine.containers().await.unwrap();
-        assert_eq!(
-            rows.iter().map(|row| row.id.short()).collect::<Vec<_>>(),
-            ["aaaaaaaaaaaa"]
+        engine.containers().await
+    }
+
+    fn row(digit: &str, more: &str) -> String {
+        format!("{{\"Id\":\"{}\"{more}}}", digit.repeat(64))
+    }
+
+    const ON_BRIDGE: &str = ",\"HostConfig\":{\"NetworkMode\":\"bridge\"}";
+
+    #[tokio::test]
+    async fn a_container_that_cannot_be_described_costs_itself_only() {
+        let rows = [
+            row("a", &format!(",\"State\":\"running\"{ON_BRIDGE}")),
+            // Podman's state, and one of the future.
+            row("b", &format!(",\"State\":\"stopped\"{ON_BRIDGE}")),
+            row("c", &format!(",\"Labels\":[]{ON_BRIDGE}")),
+            // Its inspection fails.
+            row("d", ",\"State\":\"running\""),
+        ];
+        let listed = listed(format!("[{}]", rows.join(","))).await.unwrap();
+        let read: Vec<_> = listed
+            .rows
+            .iter()
+            .map(|row| (&row.id.as_str()[..1], row.running))
+            .collect();
+        assert_eq!(read, [("a", true), ("b", false)]);
+        let undescribed: Vec<_> = listed
+            .undescribed
+            .iter()
+            .map(|(id, why)| (&id.as_str()[..1], why.to_string()))
+            .collect();
+        assert_eq!(undescribed.iter().map(|(id, _)| *id).collect::<Vec<_>>(), ["c", "d"]);
+        assert!(
+            undescribed[0].1.starts_with("its row cannot be read: "),
+            "{undescribed:?}"
         );
-        assert!(rows[0].running);
+        assert!(undescribed[1].1.contains("broken"), "{undescribed:?}");
+        assert_eq!(listed.incomplete, None);
     }
 
     #[tokio::test]
-    async fn an_event_that_cannot_be_read_ends_the_stream_and_one_of_others_does_not() {
+    async fn a_list_with_a_row_of_no_known_container_may_lack_containers() {
+        let listed = listed(format!("[{},{{\"Id\":\"short\"}}]", row("a", ON_BRIDGE)))
+            .await
+            .unwrap();
+        assert_eq!(listed.rows.len(), 1);
+        assert!(listed.incomplete.is_some());
+    }
+
+    #[tokio::test]
+    async fn a_list_that_is_broken_is_an_error_and_not_an_empty_list() {
+        let whole = format!("[{},{}]", row("a", ON_BRIDGE), row("b", ON_BRIDGE));
+        for list in [&whole[..whole.len() - 1], &whole[..40], "{}", "", "null", "[1", FAILS] {
+            let error = listed(list.to_owned()).await.unwrap_err().to_string();
+            let expected = if list == FAILS {
+                "status 500: broken"
+            } else {
+                "the list is not JSON as expected"
+            };
+            assert!(error.starts_with(expected), "{list}: {error}");
+        }
+        assert_eq!(listed("[]".to_owned()).await.unwrap(), Listed::default());
+    }
+
+    #[tokio::test]
+    async fn events_that_are_huge_or_garbled_cost_themselves_only() {
         let id = "ab".repeat(32);
-        let (_dir, engine) = engine(move |path| {
-            let event =
-                |kind: &str| format!("{{\"Type\":\"{kind}\",\"Action\":\"start\",\"Actor\":{{\"ID\":\"{id}\"}}}}\n");
-            match path.contains("/events") {
-                true => Some(
-                    [
-                        event("container"),
-                        event("image"),
-                        event("container"),
-                        event("pod"),
-                        event("container"),
-                    ]
-                    .concat(),
-                ),
-                false => version(path),
+        let event = move |kind: &str, more: &str| {
+            format!(
+                "{{\"Type\":\"{kind}\",\"Action\":\"start\",\"Actor\":{{\"ID\":\"{id}\",\"Attributes\":{{{more}}}}}}}\n"
+            )
+        };
+        let garbled = format!("{}\n", &event("container", "")[..30]);
+        let huge = event("container", &format!("\"label\":\"{}\"", "x".repeat(20_000_000)));
+        let large = event("container", &format!("\"label\":\"{}\"", "x".repeat(900_000)));
+        let whole = event("container", "");
+        let (_dir, engine) = engine(move |path| match path.contains("/events") {
+            true => {
+                let others = event("image", "") + &event("pod", "");
+                Some(
+                    [&whole, &garbled, &whole, &others, &huge, "\u{0}\u{1}\n", &large, &whole]
+                        .map(String::from)
+                        .concat(),
+                )
             }
+            false => version(path),
+        });
+        // With bollard an event of 20 MB takes 12 s.
+        let events = timeout(
+            Duration::from_secs(20),
+            engine.subscribe().await.unwrap().collect::<Vec<_>>(),
+        );
+        let events = events.await.expect("read in time");
+        let started = || Ok(Event::Started(ContainerId::parse(&"ab".repeat(32)).unwrap()));
+        let lost = || Ok(Event::Unreadable);
+        assert_eq!(
+            events,
+            [started(), lost(), started(), lost(), lost(), started(), started()]
+        );
+    }
+
+    #[tokio::test]
+    async fn a_subscription_that_the_engine_refuses_is_a_stream_that_breaks() {
+        let (_dir, engine) = engine(|path| match path.contains("/events") {
+            true => Some(FAILS.to_owned()),
+            false => version(path),
         });
         let events: Vec<_> = engine.subscribe().await.unwrap().collect().await;
-        assert_eq!(events.len(), 2, "{events:?}");
+        assert_eq!(events, [Err(EngineError("status 500: broken".to_owned()))]);
     }
 
     #[tokio::test]

@@ -3,8 +3,9 @@
 use std::hash::Hash;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::SystemTime;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use dashmap::{DashMap, DashSet};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -17,8 +18,21 @@ pub enum EngineState {
     Away(String),
     /// Reached, and being asked who runs here.
     Synchronising,
-    /// Everything that it knew is in the index, and events follow.
+    /// Everything that its lists named is in the index, and events follow.
     Synchronised,
+}
+
+/// A call to the engine that fails although the engine is connected. The daemon repeats it until it is answered.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Failing {
+    /// The call, such as `list of containers`.
+    pub call: String,
+    /// The error of the last attempt.
+    pub error: String,
+    /// The first failure.
+    pub since: SystemTime,
+    /// How many other calls fail as well.
+    pub others: usize,
 }
 
 /// A caller whose address leads to no living container. Whoever asks waits for the engine to be asked once more.
@@ -39,12 +53,15 @@ pub struct Index {
     by_namespace: DashMap<NamespaceId, Vec<ContainerId>>,
     /// Namespaces of runs whose definition the engine has not told yet.
     undefined: DashSet<NamespaceId>,
+    /// Containers that the engine's list names and that could not be described.
+    undescribed: DashSet<ContainerId>,
     /// Who is, or will be, in a network namespace that is not its own: few.
     joining: DashSet<ContainerId>,
     /// Each network's gateways: addresses of this host.
     gateways: DashMap<NetworkId, Vec<IpAddr>>,
     version: watch::Sender<u64>,
     engine: ArcSwap<EngineState>,
+    failing: ArcSwapOption<Failing>,
     misses: mpsc::Sender<Miss>,
 }
 
@@ -60,10 +77,12 @@ impl Index {
             by_address: DashMap::new(),
             by_namespace: DashMap::new(),
             undefined: DashSet::new(),
+            undescribed: DashSet::new(),
             joining: DashSet::new(),
             gateways: DashMap::new(),
             version: watch::Sender::new(0),
             engine: ArcSwap::from_pointee(EngineState::Away("not asked yet".to_owned())),
+            failing: ArcSwapOption::empty(),
             misses,
         };
         (Arc::new(index), receiver)
@@ -138,6 +157,18 @@ impl Index {
         self.engine.load_full()
     }
 
+    /// The call to the engine that fails, if one does.
+    pub fn failing(&self) -> Option<Arc<Failing>> {
+        self.failing.load_full()
+    }
+
+    /// Whether the engine says that the container does not exist: it has answered with a list that does not name it, or has
+    /// announced its removal. An engine that does not answer says nothing.
+    pub fn is_gone(&self, id: &ContainerId) -> bool {
+        let is_named = self.records.contains_key(id) || self.undescribed.contains(id);
+        *self.engine.load_full() == EngineState::Synchronised && !is_named
+    }
+
     /// Wakes whenever anything in the index has changed.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.version.subscribe()
@@ -155,6 +186,7 @@ impl Index {
     /// Replaces what is known of one container. For the writer.
     pub(super) fn put(&self, record: Record) {
         let id = record.definition.id.clone();
+        self.undescribed.remove(&id);
         let record = Arc::new(record);
         let old = self.records.insert(id.clone(), record.clone());
         if let Some(old) = old {
@@ -182,6 +214,7 @@ impl Index {
     /// Forgets one container. For the writer.
     pub(super) fn remove(&self, id: &ContainerId) {
         self.joining.remove(id);
+        self.undescribed.remove(id);
         if let Some((_, old)) = self.records.remove(id) {
             for address in old.attachments.addresses() {
                 unlink(&self.by_address, &address, id);
@@ -199,6 +232,20 @@ impl Index {
             self.gateways.remove(network);
         } else {
             self.gateways.insert(network.clone(), gateways);
+        }
+    }
+
+    /// Notes a container that the engine's list names and that could not be described. For the writer.
+    pub(super) fn set_undescribed(&self, id: &ContainerId) {
+        if !self.records.contains_key(id) {
+            self.undescribed.insert(id.clone());
+        }
+    }
+
+    /// Notes the call to the engine that fails. For the writer.
+    pub(super) fn set_failing(&self, failing: Option<Failing>) {
+        if self.failing.load().as_deref() != failing.as_ref() {
+            self.failing.store(failing.map(Arc::new));
         }
     }
 

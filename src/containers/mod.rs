@@ -6,11 +6,15 @@
 pub mod compat;
 pub mod compose;
 pub mod docker;
+mod docker_http;
+mod failures;
 pub mod images;
 pub mod index;
 pub mod labels;
+pub mod lookups;
 pub mod pairs;
 pub mod slots;
+mod subscription;
 pub mod watcher;
 
 use std::collections::BTreeMap;
@@ -415,6 +419,8 @@ pub struct Record {
     pub life: Option<Arc<Life>>,
     /// Why there is no life although the engine says that it runs.
     pub no_life: Option<String>,
+    /// The error of a call to the engine about this container, which the daemon repeats until it is answered.
+    pub unread: Option<String>,
     /// Whether its network namespace is to have a link to the service.
     pub attaches: bool,
     /// Why it has no link although it should.

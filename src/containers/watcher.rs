@@ -5,7 +5,7 @@
 //! and what the answer does not hold is forgotten.
 //!
 //! Per subject (a container, a network …) at most one look-up is in flight, and one that was overtaken by an event is
-//! made again: no answer can be older than the last event for long.
+//! made again: no answer can be older than the last event for long. One that fails is repeated until it is answered.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::net::IpAddr;
@@ -13,15 +13,18 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::BoxFuture;
-use futures_util::stream::{BoxStream, FuturesUnordered, StreamExt as _, TryStreamExt as _};
+use futures_util::stream::{BoxStream, FuturesUnordered, StreamExt as _};
 use futures_util::{FutureExt as _, future};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
-use super::images::{Image, ImageStore, Images, InUse, KnownImages};
+use super::failures::Failures;
+use super::images::{Image, ImageStore, Images, InUse};
 use super::index::{EngineState, Index, Miss};
+use super::lookups::{self, Found, Lookup, ReadRow, ReadRows, Subject};
 use super::pairs::Pairs;
+use super::subscription::Subscription;
 use super::{
     Attachments, CgroupId, ContainerId, Definition, Endpoint, Environment, LastRequest, Life, NetworkId, NetworkMode,
     Record, Witness, compose,
@@ -32,14 +35,14 @@ use crate::instance::{Instance, Role};
 
 /// What an engine can be asked. Implemented by [`super::docker`] and by a script in tests.
 pub trait ContainerEngine: Send + Sync + 'static {
-    /// Connects, and streams events from now on. A stream that ends means that the engine was lost.
-    fn subscribe(&self) -> BoxFuture<'static, Result<BoxStream<'static, Event>, EngineError>>;
-    /// Whether it announces a container only after its first instruction, as Podman does. Known once it is subscribed to.
+    /// Connects, and streams events from now on. A stream that ends, or has an error, means that events may have been lost.
+    fn subscribe(&self) -> BoxFuture<'static, Result<Events, EngineError>>;
+    /// Whether it announces a container only after its first instruction, as Podman does. Known once it has listed containers.
     fn announces_late(&self) -> bool {
         false
     }
     /// All containers, whatever their state.
-    fn containers(&self) -> BoxFuture<'static, Result<Vec<Row>, EngineError>>;
+    fn containers(&self) -> BoxFuture<'static, Result<Listed, EngineError>>;
     /// One container, by its row of the list: does not block while it starts.
     fn container(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Row>, EngineError>>;
     /// What only an inspect tells; blocks while the container starts, so nothing waits for it.
@@ -55,8 +58,11 @@ pub trait ContainerEngine: Send + Sync + 'static {
     fn stop(&self, id: &ContainerId) -> BoxFuture<'static, Result<(), EngineError>>;
 }
 
+/// The events of an engine.
+pub type Events = BoxStream<'static, Result<Event, EngineError>>;
+
 /// Why the engine did not answer.
-#[derive(Clone, Debug, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct EngineError(pub String);
 
@@ -75,6 +81,28 @@ pub enum Event {
     Connected(NetworkId, Option<ContainerId>),
     /// A container left a network, or the network itself is gone.
     Disconnected(NetworkId),
+    /// An event that could not be read. It may have been about anything.
+    Unreadable,
+}
+
+/// The answer to a list of all containers.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Listed {
+    /// The containers that were described.
+    pub rows: Vec<Row>,
+    /// Containers that the list names, and why they could not be described.
+    pub undescribed: Vec<(ContainerId, EngineError)>,
+    /// Why the list may lack containers.
+    pub incomplete: Option<EngineError>,
+}
+
+impl From<Vec<Row>> for Listed {
+    fn from(rows: Vec<Row>) -> Self {
+        Self {
+            rows,
+            ..Self::default()
+        }
+    }
 }
 
 /// A container in the engine's list.
@@ -221,8 +249,6 @@ pub trait Hold: Send {
 const FLIGHTS: usize = 16;
 /// First processes that are looked for at once.
 const BIRTHS: usize = 32;
-/// The longest pause before the engine is tried again.
-const RECONNECT: Duration = Duration::from_millis(250);
 /// How often the kernel is asked for a container that must be starting now: its first process is there at least 135 ms
 /// before its first request.
 const BIRTH_TICK: Duration = Duration::from_millis(5);
@@ -232,35 +258,22 @@ const BIRTH_SLOW_TICK: Duration = Duration::from_millis(500);
 const BIRTH_QUICK: Duration = Duration::from_secs(5);
 /// How long it is asked at all when the engine does not say that it runs.
 const BIRTH_GIVEN_UP: Duration = Duration::from_secs(60);
-/// A look-up that failed is made again after this, so many times; a resync makes it again in any case.
-const RETRY: Duration = Duration::from_millis(100);
-const RETRIES: u32 = 10;
-
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-enum Subject {
-    Rows,
-    Networks,
-    Container(ContainerId),
-    Inspect(ContainerId),
-    Network(NetworkId),
-}
-
-/// A row with the labels that its image brings (`None`: unreadable).
-type ReadRow = (Row, Option<Arc<Image>>);
-
-enum Found {
-    Rows(Vec<ReadRow>),
-    Networks(Vec<NetworkId>),
-    Container(Option<Box<ReadRow>>),
-    Inspect(Option<Inspection>),
-    Network(Option<Network>),
-}
-
-type Answer = (Subject, Result<Found, EngineError>);
+/// How long the engine may take to start its stream of events. Where systemd holds its socket, it is started meanwhile.
+const SUBSCRIBE: Duration = Duration::from_secs(30);
+/// After an event that could not be read, lists are asked for again, at most this often.
+const RELIST: Duration = Duration::from_secs(1);
+/// While streams of events break, containers are listed at most this often.
+const POLL: Duration = Duration::from_secs(5);
+/// Waiters that are kept before those whose caller has left are removed.
+const WAITERS: usize = 512;
 
 /// What the writer knows of a container.
 struct Known {
     definition: Option<Arc<Definition>>,
+    /// Its row of the list, if its image could not be read yet.
+    waits_for_image: Option<Row>,
+    /// How many lists had been asked for when the engine last named it.
+    named: u64,
     running: bool,
     attachments: Arc<Attachments>,
     hostname: Option<String>,
@@ -348,6 +361,8 @@ pub struct Watcher {
     images: Images,
     /// The engine has listed its containers at least once.
     is_listed: bool,
+    /// The log says that the engine is away.
+    is_away_said: bool,
 
     /// In flight; `true`: overtaken by an event, to be made again.
     flights: HashMap<Subject, bool>,
@@ -355,11 +370,14 @@ pub struct Watcher {
     inspects: VecDeque<Subject>,
     queued: HashSet<Subject>,
     inspecting: usize,
-    answers: FuturesUnordered<BoxFuture<'static, Answer>>,
-    retries: Vec<(Instant, Subject)>,
-    failures: HashMap<Subject, u32>,
+    answers: FuturesUnordered<BoxFuture<'static, (Subject, Result<Found, EngineError>)>>,
+    failures: Failures,
     /// What is left until the snapshot is whole.
     synchronising: Option<HashSet<Subject>>,
+    /// Lists of containers that were asked for so far, and when the last one was.
+    lists: (u64, Option<Instant>),
+    /// When lists are asked for again because an event could not be read.
+    relist: Option<Instant>,
 
     awaited: HashMap<ContainerId, Awaited>,
     /// Those whose first process is to be looked for now.
@@ -410,15 +428,17 @@ impl Watcher {
             networks: HashMap::new(),
             images: Images::new(ports.images),
             is_listed: false,
+            is_away_said: false,
             flights: HashMap::new(),
             queue: VecDeque::new(),
             inspects: VecDeque::new(),
             queued: HashSet::new(),
             inspecting: 0,
             answers: FuturesUnordered::new(),
-            retries: Vec::new(),
-            failures: HashMap::new(),
+            failures: Failures::default(),
             synchronising: None,
+            lists: (0, None),
+            relist: None,
             awaited: HashMap::new(),
             due: VecDeque::new(),
             births: FuturesUnordered::new(),
@@ -435,46 +455,52 @@ impl Watcher {
 
     /// Watches until the task is dropped.
     pub async fn run(mut self) {
-        let mut events: BoxStream<'static, Event> = futures_util::stream::pending().boxed();
-        let mut connecting: BoxFuture<'static, Result<BoxStream<'static, Event>, EngineError>> =
-            self.engine.subscribe();
+        let mut subscription = Subscription::default();
+        let mut connecting = subscribe(self.engine.clone(), Duration::ZERO);
+        let mut events: Option<Events> = None;
         let mut appearing: Option<BoxStream<'static, ContainerId>> = None;
-        let mut connected = false;
-        let mut back_off = Duration::from_millis(10);
+        // When the stream of events has proven itself.
+        let mut proven: Option<Instant> = None;
         let mut tick = tokio::time::interval(BIRTH_TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let clock = self.clock.clone();
         loop {
             let next = self.next();
+            let connected = events.is_some();
             tokio::select! {
                 subscribed = &mut connecting, if !connected => match subscribed {
                     Ok(stream) => {
-                        events = stream;
-                        (connected, back_off) = (true, Duration::from_millis(10));
-                        if self.engine.announces_late() && appearing.is_none() {
-                            appearing = Some(self.kernel.appearing());
+                        let now = clock.now();
+                        let at = subscription.started(now);
+                        (events, proven) = (Some(stream), Some(at));
+                        if at > now {
+                            self.poll(now);
                         }
-                        self.resync();
                     }
                     Err(error) => {
-                        self.lost(&error.to_string());
-                        let (pause, again) = (back_off, self.engine.clone());
-                        back_off = (back_off * 2).min(RECONNECT);
-                        connecting = async move { tokio::time::sleep(pause).await; again.subscribe().await }.boxed();
+                        self.unreachable(&error.to_string());
+                        connecting = subscribe(self.engine.clone(), subscription.unreachable());
                     }
                 },
-                event = events.next(), if connected => match event {
-                    Some(event) => self.event(event),
-                    None => {
-                        self.lost("the stream of events has ended");
-                        connected = false;
-                        let (pause, again) = (back_off, self.engine.clone());
-                        connecting = async move { tokio::time::sleep(pause).await; again.subscribe().await }.boxed();
+                () = until(proven), if proven.is_some() => {
+                    proven = None;
+                    self.resync();
+                }
+                event = next_of(&mut events), if connected => match event {
+                    Some(Ok(event)) => self.event(event),
+                    end => {
+                        let why = end.and_then(Result::err).map_or_else(|| "it was closed".to_owned(), |error| error.0);
+                        self.lost(&format!("the stream of events ended: {why}"));
+                        (events, proven) = (None, None);
+                        connecting = subscribe(self.engine.clone(), subscription.ended(clock.now()));
                     }
                 },
                 Some(id) = next_of(&mut appearing) => self.appeared(id),
                 Some((subject, found)) = self.answers.next(), if !self.answers.is_empty() => {
-                    self.answered(subject, found, connected);
+                    self.answered(subject, found);
+                    if appearing.is_none() && self.engine.announces_late() {
+                        appearing = Some(self.kernel.appearing());
+                    }
                 }
                 Some((id, birth)) = self.births.next(), if !self.births.is_empty() => self.born(id, birth),
                 Some((id, cgroup)) = self.ends.next(), if !self.ends.is_empty() => self.ended(&id, cgroup),
@@ -486,7 +512,7 @@ impl Watcher {
                     all.iter().for_each(|id| self.publish(id));
                 }
                 () = clock.until(next), if next.is_some() => self.again(),
-                _ = tick.tick(), if !self.awaited.is_empty() || !self.retries.is_empty() || !self.attach_retries.is_empty() => self.tick(),
+                _ = tick.tick(), if self.has_planned() => self.tick(),
             }
         }
     }
@@ -508,32 +534,66 @@ impl Watcher {
 
     // ---- the engine
 
+    /// Events may have been lost. The engine may still answer.
     fn lost(&mut self, why: &str) {
-        if *self.index.engine() != EngineState::Away(why.to_owned()) {
+        if self.is_away_said {
+            debug!(why, "the container engine is away");
+        } else {
             warn!(why, "the container engine is away; known containers are served on");
-            self.index.set_engine(EngineState::Away(why.to_owned()));
+            self.is_away_said = true;
+        }
+        let state = EngineState::Away(why.to_owned());
+        if *self.index.engine() != state {
+            self.index.set_engine(state);
         }
         self.kernel.engine_lost();
         self.synchronising = None;
-        self.queue.clear();
-        self.inspects.clear();
-        self.inspecting = 0;
-        self.queued.clear();
-        self.flights.clear();
-        self.retries.clear();
-        self.answers = FuturesUnordered::new();
-        // Whoever waits may be known before its deadline: the engine may come back. The deadline is the caller's.
+        // Callers that wait may be known before their deadlines: the engine may come back.
         for waiter in &mut self.waiters {
             waiter.pending.insert(Subject::Rows);
         }
     }
 
+    /// The engine does not answer at all: everything is looked up once it does.
+    fn unreachable(&mut self, why: &str) {
+        self.lost(why);
+        self.queue.clear();
+        self.inspects.clear();
+        self.inspecting = 0;
+        self.queued.clear();
+        self.flights.clear();
+        self.failures.clear();
+        self.relist = None;
+        self.answers = FuturesUnordered::new();
+        self.index.set_failing(None);
+    }
+
     fn resync(&mut self) {
         self.index.set_engine(EngineState::Synchronising);
         self.synchronising = Some([Subject::Rows, Subject::Networks].into());
-        self.failures.clear();
         self.touch(Subject::Rows);
         self.touch(Subject::Networks);
+    }
+
+    /// The stream of events is new, and may break at once like those before it. Its events do not tell of containers that started
+    /// between two streams.
+    fn poll(&mut self, now: Instant) {
+        if self.lists.1.is_some_and(|last| now - last >= POLL) {
+            self.touch(Subject::Rows);
+        }
+    }
+
+    /// An event could not be read: the lists tell what it was about.
+    fn relist(&mut self) {
+        let now = self.clock.now();
+        let at = self.lists.1.map_or(now, |last| last + RELIST);
+        if at > now {
+            self.relist = Some(at);
+        } else {
+            self.relist = None;
+            self.touch(Subject::Rows);
+            self.touch(Subject::Networks);
+        }
     }
 
     /// A container's cgroup has appeared, before the engine announces it.
@@ -555,8 +615,9 @@ impl Watcher {
                 self.expect(id);
             }
             Event::Started(id) => {
+                let lists = self.lists.0;
                 if let Some(known) = self.known.get_mut(&id) {
-                    known.running = true;
+                    (known.running, known.named) = (true, lists);
                     known.run = None;
                     self.publish(&id);
                 } else {
@@ -590,6 +651,7 @@ impl Watcher {
                 }
             }
             Event::Disconnected(network) => self.touch(Subject::Network(network)),
+            Event::Unreadable => self.relist(),
         }
     }
 
@@ -623,101 +685,104 @@ impl Watcher {
     fn depart(&mut self, subject: Subject) {
         self.queued.remove(&subject);
         self.flights.insert(subject.clone(), false);
-        self.answers.push(self.look_up(subject));
-    }
-
-    fn look_up(&self, subject: Subject) -> BoxFuture<'static, Answer> {
-        let (engine, images) = (self.engine.clone(), self.images.known());
-        let all = self.instances.image_labels_count();
-        async move {
-            let found = match &subject {
-                Subject::Rows => {
-                    async {
-                        let rows = futures_util::stream::iter(engine.containers().await?);
-                        let read = rows
-                            .map(|row| with_image(&*engine, &images, all, row))
-                            .buffered(FLIGHTS);
-                        Ok(Found::Rows(read.try_collect().await?))
-                    }
-                    .await
-                }
-                Subject::Networks => engine.networks().await.map(Found::Networks),
-                Subject::Container(id) => match engine.container(id).await {
-                    Ok(Some(row)) => {
-                        let read = with_image(&*engine, &images, all, row).await;
-                        read.map(|read| Found::Container(Some(Box::new(read))))
-                    }
-                    Ok(None) => Ok(Found::Container(None)),
-                    Err(error) => Err(error),
-                },
-                Subject::Inspect(id) => engine.inspect(id).await.map(Found::Inspect),
-                Subject::Network(id) => engine.network(id).await.map(Found::Network),
-            };
-            (subject, found)
+        if subject == Subject::Rows {
+            self.lists = (self.lists.0 + 1, Some(self.clock.now()));
         }
-        .boxed()
+        let look_up = Lookup {
+            engine: self.engine.clone(),
+            images: self.images.known(),
+            image_labels_count: self.instances.image_labels_count(),
+            limit: self.failures.limit(&subject),
+        };
+        self.answers
+            .push(async move { (subject.clone(), look_up.make(&subject).await) }.boxed());
     }
 
-    fn answered(&mut self, subject: Subject, found: Result<Found, EngineError>, connected: bool) {
+    fn answered(&mut self, subject: Subject, found: Result<Found, EngineError>) {
         let again = self.flights.remove(&subject).unwrap_or(false);
         if matches!(subject, Subject::Inspect(_)) {
             self.inspecting -= 1;
         }
         match found {
-            // What an inspect tells of a run that an event has overtaken may be the run before.
-            Ok(Found::Inspect(_)) if again => {}
             Ok(found) => {
-                self.failures.remove(&subject);
-                self.learn(&subject, found);
-            }
-            Err(error) => {
-                let failures = self.failures.entry(subject.clone()).or_default();
-                *failures += 1;
-                debug!(?subject, %error, failures, "look-up failed");
-                if connected && !again && *failures <= RETRIES {
-                    self.retries.push((self.clock.now() + RETRY, subject));
-                    return self.fly();
+                let incomplete = found.incomplete();
+                let ended = incomplete.is_none() && self.failures.end(&subject);
+                // What an inspect tells of a run that an event has overtaken may be the run before.
+                if !(again && matches!(found, Found::Inspect(_))) {
+                    self.learn(&subject, found);
+                }
+                if ended {
+                    self.failures_changed(&subject);
+                }
+                match incomplete {
+                    Some(why) => self.failed(&subject, why),
+                    None if again => self.touch(subject),
+                    None => self.finished(&subject),
                 }
             }
-        }
-        if again {
-            self.touch(subject);
-        } else {
-            self.finished(&subject);
+            // Its next attempt is also the one that an event has asked for.
+            Err(error) => self.failed(&subject, error),
         }
         self.fly();
     }
 
+    /// A look-up failed: it is made again.
+    fn failed(&mut self, subject: &Subject, error: EngineError) {
+        let now = (self.clock.now(), self.clock.wall());
+        if self.failures.note(subject, error.0, now) {
+            self.failures_changed(subject);
+        }
+        // Without its lists nothing is known of the engine. The rest is known, but for single containers and networks.
+        if !subject.is_list() {
+            self.done_with(subject);
+        }
+    }
+
+    /// Makes visible that a look-up fails, or does not fail any more.
+    fn failures_changed(&mut self, subject: &Subject) {
+        self.index.set_failing(self.failures.worst());
+        match subject {
+            Subject::Container(id) | Subject::Inspect(id) => self.publish(id),
+            Subject::Image(image) => self.waiting_for(image).iter().for_each(|id| self.publish(id)),
+            Subject::Rows | Subject::Networks | Subject::Network(_) => {}
+        }
+    }
+
+    /// Containers whose image is looked up.
+    fn waiting_for(&self, image: &str) -> Vec<ContainerId> {
+        let waits = |known: &Known| known.waits_for_image.as_ref().is_some_and(|row| row.image_id == image);
+        let waiting = self.known.iter().filter(|(_, known)| waits(known));
+        waiting.map(|(id, _)| id.clone()).collect()
+    }
+
     /// A look-up has told what it can.
     fn finished(&mut self, subject: &Subject) {
-        if let Some(left) = &mut self.synchronising {
-            left.remove(subject);
-            if left.is_empty() {
-                self.synchronising = None;
-                self.index.set_engine(EngineState::Synchronised);
-                info!(
-                    containers = self.known.len(),
-                    networks = self.networks.len(),
-                    "synchronised with the container engine"
-                );
-            }
-        }
+        self.done_with(subject);
         for mut waiter in std::mem::take(&mut self.waiters) {
             waiter.pending.remove(subject);
             self.wait(waiter);
         }
     }
 
+    /// The snapshot does not wait for that look-up any more.
+    fn done_with(&mut self, subject: &Subject) {
+        let Some(left) = &mut self.synchronising else { return };
+        left.remove(subject);
+        if left.is_empty() {
+            self.synchronising = None;
+            self.is_away_said = false;
+            self.index.set_engine(EngineState::Synchronised);
+            info!(
+                containers = self.known.len(),
+                networks = self.networks.len(),
+                "synchronised with the container engine"
+            );
+        }
+    }
+
     fn learn(&mut self, subject: &Subject, found: Found) {
         match (subject, found) {
-            (Subject::Rows, Found::Rows(rows)) => {
-                let ids: HashSet<_> = rows.iter().map(|(row, _)| row.id.clone()).collect();
-                let gone: Vec<_> = self.known.keys().filter(|id| !ids.contains(*id)).cloned().collect();
-                gone.iter().for_each(|id| self.forget(id));
-                rows.into_iter().for_each(|read| self.define(read));
-                self.is_listed = true;
-                self.keep_images();
-            }
+            (Subject::Rows, Found::Rows(rows)) => self.learn_rows(rows),
             (Subject::Networks, Found::Networks(networks)) => {
                 let gone: Vec<_> = self
                     .networks
@@ -754,25 +819,79 @@ impl Watcher {
                 }
             }
             (Subject::Network(id), Found::Network(network)) => self.attach(&id.clone(), network),
+            (Subject::Image(id), Found::Image(image)) => {
+                for container in self.waiting_for(id) {
+                    let row = self.known(&container).waits_for_image.take();
+                    row.into_iter().for_each(|row| self.define((row, Ok(image.clone()))));
+                }
+                self.keep_images();
+            }
             // A container that is gone has no inspection; its row says so.
             _ => {}
         }
     }
 
+    /// Learns the list of all containers: one that it does not name is gone.
+    fn learn_rows(&mut self, rows: ReadRows) {
+        if rows.incomplete.is_none() {
+            let ids: HashSet<_> = rows.read.iter().map(|(row, _)| &row.id).collect();
+            let undescribed: HashSet<_> = rows.undescribed.iter().map(|(id, _)| id).collect();
+            let asked = self.lists.0;
+            let gone = self.known.iter().filter(|(id, known)| {
+                // The engine has announced it after it was asked for the list.
+                let is_newer = known.named >= asked;
+                !is_newer && !ids.contains(id) && !undescribed.contains(id)
+            });
+            let gone: Vec<_> = gone.map(|(id, _)| id.clone()).collect();
+            gone.iter().for_each(|id| self.forget(id));
+        }
+        for read in rows.read {
+            let described = Subject::Container(read.0.id.clone());
+            let ended = self.failures.end(&described);
+            self.define(read);
+            if ended {
+                self.failures_changed(&described);
+            }
+        }
+        for (id, error) in rows.undescribed {
+            self.index.set_undescribed(&id);
+            self.known(&id);
+            let subject = Subject::Container(id);
+            if !self.failures.is_planned(&subject) {
+                self.failed(&subject, error);
+            }
+        }
+        if rows.incomplete.is_none() {
+            self.is_listed = true;
+            self.keep_images();
+        }
+    }
+
     fn define(&mut self, (row, image): ReadRow) {
-        let (id, running) = (row.id.clone(), row.running);
+        let (id, running, image_id) = (row.id.clone(), row.running, row.image_id.clone());
+        let (image, unread) = match image {
+            Ok(image) => (image, None),
+            Err(error) => (None, Some((row.clone(), error))),
+        };
         let definition = row.define(image.as_deref(), self.instances.image_labels_count());
         if !running {
             self.kernel.engine_says_ended(&id);
         }
+        let lists = self.lists.0;
         let known = self.known(&id);
         known.image = image;
-        known.running = running;
+        (known.running, known.named) = (running, lists);
         known.definition = Some(Arc::new(definition));
-        let (unborn, unnamed) = (
-            known.life.is_none() && known.birth.is_none(),
-            known.environment.is_none(),
-        );
+        let (row, error) = unread.unzip();
+        known.waits_for_image = row;
+        let image = Subject::Image(image_id);
+        if let Some(error) = error.filter(|_| !self.failures.is_planned(&image)) {
+            self.failed(&image, error);
+        }
+        let known = self.known(&id);
+        // A run that was found earlier may have ended unannounced, before or after the container was described.
+        let unborn = !known.run().is_some_and(|(_, witness)| witness.alive());
+        let unnamed = known.environment.is_none();
         self.publish(&id);
         if unnamed || (running && unborn) {
             self.touch(Subject::Inspect(id.clone()));
@@ -784,8 +903,9 @@ impl Watcher {
 
     /// Stores the images of the containers that exist, and forgets all others.
     fn keep_images(&mut self) {
-        // Before the engine has listed its containers, an image without a container may be one of a container not known yet.
-        if !self.is_listed {
+        // Before the engine has listed and described its containers, an image without a container may be one of a container not
+        // known yet.
+        if !self.is_listed || self.known.values().any(|known| known.definition.is_none()) {
             return;
         }
         let mut in_use = InUse::new();
@@ -801,10 +921,12 @@ impl Watcher {
     }
 
     fn known(&mut self, id: &ContainerId) -> &mut Known {
-        let seen = self.clock.wall();
+        let (seen, named) = (self.clock.wall(), self.lists.0);
         self.known.entry(id.clone()).or_insert_with(|| {
             Box::new(Known {
                 definition: None,
+                waits_for_image: None,
+                named,
                 running: false,
                 attachments: Arc::default(),
                 hostname: None,
@@ -868,6 +990,7 @@ impl Watcher {
         self.timed.remove(id);
         let known = self.known.remove(id);
         self.index.remove(id);
+        self.end_failures(id, known.as_deref());
         if let Some(birth) = known.as_ref().and_then(|known| known.birth.as_ref()) {
             // It is not a container of this engine.
             self.index.set_undefined(birth.witness.namespace(), false);
@@ -879,6 +1002,19 @@ impl Watcher {
             let instance = known.life.map(|life| life.instance.load_full());
             self.release(id, instance.as_deref());
         }
+    }
+
+    /// A container is gone: nothing about it is looked up any more.
+    fn end_failures(&mut self, id: &ContainerId, known: Option<&Known>) {
+        let mut ended = vec![Subject::Container(id.clone()), Subject::Inspect(id.clone())];
+        let image = known
+            .and_then(|known| known.waits_for_image.as_ref())
+            .map(|row| &row.image_id);
+        if let Some(image) = image.filter(|image| self.waiting_for(image).is_empty()) {
+            ended.push(Subject::Image(image.clone()));
+        }
+        ended.retain(|subject| self.failures.end(subject));
+        ended.iter().for_each(|subject| self.failures_changed(subject));
     }
 
     // ---- the kernel
@@ -937,10 +1073,19 @@ impl Watcher {
         });
         self.look_for_births();
         self.retry_attachments(now);
-        let (due, later) = self.retries.drain(..).partition(|(at, _)| *at <= now);
-        self.retries = later;
-        due.into_iter()
-            .for_each(|(_, subject): (Instant, Subject)| self.touch(subject));
+        self.failures
+            .take_due(now)
+            .into_iter()
+            .for_each(|subject| self.touch(subject));
+        if self.relist.is_some_and(|at| at <= now) {
+            self.relist();
+        }
+    }
+
+    /// Whether something is planned for later.
+    fn has_planned(&self) -> bool {
+        let attempts = self.failures.is_empty() && self.attach_retries.is_empty();
+        !self.awaited.is_empty() || !attempts || self.relist.is_some()
     }
 
     fn born(&mut self, id: ContainerId, birth: Result<Birth, String>) {
@@ -959,6 +1104,8 @@ impl Watcher {
                     known.left_alone.clear();
                     // The engine tells about it after its first instruction. It gets a link meanwhile, and its requests wait.
                     known.attach.wanted = undefined;
+                    // The pause was that of an earlier run.
+                    self.attach_retries.remove(&id);
                     if undefined && self.instances.attaches() {
                         self.index.set_undefined(namespace, true);
                         self.sync_attachment(&id);
@@ -1031,8 +1178,10 @@ impl Watcher {
             Err(why) => {
                 let pause = ATTACH_RETRY.0 * 2u32.saturating_pow(attach.failures);
                 self.attach_retries.insert(id.clone(), now + pause.min(ATTACH_RETRY.1));
-                if attach.failures == 0 {
-                    warn!(container = %id, why, "the container has no link to the service; trying again");
+                // The init process of a run that is ending has left its namespace a moment before it has ended.
+                match attach.failures {
+                    1 => warn!(container = %id, why, "the container has no link to the service; trying again"),
+                    _ => debug!(container = %id, why, "the container has no link to the service"),
                 }
                 attach.failures = (attach.failures + 1).min(16);
                 known.not_attached = Some(why);
@@ -1169,11 +1318,21 @@ impl Watcher {
                 hold.started();
             }
         }
+        let image = known
+            .waits_for_image
+            .as_ref()
+            .map(|row| Subject::Image(row.image_id.clone()));
+        let looked_up = [Subject::Container(id.clone()), Subject::Inspect(id.clone())];
+        let failing = looked_up.iter().chain(&image).find_map(|subject| {
+            let error = self.failures.error(subject)?;
+            Some(format!("{}: {error}", subject.call()))
+        });
         self.index.put(Record {
             definition: definition.clone(),
             attachments: known.attachments.clone(),
             life: known.life.clone(),
             no_life: known.no_life.clone(),
+            unread: failing,
             attaches,
             not_attached: known.not_attached.clone(),
             next_attach: self.attach_retries.get(id).copied(),
@@ -1201,12 +1360,17 @@ impl Watcher {
             // One that is in flight was asked just now: its answer serves everybody who waits, so that a flood of unknown
             // callers costs one look-up at a time and network.
             for subject in pending.clone() {
-                if !self.flights.contains_key(&subject) {
+                if !self.flights.contains_key(&subject) && !self.failures.is_planned(&subject) {
                     self.touch(subject);
                 }
             }
+            self.failures.hurry();
         } else {
             pending.insert(Subject::Rows);
+        }
+        // Nothing else removes those whose callers have left while nothing is answered.
+        if self.waiters.len() >= WAITERS {
+            self.waiters.retain(|waiter| !waiter.miss.looked.is_closed());
         }
         self.wait(Waiter { miss, pending });
     }
@@ -1219,7 +1383,8 @@ impl Watcher {
         let address = waiter.miss.address;
         let at = |known: &Known| known.attachments.addresses().any(|it| it == address);
         // The list of networks has become look-ups of each; a network has become definitions of its containers.
-        let more = self.flights.keys().chain(&self.queued).filter(|subject| match subject {
+        let open = self.flights.keys().chain(&self.queued).chain(self.failures.planned());
+        let more = open.filter(|subject| match subject {
             Subject::Network(id) => self
                 .networks
                 .get(id)
@@ -1228,7 +1393,9 @@ impl Watcher {
             _ => false,
         });
         waiter.pending.extend(more.cloned());
-        let open = |subject: &Subject| self.flights.contains_key(subject) || self.queued.contains(subject);
+        let open = |subject: &Subject| {
+            self.flights.contains_key(subject) || self.queued.contains(subject) || self.failures.is_planned(subject)
+        };
         // The rows stand for an engine that is away: they come with it.
         waiter
             .pending
@@ -1246,55 +1413,32 @@ impl Watcher {
     }
 }
 
-async fn next_of(stream: &mut Option<BoxStream<'static, ContainerId>>) -> Option<ContainerId> {
+async fn next_of<T>(stream: &mut Option<BoxStream<'static, T>>) -> Option<T> {
     match stream {
         Some(stream) => stream.next().await,
         None => future::pending().await,
     }
 }
 
-/// Reads the image of a container: as known, from the engine, or as an earlier daemon has stored it. `None`: it cannot be read, or
-/// the engine would describe another one.
-///
-/// # Errors
-/// When the engine does not answer.
-pub async fn read_image(
-    engine: &dyn ContainerEngine,
-    images: &KnownImages,
-    row: &Row,
-) -> Result<Option<Arc<Image>>, EngineError> {
-    if !row.image_is_certain {
-        return Ok(None);
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => future::pending().await,
     }
-    if let Some(image) = images.get(&row.image_id) {
-        return Ok(Some(image));
-    }
-    let image = match engine.image(&row.image_id).await? {
-        Some(image) => Some(image),
-        None => {
-            let (images, id) = (images.clone(), row.image_id.clone());
-            blocking(move || images.load(&id)).await
-        }
-    };
-    Ok(image.map(|image| images.insert(&row.image_id, image)))
 }
 
-/// A row, and what its image brings, if that makes a difference.
-async fn with_image(
-    engine: &dyn ContainerEngine,
-    images: &KnownImages,
-    all_count: bool,
-    row: Row,
-) -> Result<ReadRow, EngineError> {
-    match all_count {
-        true => Ok((row, None)),
-        false => read_image(engine, images, &row).await.map(|image| (row, image)),
+/// Subscribes after a pause.
+fn subscribe(engine: Arc<dyn ContainerEngine>, pause: Duration) -> BoxFuture<'static, Result<Events, EngineError>> {
+    async move {
+        tokio::time::sleep(pause).await;
+        lookups::answer_within(SUBSCRIBE, engine.subscribe()).await
     }
+    .boxed()
 }
 
 /// Does what may block on a thread that may. One that panicked or was cancelled never comes back: the runtime is going down
 /// then.
-fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> BoxFuture<'static, T> {
+pub(super) fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> BoxFuture<'static, T> {
     let done = tokio::task::spawn_blocking(work);
     async move {
         match done.await {

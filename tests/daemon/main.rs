@@ -8,6 +8,7 @@ mod script;
 
 mod attribution;
 mod connections;
+mod failures;
 mod image_labels;
 mod instances;
 mod rules;

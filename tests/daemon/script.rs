@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use futures_util::future::{BoxFuture, FutureExt as _};
-use futures_util::stream::{BoxStream, StreamExt as _};
+use futures_util::stream::StreamExt as _;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, DuplexStream};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
@@ -20,7 +20,8 @@ use imds_router::config::{CredentialSource, Settings};
 use imds_router::containers::images::{Image, ImageStore, InUse};
 use imds_router::containers::index::{EngineState, Index};
 use imds_router::containers::watcher::{
-    Birth, ContainerEngine, EngineError, Event, Hold, Inspection, Instances, Kernel, Network, Ports, Row, Run, Watcher,
+    Birth, ContainerEngine, EngineError, Event, Events, Hold, Inspection, Instances, Kernel, Listed, Network, Ports,
+    Row, Run, Watcher,
 };
 use imds_router::containers::{
     Attachments, CgroupId, ContainerId, Definition, Endpoint, Environment, NamespaceId, NetworkId, NetworkMode, Open,
@@ -73,6 +74,16 @@ pub struct Container {
 
 #[derive(Default)]
 pub struct World {
+    /// Calls that fail, whatever they are about.
+    pub failing: BTreeMap<Call, Fails>,
+    /// Containers that cannot be described: all calls about one of them or its image fail, and lists do not describe them.
+    pub undescribed: HashSet<ContainerId>,
+    /// Containers whose images cannot be read.
+    pub images_failing: BTreeMap<ContainerId, Fails>,
+    /// How long a stream of events lasts.
+    pub streams_last: Option<Duration>,
+    /// Calls so far.
+    pub calls: BTreeMap<Call, usize>,
     pub containers: BTreeMap<ContainerId, Container>,
     pub networks: BTreeMap<NetworkId, BTreeMap<ContainerId, Endpoint>>,
     pub away: bool,
@@ -82,9 +93,33 @@ pub struct World {
     pub stopped: Vec<ContainerId>,
     /// Images that daemons have stored.
     pub stored_images: BTreeMap<String, Arc<Image>>,
-    events: Option<mpsc::UnboundedSender<Event>>,
+    events: Vec<mpsc::UnboundedSender<Result<Event, EngineError>>>,
     /// Events that must be lost, doubled or delayed are sent by the test itself.
     pub lookups: usize,
+}
+
+/// A call to the engine.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Call {
+    Subscribe,
+    Containers,
+    Container,
+    Inspect,
+    Image,
+    Networks,
+    Network,
+    Stop,
+}
+
+/// How a call fails.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fails {
+    /// The engine answers with an error, or with something that is not JSON.
+    Error,
+    /// It never answers.
+    Silent,
+    /// It answers, but the list may lack containers: some of its rows have no ID. The rows of all others are missing.
+    Incomplete,
 }
 
 /// An engine as told. Every answer takes a millisecond, and is what was so when it was asked for: an event may overtake it.
@@ -98,16 +133,39 @@ impl ScriptedEngine {
 
     pub fn send(&self, event: Event) {
         self.world(|world| {
-            if let Some(events) = &world.events {
-                // Nobody subscribed: the event is lost, as on a real engine.
-                let _ = events.send(event);
+            // Without a subscriber the event is lost, as on a real engine.
+            world.events.retain(|events| events.send(Ok(event.clone())).is_ok());
+        });
+    }
+
+    /// The stream of events breaks.
+    pub fn break_stream(&self) {
+        self.world(|world| {
+            for events in world.events.drain(..) {
+                // A subscriber that has left needs no error.
+                let _ = events.send(Err(EngineError("garbled".to_owned())));
             }
+        });
+    }
+
+    /// These calls fail from now on.
+    pub fn fail(&self, calls: &[Call], how: Fails) {
+        self.world(|world| world.failing.extend(calls.iter().map(|call| (*call, how))));
+    }
+
+    /// No call fails any more.
+    pub fn heal(&self) {
+        self.world(|world| {
+            world.failing.clear();
+            world.undescribed.clear();
+            world.images_failing.clear();
+            world.streams_last = None;
         });
     }
 
     /// The engine goes away; whoever listens sees the stream end.
     pub fn go(&self) {
-        self.world(|world| (world.away, world.events) = (true, None));
+        self.world(|world| (world.away, world.events) = (true, Vec::new()));
     }
 
     pub fn come_back(&self) {
@@ -116,18 +174,31 @@ impl ScriptedEngine {
 
     fn ask<T: Send + 'static>(
         &self,
+        call: Call,
+        about: Option<ContainerId>,
         answer: impl FnOnce(&mut World) -> T + Send + 'static,
     ) -> BoxFuture<'static, Result<T, EngineError>> {
         let this = self.clone();
         async move {
             let answer = this.world(|world| {
                 world.lookups += 1;
-                if world.away {
-                    Err(EngineError("away".into()))
-                } else {
-                    Ok(answer(world))
+                *world.calls.entry(call).or_default() += 1;
+                let is_undescribed = about.as_ref().is_some_and(|id| world.undescribed.contains(id));
+                let of_image = about.filter(|_| call == Call::Image);
+                let of_image = of_image.and_then(|id| world.images_failing.get(&id));
+                match world.failing.get(&call).or(of_image) {
+                    _ if world.away => Err(EngineError("away".into())),
+                    Some(Fails::Silent) => Ok(None),
+                    Some(Fails::Error) => Err(EngineError("status 500: scripted".into())),
+                    _ if is_undescribed => Err(EngineError("status 500: undescribed".into())),
+                    _ => Ok(Some(answer(world))),
                 }
             });
+            let answer = match answer {
+                Ok(Some(answer)) => Ok(answer),
+                Ok(None) => std::future::pending().await,
+                Err(error) => Err(error),
+            };
             tokio::time::sleep(Duration::from_millis(1)).await;
             answer
         }
@@ -172,24 +243,38 @@ fn row(id: &ContainerId, container: &Container) -> Row {
 }
 
 impl ContainerEngine for ScriptedEngine {
-    fn subscribe(&self) -> BoxFuture<'static, Result<BoxStream<'static, Event>, EngineError>> {
-        self.ask(|world| {
+    fn subscribe(&self) -> BoxFuture<'static, Result<Events, EngineError>> {
+        self.ask(Call::Subscribe, None, |world| {
             let (sender, receiver) = mpsc::unbounded_channel();
-            world.events = Some(sender);
-            futures_util::stream::unfold(receiver, |mut receiver| async move {
+            world.events.push(sender);
+            let events = futures_util::stream::unfold(receiver, |mut receiver| async move {
                 receiver.recv().await.map(|event| (event, receiver))
-            })
-            .boxed()
+            });
+            match world.streams_last {
+                Some(time) => events.take_until(tokio::time::sleep(time)).boxed(),
+                None => events.boxed(),
+            }
         })
     }
 
-    fn containers(&self) -> BoxFuture<'static, Result<Vec<Row>, EngineError>> {
-        self.ask(|world| {
-            world
-                .containers
-                .iter()
-                .map(|(id, container)| row(id, container))
-                .collect()
+    fn containers(&self) -> BoxFuture<'static, Result<Listed, EngineError>> {
+        self.ask(Call::Containers, None, |world| {
+            if world.failing.contains_key(&Call::Containers) {
+                return Listed {
+                    incomplete: Some(EngineError("a row has no ID".to_owned())),
+                    ..Listed::default()
+                };
+            }
+            let is_described = |id: &ContainerId| !world.undescribed.contains(id);
+            let described = world.containers.iter().filter(|(id, _)| is_described(id));
+            let others = world.containers.keys().filter(|id| !is_described(id));
+            Listed {
+                rows: described.map(|(id, container)| row(id, container)).collect(),
+                undescribed: others
+                    .map(|id| (id.clone(), EngineError("undescribed".to_owned())))
+                    .collect(),
+                incomplete: None,
+            }
         })
     }
 
@@ -199,7 +284,9 @@ impl ContainerEngine for ScriptedEngine {
             while this.world(|world| world.container_blocks) {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
-            let row = this.ask(move |world| world.containers.get(&id).map(|container| row(&id, container)));
+            let row = this.ask(Call::Container, Some(id.clone()), move |world| {
+                world.containers.get(&id).map(|container| row(&id, container))
+            });
             row.await
         }
         .boxed()
@@ -211,7 +298,7 @@ impl ContainerEngine for ScriptedEngine {
             while this.world(|world| world.containers.get(&id).is_some_and(|it| it.inspect_blocks)) {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
-            let inspect = this.ask(move |world| {
+            let inspect = this.ask(Call::Inspect, Some(id.clone()), move |world| {
                 world.containers.get(&id).map(|container| Inspection {
                     hostname: Some(id.short().to_owned()),
                     run: None,
@@ -225,7 +312,7 @@ impl ContainerEngine for ScriptedEngine {
 
     fn image(&self, id: &str) -> BoxFuture<'static, Result<Option<Image>, EngineError>> {
         let id = ContainerId::parse(id.trim_start_matches("sha256:")).unwrap();
-        self.ask(move |world| {
+        self.ask(Call::Image, Some(id.clone()), move |world| {
             let image = world
                 .containers
                 .get(&id)
@@ -238,12 +325,12 @@ impl ContainerEngine for ScriptedEngine {
     }
 
     fn networks(&self) -> BoxFuture<'static, Result<Vec<NetworkId>, EngineError>> {
-        self.ask(|world| world.networks.keys().cloned().collect())
+        self.ask(Call::Networks, None, |world| world.networks.keys().cloned().collect())
     }
 
     fn network(&self, id: &NetworkId) -> BoxFuture<'static, Result<Option<Network>, EngineError>> {
         let id = id.clone();
-        self.ask(move |world| {
+        self.ask(Call::Network, None, move |world| {
             let endpoints = world.networks.get(&id)?.clone();
             Some(Network {
                 subnets: vec![("10.0.0.0".parse().unwrap(), 8)],
@@ -255,7 +342,7 @@ impl ContainerEngine for ScriptedEngine {
 
     fn stop(&self, id: &ContainerId) -> BoxFuture<'static, Result<(), EngineError>> {
         let id = id.clone();
-        self.ask(move |world| world.stopped.push(id))
+        self.ask(Call::Stop, None, move |world| world.stopped.push(id))
     }
 }
 
@@ -675,9 +762,10 @@ impl Daemon {
         self.changed.send_modify(|version| *version += 1);
     }
 
-    /// Orders something for a container, as the operator does.
+    /// Orders something for a container, as the operator does. Orders for containers that are gone are forgotten.
     pub fn order(&self, number: u32, change: impl FnOnce(&mut Ordered)) {
-        self.orders.order(&id(number), |_| true, change).unwrap();
+        let exists = |id: &ContainerId| !self.index.is_gone(id);
+        self.orders.order(&id(number), exists, change).unwrap();
         self.changed.send_modify(|version| *version += 1);
     }
 

@@ -246,15 +246,12 @@ async fn what_the_image_brings_chooses_nothing() {
 
 #[tokio::test(start_paused = true)]
 async fn a_thousand_requests_for_one_cold_role_are_one_call() {
-    let daemon = Daemon::start(settings());
-    daemon.synchronised().await;
-    daemon.sts.say(&[(300, Ok(()))]);
     // The same session for all: several containers, one name.
     let settings = Settings {
         session_name: "shared".into(),
         ..settings()
     };
-    let daemon = Daemon::start_with(settings, daemon.engine.clone(), daemon.kernel.clone());
+    let daemon = Daemon::start(settings);
     daemon.synchronised().await;
     daemon.sts.say(&[(300, Ok(()))]);
     let mut clients = Vec::new();
