@@ -25,6 +25,8 @@ mod deploy;
 #[cfg(target_os = "linux")]
 mod descriptors;
 #[cfg(target_os = "linux")]
+mod docker_failures;
+#[cfg(target_os = "linux")]
 mod filters;
 #[cfg(target_os = "linux")]
 mod floods;
@@ -88,6 +90,7 @@ fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
     trials.extend(filters::trials(rig));
     trials.extend(crash::trials(rig));
     trials.extend(descriptors::trials(rig));
+    trials.extend(docker_failures::trials(rig));
     trials.extend(interfaces::trials(rig));
     trials.extend(instances::trials(rig));
     trials.extend(attacks::trials(rig));
@@ -105,6 +108,9 @@ fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
 fn main() -> std::process::ExitCode {
     use std::process::ExitCode;
 
+    if let Some(proxy) = docker_failures::Proxy::of_arguments() {
+        return proxy.serve();
+    }
     let mut arguments = libtest_mimic::Arguments::from_args();
     // They share engines, and time is what many of them look at.
     arguments.test_threads = Some(1);
