@@ -16,6 +16,7 @@
 //! | [`instance`] | labels, settings and links → what one container is to see: pure, the one place |
 //! | [`server`] | HTTP over any connection |
 //! | [`descriptors`] | how are file descriptors shared out: limit, reserve, shortages |
+//! | [`files`] | which files can be read without waiting |
 //! | [`config`], [`cli`], [`verbs`], [`telemetry`], [`clock`] | what was typed, what is done, what is said, what time it is |
 //! | [`app`] | puts the parts together; nobody sees it |
 //!
@@ -44,6 +45,7 @@ pub mod config;
 pub mod containers;
 pub mod credentials;
 pub mod descriptors;
+pub mod files;
 #[cfg(target_os = "linux")]
 pub mod host;
 pub mod instance;

@@ -16,6 +16,8 @@ use crate::cli::{Cli, Identity, OnOff, Tokens, Verb};
 #[cfg(target_os = "linux")]
 use crate::cli::{Common, Intercept, Serve};
 use crate::config;
+#[cfg(target_os = "linux")]
+use crate::files;
 use crate::telemetry;
 
 /// Why a verb failed, and whose fault it is.
@@ -205,6 +207,10 @@ async fn watch(json: bool, socket: &Path) -> Result<(), Failure> {
     }
 }
 
+/// The most that `check --compose` reads.
+#[cfg(target_os = "linux")]
+const MOST_COMPOSE: u64 = 16 * 1024 * 1024;
+
 /// The most that `login` reads.
 const MOST_HANDED_OVER: u64 = 64 * 1024;
 
@@ -267,9 +273,9 @@ async fn check(flags: &Common, compat: bool) -> Result<(), Failure> {
 async fn check_compose(flags: &Common, file: &Path) -> Result<(), Failure> {
     let settings = config::load(&flags.sources()).map_err(usage)?;
     let text = if file == Path::new("-") {
-        io::read_to_string(io::stdin())?
+        io::read_to_string(io::stdin().take(MOST_COMPOSE))?
     } else {
-        std::fs::read_to_string(file)
+        files::read_argument(file, MOST_COMPOSE)
             .map_err(|error| usage(Said(format!("cannot read {}: {error}", file.display()))))?
     };
     let checked = crate::app::check::services(settings, &text).await.map_err(usage)?;

@@ -126,7 +126,7 @@ const WRONG: &[Case] = &[
     typed(
         "unreadable file",
         &["serve", "--config", "."],
-        "imds-router: cannot read the configuration .: Is a directory (os error 21)\n\
+        "imds-router: cannot read the configuration .: it is a directory; expected a regular file\n\
          hint: --config names another file; without one, all defaults hold\n",
     ),
     variable(
@@ -214,6 +214,80 @@ fn what_is_wrong_is_said_with_place_value_and_expectation() {
         }
     }
     assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
+}
+
+/// A named pipe that no process writes to.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_pipe_in_place_of_a_file_is_an_error_at_once() {
+    let directory = tempfile::tempdir().expect("there is room for temporary files");
+    let path = |name: &str| directory.path().join(name);
+    let pipe = path("pipe");
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).expect("it is new");
+    fs::create_dir(path("state")).expect("it is new");
+    fs::rename(&pipe, path("state/token.key")).expect("it exists");
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).expect("it is new");
+    let pipe = pipe.to_str().expect("UTF-8");
+    let state = path("state").display().to_string();
+    let kind = "it is a named pipe; expected a regular file";
+    for (arguments, variable, code, said) in [
+        (
+            &["serve", "--config", pipe][..],
+            None,
+            USAGE,
+            format!("the configuration {pipe}: {kind}"),
+        ),
+        (
+            &["check", "--compose", pipe],
+            None,
+            USAGE,
+            format!("cannot read {pipe}: {kind}"),
+        ),
+        (
+            &["serve", "--metadata-file", pipe],
+            None,
+            USAGE,
+            format!("{pipe}: {kind}"),
+        ),
+        (
+            &["serve"],
+            Some(("IMDS_ROUTER_IMDS_USER_DATA_FILE", pipe)),
+            USAGE,
+            "expected an absolute path of a readable file".to_owned(),
+        ),
+        (
+            &["serve"],
+            Some(("IMDS_ROUTER_SERVE_STATE_DIR", state.as_str())),
+            FAILED,
+            format!("{state}/token.key: cannot be trusted: {kind}"),
+        ),
+    ] {
+        let mut command = Command::new("timeout");
+        command
+            .arg("10")
+            .arg(env!("CARGO_BIN_EXE_imds-router"))
+            .args(arguments)
+            .env_clear();
+        command
+            .env("IMDS_ROUTER_SERVE_STATE_DIR", "/dev/null/none")
+            .envs(variable);
+        let done = run(command);
+        assert_eq!(done.status.code(), Some(code), "{arguments:?}: {done:?}");
+        let stderr = text(&done.stderr);
+        assert!(stderr.contains(&said), "{said:?} is not in {stderr}");
+    }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_compose_file_may_come_from_a_pipe_of_the_shell() {
+    let mut command = Command::new("bash");
+    let script = "\"$1\" check --offline --compose <(echo '{ name: a, services: { web: { image: web } } }')";
+    command.args(["-c", script, "bash", env!("CARGO_BIN_EXE_imds-router")]);
+    command.env_remove("IMDS_ROUTER_CONFIG");
+    let done = run(command);
+    assert!(done.status.success(), "{done:?}");
+    assert!(text(&done.stdout).contains("a-web-1: not served"), "{done:?}");
 }
 
 #[test]

@@ -21,6 +21,7 @@ const MAP: &[(&str, &[&str])] = &[
             "containers::*",
             "credentials::*",
             "descriptors",
+            "files",
             "host::*",
             "instance",
             "metadata::catalogue",
@@ -57,6 +58,7 @@ const MAP: &[(&str, &[&str])] = &[
             "credentials",
             "credentials::inputs",
             "credentials::policy",
+            "files",
             "metadata::catalogue",
             "metadata::file",
         ],
@@ -80,6 +82,7 @@ const MAP: &[(&str, &[&str])] = &[
     ("credentials", &[]),
     ("credentials::base", &["clock", "descriptors", "telemetry"]),
     ("credentials::broker", &["clock"]),
+    ("credentials::files", &["files"]),
     ("credentials::instance_profile", &["telemetry"]),
     // How a role is typed is settled by the settings' aliases.
     ("credentials::naming", &["config"]),
@@ -88,9 +91,11 @@ const MAP: &[(&str, &[&str])] = &[
     ("credentials::sso", &["clock"]),
     ("credentials::sts", &["clock", "telemetry"]),
     ("descriptors", &[]),
-    ("host", &[]),
     // A shortage of descriptors is no property of a namespace.
     ("host::link", &["descriptors"]),
+    ("files", &[]),
+    // Firmware says which cloud a host belongs to.
+    ("host", &["files"]),
     (
         "instance",
         &[
@@ -154,6 +159,7 @@ const MAP: &[(&str, &[&str])] = &[
             "app::doctor",
             "cli",
             "config",
+            "files",
             "host::*",
             "telemetry",
         ],

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::Path;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
@@ -26,6 +27,16 @@ pub enum AskError {
         path: String,
         /// Why.
         source: io::Error,
+    },
+    /// A process listens and does not answer.
+    #[error(
+        "imds-router on {path} does not answer within {} s; is it stopped?\n\
+         hint: a process in state T is stopped (ps -C imds-router -o pid,stat); kill -CONT PID continues it",
+        TIME_LIMIT.as_secs()
+    )]
+    Silent {
+        /// The socket.
+        path: String,
     },
     /// There is no such container.
     #[error(
@@ -201,14 +212,36 @@ async fn ask(socket: &Path, path: &str) -> Result<(StatusCode, Bytes), AskError>
     send(socket, Method::GET, path, Bytes::new()).await
 }
 
+/// The longest that a verb waits for the daemon, which answers within a second.
+pub const TIME_LIMIT: Duration = Duration::from_secs(10);
+
 async fn send(socket: &Path, method: Method, path: &str, body: Bytes) -> Result<(StatusCode, Bytes), AskError> {
-    let shown = socket.display().to_string();
-    let stream = UnixStream::connect(socket)
+    tokio::time::timeout(TIME_LIMIT, exchange(socket, method, path, body))
         .await
-        .map_err(|source| AskError::Unreachable {
-            path: shown.clone(),
-            source,
-        })?;
+        .unwrap_or_else(|_| {
+            Err(AskError::Silent {
+                path: socket.display().to_string(),
+            })
+        })
+}
+
+/// connect(2): a Unix socket whose backlog is full gives `EAGAIN` at once, as with a daemon that is stopped.
+async fn connect(socket: &Path) -> io::Result<UnixStream> {
+    const AGAIN: Duration = Duration::from_millis(50);
+    loop {
+        match UnixStream::connect(socket).await {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => tokio::time::sleep(AGAIN).await,
+            connected => return connected,
+        }
+    }
+}
+
+async fn exchange(socket: &Path, method: Method, path: &str, body: Bytes) -> Result<(StatusCode, Bytes), AskError> {
+    let shown = socket.display().to_string();
+    let stream = connect(socket).await.map_err(|source| AskError::Unreachable {
+        path: shown.clone(),
+        source,
+    })?;
     let strange = |error: &dyn std::error::Error| AskError::Strange {
         path: shown.clone(),
         what: error.to_string(),
@@ -233,4 +266,35 @@ async fn send(socket: &Path, method: Method, path: &str, body: Bytes) -> Result<
         .to_bytes();
     connection.abort();
     Ok((status, body))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A stopped daemon: the kernel accepts connections until the backlog is full, and no process answers.
+    #[tokio::test(start_paused = true)]
+    async fn verbs_give_up_on_a_daemon_that_does_not_answer() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let stopped = |error: AskError| {
+            let said = error.to_string();
+            let expected = format!(
+                "imds-router on {} does not answer within 10 s; is it stopped?",
+                path.display()
+            );
+            assert_eq!(said.lines().next(), Some(expected.as_str()));
+        };
+        stopped(ask_status(&path).await.unwrap_err());
+        stopped(ask_readiness(&path).await.unwrap_err());
+        stopped(ask_explanation(&path, "web").await.unwrap_err());
+        stopped(modify(&path, "web", &Modify::default()).await.unwrap_err());
+        // Until the backlog is full. Connections that nobody accepts stay there.
+        let mut waiting = Vec::new();
+        while let Ok(connection) = UnixStream::connect(&path).await {
+            waiting.push(connection);
+        }
+        stopped(ask_status(&path).await.unwrap_err());
+    }
 }

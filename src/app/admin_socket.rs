@@ -17,9 +17,17 @@ use crate::telemetry::with_causes;
 /// The mode of the admin socket: root and its group.
 const ADMIN_MODE: u32 = 0o660;
 
-/// Whether somebody answers there.
+/// Whether a process listens there. Never waits: a process that does not accept connections has a full backlog after a while, and
+/// connect(2) would wait for it.
 pub(super) fn another_answers(admin_socket: &Path) -> bool {
-    std::os::unix::net::UnixStream::connect(admin_socket).is_ok()
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+
+    let connected = SocketAddrUnix::new(admin_socket).and_then(|address| {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        connect(&socket, &address)
+    });
+    matches!(connected, Ok(()) | Err(rustix::io::Errno::AGAIN))
 }
 
 /// The file of the admin socket. Dropping it removes it, unless it is another daemon's by now.
@@ -141,6 +149,25 @@ mod tests {
         std::fs::write(&file, "x").unwrap();
         assert!(listen(&file).is_err());
         assert_eq!(std::fs::read(&file).unwrap(), b"x");
+    }
+
+    #[test]
+    fn a_process_that_never_accepts_is_found_without_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        assert!(!another_answers(&path));
+        let stranger = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let asked = path.clone();
+        std::thread::spawn(move || {
+            // More than any backlog (net.core.somaxconn).
+            let answers: Vec<bool> = (0..10_000).map(|_| another_answers(&asked)).collect();
+            sender.send(answers)
+        });
+        let answers = receiver.recv_timeout(Duration::from_secs(30)).expect("it waits");
+        assert!(answers.iter().all(|it| *it));
+        drop(stranger);
+        assert!(!another_answers(&path), "a crash left it");
     }
 
     /// By the events of the directory: the name appears once, and no attribute of it changes afterwards.

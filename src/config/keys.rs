@@ -1,6 +1,5 @@
 //! Every key: its name, its default, what it takes, and how it is read.
 
-use std::io::Read as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,6 +13,7 @@ use super::{
 };
 use crate::credentials::policy::{Glob, Pair, Rule};
 use crate::credentials::{inputs, is_account_id};
+use crate::files;
 use crate::metadata::file::MOST_USER_DATA;
 
 /// One configuration key.
@@ -614,13 +614,7 @@ fn user_data(settings: &mut Settings, data: Vec<u8>) -> Option<()> {
 
 /// A whole file of at most so many bytes; one byte more is enough to know that it is too long.
 fn read_at_most(path: &Path, most: usize) -> Option<Vec<u8>> {
-    let mut data = Vec::new();
-    std::fs::File::open(path)
-        .ok()?
-        .take(u64::try_from(most).ok()? + 1)
-        .read_to_end(&mut data)
-        .ok()?;
-    Some(data)
+    files::read(path, u64::try_from(most).ok()?).ok()
 }
 
 /// Whether `text` is a public key as OpenSSH writes it.

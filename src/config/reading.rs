@@ -9,6 +9,7 @@ use super::keys::{Form, KEYS, Key, RULE_KEYS, TABLES, Typed, is_public_key};
 use super::{Settings, metadata_path};
 use crate::credentials::RoleArn;
 use crate::credentials::policy::Rule;
+use crate::files;
 use crate::metadata::file;
 
 /// Where the configuration is read from when `--config` does not say.
@@ -138,6 +139,9 @@ pub struct Sources {
     pub flags: Vec<(&'static str, &'static str, String)>,
 }
 
+/// The largest configuration, and the largest file of metadata.
+const MAX_BYTES: u64 = 16 * 1024 * 1024;
+
 /// Reads everything that was typed.
 ///
 /// # Errors
@@ -148,7 +152,7 @@ pub fn load(sources: &Sources) -> Result<Settings, ConfigError> {
         Some(path) => (path.as_path(), true),
         None => (Path::new(DEFAULT_FILE), false),
     };
-    match std::fs::read_to_string(path) {
+    match files::read_argument(path, MAX_BYTES) {
         Ok(text) => read_file(&mut settings, path, &text)?,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound && !required => {}
         Err(source) => {
@@ -182,7 +186,7 @@ pub fn load(sources: &Sources) -> Result<Settings, ConfigError> {
         }
     }
     if let Some(path) = &settings.metadata_file {
-        let text = std::fs::read_to_string(path).map_err(|error| error.to_string());
+        let text = files::read_text(path, MAX_BYTES).map_err(|error| error.to_string());
         settings.from_file = text
             .and_then(|text| file::read(&text))
             .map_err(|what| ConfigError::MetadataFile {

@@ -8,6 +8,8 @@ use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
+use crate::files;
+
 /// The largest file that is read; real ones have a few kilobytes.
 const MOST_BYTES: u64 = 1 << 20;
 /// The permissions of group and others to write (inode(7)).
@@ -159,13 +161,7 @@ impl AwsFiles {
             path: path.to_owned(),
             source,
         };
-        // A pipe that was put there must not hold us up.
-        let flags = (rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::CLOEXEC).bits();
-        let file = std::fs::OpenOptions::new()
-            .read(true)
-            .custom_flags(flags.cast_signed())
-            .open(path);
-        let file = match file {
+        let file = match files::open(path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(unreadable(error)),
@@ -275,7 +271,7 @@ mod tests {
             }
         }
         let error = files.read(dir.path()).unwrap_err().to_string();
-        assert!(error.contains("it is not a file"), "{error}");
+        assert!(error.contains("it is a directory; expected a regular file"), "{error}");
         let stranger = AwsFiles {
             users: vec![4_000_000],
             ..files.clone()

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
 use super::{Action, Family, Hook, Part, Plan, Rule};
+use crate::files;
 
 /// The addresses of EC2's metadata service, and of what ECS and EKS have beside it (EC2 user guide, "Access instance metadata";
 /// ECS developer guide, "Task IAM role"; EKS user guide, "EKS Pod Identity").
@@ -120,6 +121,9 @@ const VENDORS: &[Vendor] = &[
     },
 ];
 
+/// More than the firmware says in one file.
+const MAX_BYTES: u64 = 64 * 1024;
+
 /// A cloud that this host is a machine of.
 #[derive(Clone, Copy, Debug)]
 pub struct Cloud {
@@ -130,7 +134,8 @@ pub struct Cloud {
 impl Cloud {
     /// What the files in `dmi` (`/sys/class/dmi/id`) say. What cannot be read says nothing.
     pub fn find(dmi: &Path) -> Option<Self> {
-        let is = |(file, text): (&str, &str)| std::fs::read(dmi.join(file)).is_ok_and(|it| contains(&it, text));
+        let is =
+            |(file, text): (&str, &str)| files::read(&dmi.join(file), MAX_BYTES).is_ok_and(|it| contains(&it, text));
         VENDORS.iter().find_map(|vendor| {
             let sign = vendor.signs.iter().find(|sign| is(**sign))?;
             Some(Self { vendor, sign: *sign })
