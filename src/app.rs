@@ -6,6 +6,7 @@ mod admin_socket;
 mod base;
 pub mod check;
 pub mod doctor;
+mod durable;
 mod image_files;
 mod interception;
 mod kept;

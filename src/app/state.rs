@@ -1,16 +1,19 @@
-//! What outlives the daemon: files of its state directory, which only it can read.
+//! The files of the state directory, which survive restarts of the daemon. Only its user can read them.
 
-use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
-use std::path::Path;
+use std::io::{self, Read as _};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 
-use super::AppError;
+use tracing::warn;
+
+use super::{AppError, durable};
 use crate::clock::Clock;
+use crate::files;
 use crate::metadata::identity::Signer;
 use crate::orders::Orders;
 use crate::wire::token::{TokenAuthority, TokenKey};
 
-/// Who issues tokens and verifies them.
+/// Issues and verifies IMDS tokens.
 pub(super) fn token_authority(state_dir: &Path, clock: &Clock) -> Result<TokenAuthority, AppError> {
     let path = "/proc/sys/kernel/random/boot_id";
     let boot_id = std::fs::read_to_string(path).map_err(|source| AppError::State {
@@ -25,100 +28,142 @@ pub(super) fn token_authority(state_dir: &Path, clock: &Clock) -> Result<TokenAu
     ))
 }
 
-/// The key of tokens: kept on disk, so that a restart of the daemon logs nobody out.
+/// The key of IMDS tokens, so that tokens stay valid when the daemon restarts.
 fn token_key(state_dir: &Path) -> Result<TokenKey, AppError> {
-    let path = state_dir.join("token.key");
-    let make = || {
+    let create = || {
         let mut bytes = vec![0; 32];
         getrandom::fill(&mut bytes).map_err(|error| io::Error::other(error.to_string()))?;
         Ok(bytes)
     };
-    let what = "is not a key that only we know; remove it, and clients ask for new tokens";
-    let bytes = kept_secret(&path, make, what)?;
-    let bytes = bytes.try_into().map_err(|_| AppError::State {
-        path,
-        what,
-        source: io::Error::other("expected 32 bytes"),
-    })?;
-    Ok(TokenKey(bytes))
+    let read = |bytes: &[u8]| match <[u8; 32]>::try_from(bytes) {
+        // After a power loss, some file systems have the length of a file and not its content. Such a key is known to everyone.
+        Ok(key) if key == [0; 32] => Err("it has only zeros".to_owned()),
+        Ok(key) => Ok(TokenKey(key)),
+        Err(_) => Err(format!("it has {} bytes; expected 32", bytes.len())),
+    };
+    key(
+        &state_dir.join("token.key"),
+        create,
+        read,
+        "IMDS tokens that clients have are invalid, and clients request new ones",
+    )
 }
 
-/// The key of identity documents: kept on disk, so that its certificate stays what it is.
+/// The key of identity documents, so that its certificate stays the same.
 pub(super) fn signer(state_dir: &Path) -> Result<Signer, AppError> {
-    let path = state_dir.join("identity.pem");
-    let make = || Signer::generate().map(String::into_bytes).map_err(io::Error::other);
-    let what = "is not a key that only we know; remove it, and identities are signed with a new one";
-    let bytes = kept_secret(&path, make, what)?;
-    Signer::new(&String::from_utf8_lossy(&bytes)).map_err(|error| AppError::State {
-        path,
-        what,
-        source: io::Error::other(error),
-    })
+    let create = || Signer::generate().map(String::into_bytes).map_err(io::Error::other);
+    let read = |bytes: &[u8]| Signer::new(&String::from_utf8_lossy(bytes)).map_err(|error| error.to_string());
+    key(
+        &state_dir.join("identity.pem"),
+        create,
+        read,
+        "instance identities have another certificate: imds-router identity certificate",
+    )
 }
 
-/// What was ordered for containers: kept on disk, so that a restart of the daemon forgets nothing.
+const ORDERS: &str = "orders.json";
+
+/// Changes by `modify` and `trigger`. A damaged file is kept beside, and [`damage`] says so until it is deleted.
 pub(super) fn orders(state_dir: &Path) -> Result<Orders, AppError> {
-    let path = state_dir.join("orders.json");
-    let what = "is not what this daemon has written; remove it, and what was ordered is forgotten";
-    let kept = kept_secret(&path, || Ok(Vec::new()), what)?;
+    let path = state_dir.join(ORDERS);
     let written = path.clone();
-    let keep = Box::new(move |bytes: &[u8]| write_whole(&written, bytes));
-    Orders::new(&kept, keep).map_err(|error| AppError::State {
-        path,
-        what,
-        source: io::Error::other(error),
+    let keep = move |bytes: &[u8]| durable::write(&written, bytes);
+    let Some(bytes) = existing(&path)? else {
+        return Orders::new(&[], Box::new(keep))
+            .map_err(|error| failed(&path, "cannot be created", io::Error::other(error)));
+    };
+    // An empty file is damaged, too: this daemon never writes one.
+    let read = match bytes.is_empty() {
+        true => Err("it is empty".to_owned()),
+        false => Orders::new(&bytes, Box::new(keep.clone())).map_err(|error| error.to_string()),
+    };
+    match read {
+        Ok(orders) => Ok(orders),
+        Err(why) => {
+            set_aside(&path, &why, "changes by modify and trigger are lost")?;
+            Orders::new(&[], Box::new(keep))
+                .map_err(|error| failed(&path, "cannot be created", io::Error::other(error)))
+        }
+    }
+}
+
+/// A warning while a damaged file of changes by `modify` and `trigger` exists: a lost change may have been a restriction.
+pub(super) fn damage(state_dir: &Path) -> Option<String> {
+    let path = aside(&state_dir.join(ORDERS));
+    path.exists().then(|| {
+        format!(
+            "{} was damaged: containers have lost the options of imds-router modify, such as required tokens, and events of \
+             imds-router trigger; set them again, then delete this file",
+            path.display()
+        )
     })
 }
 
-/// Writes a file that only we can read, whole or not at all: a crash in between leaves what was there before.
-fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let new = path.with_extension("new");
-    match std::fs::remove_file(&new) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
+/// A key in a file. Creates it if it is missing. Replaces it if it is damaged and only this user could have written it.
+fn key<T>(
+    path: &Path,
+    create: impl FnOnce() -> io::Result<Vec<u8>>,
+    read: impl Fn(&[u8]) -> Result<T, String>,
+    consequence: &str,
+) -> Result<T, AppError> {
+    if let Some(bytes) = existing(path)? {
+        match read(&bytes) {
+            Ok(key) => return Ok(key),
+            Err(why) => set_aside(path, &why, &format!("a new key replaces it: {consequence}"))?,
+        }
     }
-    let mut file = std::fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .custom_flags(no_follow())
-        .open(&new)?;
-    file.write_all(bytes)?;
-    std::fs::rename(&new, path)
+    let bytes = create().map_err(|source| failed(path, "a key cannot be created", source))?;
+    durable::write(path, &bytes).map_err(|source| failed(path, "cannot be written", source))?;
+    read(&bytes).map_err(|why| failed(path, "the new key cannot be used", io::Error::other(why)))
 }
 
-/// Linux O_NOFOLLOW (open(2)).
-fn no_follow() -> i32 {
-    i32::try_from(rustix::fs::OFlags::NOFOLLOW.bits()).unwrap_or(0)
+/// The content of a file that only this user can read and write. `None`: the file does not exist.
+fn existing(path: &Path) -> Result<Option<Vec<u8>>, AppError> {
+    match read_private(path, MAX_BYTES) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => Err(failed(path, "cannot be trusted", error)),
+        Err(error) => Err(failed(path, "cannot be read", error)),
+    }
 }
 
-/// The most that a file of ours may hold.
-const MOST_KEPT: u64 = 16 * 1024 * 1024;
-
-/// Creates the directory of a file, 0700, if it does not exist.
-fn create_directory(path: &Path) -> io::Result<()> {
-    let Some(directory) = path.parent() else { return Ok(()) };
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)
+/// The name of a damaged file.
+fn aside(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".damaged");
+    name.into()
 }
 
-/// Writes a file of mode 0600 in a directory of mode 0700, whole or not at all.
-pub(super) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    create_directory(path)?;
-    write_whole(path, bytes)
+fn set_aside(path: &Path, why: &str, consequence: &str) -> Result<(), AppError> {
+    let aside = aside(path);
+    durable::rename(path, &aside).map_err(|source| failed(path, "is damaged and cannot be renamed", source))?;
+    warn!(
+        path = %path.display(), why, kept_as = %aside.display(),
+        "a file in the state directory is damaged; {consequence}"
+    );
+    Ok(())
 }
+
+fn failed(path: &Path, what: &'static str, source: io::Error) -> AppError {
+    AppError::State {
+        path: path.to_owned(),
+        what,
+        source,
+    }
+}
+
+/// The largest file that is read.
+const MAX_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Reads a file that only this user can read and write. Follows no symbolic link.
 ///
 /// # Errors
 /// `InvalidInput`: the file is not a regular file of mode 0600 that belongs to this user. Others as from open(2) and read(2).
 pub(super) fn read_private(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
-    let file = std::fs::OpenOptions::new()
-        .read(true)
-        .custom_flags(no_follow())
-        .open(path)?;
+    let file = files::open_no_follow(path)?;
     let meta = file.metadata()?;
     let own = meta.uid() == rustix::process::geteuid().as_raw();
-    if !meta.is_file() || meta.mode() & 0o077 != 0 || !own {
+    if meta.mode() & 0o077 != 0 || !own {
         let what = "expected a file of mode 0600, owned by this user";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
     }
@@ -127,35 +172,14 @@ pub(super) fn read_private(path: &Path, max_bytes: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// A secret that is kept on disk. Made on first use, 0600 in a 0700 directory; no symbolic link is followed, and a file that
-/// others could have read is not used. `bad`: what is said of such a file.
-fn kept_secret(
-    path: &Path,
-    make: impl FnOnce() -> io::Result<Vec<u8>>,
-    bad: &'static str,
-) -> Result<Vec<u8>, AppError> {
-    let state = |what| {
-        let path = path.to_owned();
-        move |source| AppError::State { path, what, source }
-    };
-    create_directory(path).map_err(state("its directory cannot be made"))?;
-    match read_private(path, MOST_KEPT) {
-        Ok(bytes) => Ok(bytes),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let bytes = make().map_err(state("cannot be made up"))?;
-            write_whole(path, &bytes).map_err(state("cannot be written"))?;
-            Ok(bytes)
-        }
-        Err(error) if error.kind() == io::ErrorKind::InvalidInput => Err(state(bad)(error)),
-        Err(error) => Err(state("cannot be read")(error)),
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 
     use super::*;
+    use crate::app::durable::tests::Recorder;
+    use crate::containers::ContainerId;
+    use crate::telemetry::with_causes;
 
     #[test]
     fn the_token_key_is_made_once_and_only_ours() {
@@ -167,18 +191,143 @@ mod tests {
         assert_eq!(std::fs::metadata(&state).unwrap().mode() & 0o777, 0o700);
         assert_eq!(std::fs::metadata(&file).unwrap().mode() & 0o777, 0o600);
 
+        let why = |error: AppError| with_causes(&error);
         std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o640)).unwrap();
-        assert!(
-            token_key(&state)
-                .unwrap_err()
-                .to_string()
-                .contains("not a key that only we know")
-        );
+        let said = why(token_key(&state).unwrap_err());
+        assert!(said.contains("mode 0600, owned by this user"), "{said}");
 
         let elsewhere = dir.path().join("elsewhere");
         std::fs::write(&elsewhere, [7; 32]).unwrap();
         std::fs::remove_file(&file).unwrap();
         std::os::unix::fs::symlink(&elsewhere, &file).unwrap();
         assert!(token_key(&state).is_err());
+
+        std::fs::remove_file(&file).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &file, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        let said = why(token_key(&state).unwrap_err());
+        assert!(said.ends_with("it is a named pipe; expected a regular file"), "{said}");
+    }
+
+    #[test]
+    fn replaces_damaged_keys_and_keeps_them_beside() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path();
+        let (key, certificate) = (
+            token_key(state).unwrap(),
+            signer(state).unwrap().certificate().to_owned(),
+        );
+        for content in [&b""[..], b"short", &[7; 33], &[0; 32]] {
+            for name in ["token.key", "identity.pem"] {
+                std::fs::write(state.join(name), content).unwrap();
+            }
+            let (new_key, new_certificate) = (
+                token_key(state).unwrap(),
+                signer(state).unwrap().certificate().to_owned(),
+            );
+            assert!(new_key != key && new_key != TokenKey([0; 32]), "{content:?}");
+            assert_ne!(new_certificate, certificate, "{content:?}");
+            for name in ["token.key", "identity.pem"] {
+                let damaged = state.join(format!("{name}.damaged"));
+                assert_eq!(std::fs::read(damaged).unwrap(), content);
+            }
+            // The next start finds the new keys.
+            assert!(token_key(state).unwrap() == new_key);
+            assert_eq!(signer(state).unwrap().certificate(), new_certificate);
+        }
+    }
+
+    #[test]
+    fn damaged_orders_are_kept_beside_and_told_until_the_file_is_deleted() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path();
+        let id = ContainerId::parse(&"a".repeat(64)).unwrap();
+        let require = |orders: &Orders| {
+            orders
+                .order(&id, |_| true, |ordered| ordered.options.tokens_required = Some(true))
+                .unwrap();
+        };
+        assert_eq!(orders(state).unwrap().of(&id), None);
+        assert_eq!(damage(state), None, "a new directory has lost nothing");
+        require(&orders(state).unwrap());
+        let required = orders(state).unwrap().of(&id).unwrap();
+        assert_eq!(required.options.tokens_required, Some(true));
+        for content in ["", "{\"containers\":", "\0\0\0", "[]"] {
+            std::fs::write(state.join(ORDERS), content).unwrap();
+            assert_eq!(orders(state).unwrap().of(&id), None, "{content:?}");
+            assert_eq!(
+                std::fs::read_to_string(state.join("orders.json.damaged")).unwrap(),
+                content
+            );
+            let told = damage(state).unwrap();
+            assert!(told.contains("orders.json.damaged was damaged"), "{told}");
+            require(&orders(state).unwrap());
+            assert!(
+                damage(state).is_some(),
+                "a restart with good orders does not end the warning"
+            );
+            std::fs::remove_file(state.join("orders.json.damaged")).unwrap();
+            assert_eq!(damage(state), None);
+        }
+    }
+
+    /// Whatever a power loss leaves of the writes, the daemon starts, and a reported change is there.
+    #[test]
+    fn starts_after_a_power_loss_at_any_moment() {
+        let dir = tempfile::tempdir().unwrap();
+        // The content of each write, as the daemon produces it.
+        let source = dir.path().join("source");
+        token_key(&source).unwrap();
+        signer(&source).unwrap();
+        let id = ContainerId::parse(&"b".repeat(64)).unwrap();
+        let made = orders(&source).unwrap();
+        let mut versions = Vec::new();
+        for limit in 1..=3 {
+            made.order(&id, |_| true, |ordered| ordered.options.hop_limit = Some(limit))
+                .unwrap();
+            versions.push(std::fs::read(source.join(ORDERS)).unwrap());
+        }
+        let disk = Recorder::default();
+        for name in ["token.key", "identity.pem"] {
+            disk.write(
+                &Path::new("/state").join(name),
+                &std::fs::read(source.join(name)).unwrap(),
+            );
+        }
+        let mut returned = Vec::new();
+        for version in &versions {
+            disk.write(&Path::new("/state").join(ORDERS), version);
+            returned.push(disk.calls());
+        }
+        for calls in 0..=disk.calls() {
+            let ordered = returned.iter().filter(|end| **end <= calls).count();
+            for files in disk.after_power_loss(calls) {
+                let root = tempfile::tempdir_in(dir.path()).unwrap();
+                let state = root.path().join("state");
+                std::fs::DirBuilder::new().mode(0o700).create(&state).unwrap();
+                for (path, bytes) in &files {
+                    let file = root.path().join(path.strip_prefix("/").unwrap());
+                    std::fs::write(&file, bytes).unwrap();
+                    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+                }
+                let trace = format!("after {calls} calls: {:?}", files.keys());
+                token_key(&state).unwrap_or_else(|error| panic!("{trace}: {error}"));
+                // A new RSA key takes long.
+                if files.contains_key(Path::new("/state/identity.pem")) {
+                    signer(&state).unwrap_or_else(|error| panic!("{trace}: {error}"));
+                }
+                let orders = orders(&state).unwrap_or_else(|error| panic!("{trace}: {error}"));
+                let limit = orders
+                    .of(&id)
+                    .map_or(0, |it| usize::from(it.options.hop_limit.unwrap()));
+                assert!(
+                    limit == ordered || limit == ordered + 1,
+                    "{trace}: {limit} of {ordered}"
+                );
+                assert_eq!(damage(&state), None, "{trace}");
+                let damaged = std::fs::read_dir(&state).unwrap().flatten();
+                let damaged = damaged.filter(|it| it.path().extension().is_some_and(|it| it == "damaged"));
+                assert_eq!(damaged.count(), 0, "{trace}: a power loss damages no file");
+            }
+        }
     }
 }

@@ -55,6 +55,8 @@ mod passive;
 #[cfg(target_os = "linux")]
 mod podman;
 #[cfg(target_os = "linux")]
+mod power_loss;
+#[cfg(target_os = "linux")]
 mod refusals;
 #[cfg(target_os = "linux")]
 mod repair;
@@ -89,6 +91,7 @@ fn trials(rig: &rig::Rig) -> Vec<libtest_mimic::Trial> {
     trials.extend(repair::trials(rig));
     trials.extend(filters::trials(rig));
     trials.extend(crash::trials(rig));
+    trials.extend(power_loss::trials(rig));
     trials.extend(descriptors::trials(rig));
     trials.extend(docker_failures::trials(rig));
     trials.extend(interfaces::trials(rig));

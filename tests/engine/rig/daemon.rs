@@ -108,7 +108,8 @@ impl Daemon {
         }
     }
 
-    fn launch(
+    /// Starts it, and does not wait.
+    pub fn launch(
         engine: &Arc<Engine>,
         by: &[&str],
         directory: PathBuf,
