@@ -9,6 +9,7 @@ use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
 use super::resolver::Resolver;
+use crate::credentials::http;
 use crate::credentials::instance_profile::HostMetadata;
 use crate::instance::Surroundings;
 use crate::metadata::real;
@@ -21,7 +22,7 @@ const ALL: Duration = Duration::from_secs(20);
 
 /// Everything that may be seen.
 pub(super) async fn gather(service: &str) -> Result<BTreeMap<String, String>, String> {
-    let host = HostMetadata::at(service)?;
+    let host = HostMetadata::at(service, http::client())?;
     let get = |path: String| {
         let host = host.clone();
         async move {

@@ -18,12 +18,14 @@ use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_credential_types::provider::ProvideCredentials as _;
 use aws_types::sdk_config::{SharedHttpClient, TimeSource};
 use dashmap::DashMap;
+use tokio::io::AsyncReadExt as _;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::Secret;
 use super::broker::ProviderError;
 use super::files::{AwsFiles, FileError, Stamp};
+use super::http;
 use super::instance_profile;
 use super::profile::{self, Allowed, Keys, Plan, ProfileError, Source};
 use super::sso::SsoTokens;
@@ -32,14 +34,18 @@ use crate::clock::Clock;
 use crate::descriptors;
 use crate::telemetry::{printable, with_causes};
 
-/// A call of AWS that has not ended after this is given up; requests never wait for it.
-const OPERATION_TIMEOUT: Duration = Duration::from_secs(10);
-const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
+/// The longest that one attempt of a call to AWS takes. Requests of containers do not wait for it: they have a deadline of their own
+/// (`serve.hold`), and a session is refreshed long before it expires.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(30);
+/// The same of all attempts. A service that does not answer has one: the second is for services that answered.
+const OPERATION_TIMEOUT: Duration = Duration::from_secs(35);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Two: the second is signed with what the first told of the clock. Further tries are the broker's.
 const ATTEMPTS: u32 = 2;
-/// Base credentials that are not there after this are given up for now: a program that hangs, for example.
-const LOAD_TIMEOUT: Duration = Duration::from_secs(20);
+/// The longest that loading base credentials takes: all roles of a profile, or its program.
+const LOAD_TIMEOUT: Duration = Duration::from_secs(60);
+/// The most that a `credential_process` prints.
+const MAX_PRINTED_BYTES: u64 = 64 * 1024;
 /// Base credentials that expire within this are fetched anew, if that is possible.
 pub const RENEW_BEFORE: Duration = Duration::from_secs(300);
 /// They are used for so long if it is not.
@@ -149,7 +155,7 @@ pub struct Bases {
     clock: Clock,
     slots: DashMap<Option<String>, Arc<Slot>>,
     sso: SsoTokens,
-    http: Mutex<Option<SharedHttpClient>>,
+    http: SharedHttpClient,
     changes: watch::Sender<u64>,
 }
 
@@ -222,7 +228,7 @@ impl Bases {
             setup,
             clock,
             slots: DashMap::new(),
-            http: Mutex::default(),
+            http: http::client(),
             changes: watch::Sender::new(0),
         })
     }
@@ -454,7 +460,7 @@ impl Bases {
         let selected = name.unwrap_or_else(|| self.selected());
         // Endpoints are taken from it, whoever the credentials are.
         profile::check_endpoints(&set, selected, self.allowed()).map_err(no_base)?;
-        let mut loader = aws_config::defaults(BehaviorVersion::latest())
+        let loader = aws_config::defaults(BehaviorVersion::latest())
             .profile_files(files)
             .profile_name(selected)
             // Said in any case, though it be none: the SDK would ask the instance metadata service, which is us.
@@ -468,14 +474,9 @@ impl Bases {
                     .operation_attempt_timeout(ATTEMPT_TIMEOUT)
                     .operation_timeout(OPERATION_TIMEOUT)
                     .build(),
-            );
-        let http = lock(&self.http).clone();
-        if let Some(http) = http {
-            loader = loader.http_client(http);
-        }
-        let sdk = loader.load().await;
-        *lock(&self.http) = sdk.http_client();
-        Ok((sdk, set))
+            )
+            .http_client(self.http.clone());
+        Ok((loader.load().await, set))
     }
 
     fn allowed(&self) -> Allowed<'_> {
@@ -555,7 +556,8 @@ impl Bases {
                 "variable {name} leads to an address that this daemon answers: it cannot be its own base"
             )));
         }
-        let provider = EcsCredentialsProvider::builder().configure(&ProviderConfig::without_region());
+        let provider = EcsCredentialsProvider::builder()
+            .configure(&ProviderConfig::without_region().with_http_client(self.http.clone()));
         let credentials = provider.build().provide_credentials().await;
         let credentials = credentials.map_err(|error| {
             ProviderError::Unavailable(printable(
@@ -579,7 +581,7 @@ impl Bases {
         let Some(service) = &self.setup.instance_metadata else {
             return Err(none(""));
         };
-        let found = instance_profile::credentials(service).await?;
+        let found = instance_profile::credentials(service, self.http.clone()).await?;
         found.ok_or_else(|| none(", and this host has no instance profile"))
     }
 
@@ -677,7 +679,7 @@ async fn process(name: &str, command: &Secret) -> Result<aws_credential_types::C
     };
     // With the limit on open files that the daemon was started with: programs that use select(2) fail above 1,024.
     let limit = descriptors::limit_of_children().map_or("unlimited".to_owned(), |limit| limit.to_string());
-    let child = tokio::process::Command::new("sh")
+    let mut child = tokio::process::Command::new("sh")
         .args([
             "-c",
             r#"ulimit -S -n "$1"; exec sh -c "$2""#,
@@ -694,11 +696,17 @@ async fn process(name: &str, command: &Secret) -> Result<aws_credential_types::C
         .map_err(|_| failed())?;
     let pid = child.id().and_then(|id| i32::try_from(id).ok());
     let mut running = Running(pid.and_then(rustix::process::Pid::from_raw));
-    let output = child.wait_with_output().await.map_err(|_| failed())?;
+    let stdout = child.stdout.take().ok_or_else(failed)?;
+    let mut output = Vec::new();
+    let read = stdout.take(MAX_PRINTED_BYTES + 1).read_to_end(&mut output).await;
+    if read.is_err() || u64::try_from(output.len()).is_ok_and(|length| length > MAX_PRINTED_BYTES) {
+        return Err(failed());
+    }
+    let status = child.wait().await.map_err(|_| failed())?;
     // Its number may be somebody else's from now on.
     running.0 = None;
-    let printed: Printed = serde_json::from_slice(&output.stdout).map_err(|_| failed())?;
-    if !output.status.success() || printed.version != 1 {
+    let printed: Printed = serde_json::from_slice(&output).map_err(|_| failed())?;
+    if !status.success() || printed.version != 1 {
         return Err(failed());
     }
     Ok(aws_credential_types::Credentials::new(

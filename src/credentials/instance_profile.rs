@@ -8,7 +8,9 @@ use std::time::{Duration, SystemTime};
 use aws_config::imds::Client;
 use aws_config::imds::client::SensitiveString;
 use aws_config::imds::client::error::ImdsError;
+use aws_config::provider_config::ProviderConfig;
 use aws_credential_types::Credentials;
+use aws_types::sdk_config::SharedHttpClient;
 
 use super::broker::ProviderError;
 use super::sts::MESSAGE_CHARACTERS;
@@ -45,8 +47,12 @@ impl HostMetadata {
     ///
     /// # Errors
     /// When that is no address of a service.
-    pub fn at(service: &str) -> Result<Self, String> {
-        let client = Client::builder().endpoint(service).map_err(|error| error.to_string())?;
+    pub fn at(service: &str, http: SharedHttpClient) -> Result<Self, String> {
+        let config = ProviderConfig::without_region().with_http_client(http);
+        let client = Client::builder()
+            .configure(&config)
+            .endpoint(service)
+            .map_err(|error| error.to_string())?;
         let client = client.connect_timeout(TIMEOUT).read_timeout(TIMEOUT).max_attempts(2);
         Ok(Self(client.build()))
     }
@@ -69,8 +75,11 @@ impl HostMetadata {
 ///
 /// # Errors
 /// Why there are none.
-pub(super) async fn credentials(service: &str) -> Result<Option<(Credentials, String)>, ProviderError> {
-    let host = HostMetadata::at(service).map_err(|error| {
+pub(super) async fn credentials(
+    service: &str,
+    http: SharedHttpClient,
+) -> Result<Option<(Credentials, String)>, ProviderError> {
+    let host = HostMetadata::at(service, http).map_err(|error| {
         ProviderError::NoBase(format!("the instance metadata service cannot be at {service}: {error}"))
     })?;
     let Some(list) = host.get(LIST).await.map_err(failed)? else {

@@ -9,6 +9,8 @@ pub mod base;
 pub mod broker;
 #[cfg(target_os = "linux")]
 pub mod files;
+#[cfg(target_os = "linux")]
+pub mod http;
 pub mod inputs;
 pub mod instance_profile;
 pub mod naming;

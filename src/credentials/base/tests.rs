@@ -24,6 +24,8 @@ struct Amazon {
     asked: Arc<Mutex<Vec<String>>>,
     /// Actions that are answered with this status and body instead.
     fails: Arc<Mutex<HashMap<&'static str, (u16, &'static str)>>>,
+    /// How long it takes to answer.
+    takes: Arc<Mutex<Duration>>,
 }
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -36,6 +38,7 @@ impl Amazon {
             address: listener.local_addr().unwrap(),
             asked: Arc::default(),
             fails: Arc::default(),
+            takes: Arc::default(),
         };
         let amazon = this.clone();
         tokio::spawn(async move {
@@ -57,6 +60,10 @@ impl Amazon {
         let (parts, body) = request.into_parts();
         if parts.uri.path().starts_with("/latest/") {
             return self.as_ec2(&parts);
+        }
+        let takes = *self.takes.lock().unwrap();
+        if !takes.is_zero() {
+            tokio::time::sleep(takes).await;
         }
         let body = String::from_utf8(body.collect().await.unwrap().to_bytes().to_vec()).unwrap();
         let action = match parts.uri.path() {
@@ -930,4 +937,71 @@ async fn a_clock_that_is_ten_hours_off_is_no_reason_to_fail() {
         assert!(made.expiration.duration_since(made.updated).unwrap() <= HOUR);
         assert!(desk.clock.skew().aws.unwrap().abs() <= 2);
     }
+}
+
+fn role_by(profile: &str) -> Session {
+    let role = RoleArn::parse("arn:aws:iam::111122223333:role/web").unwrap();
+    let mut session = RoleSession::new(role, "web@here".to_owned(), HOUR, "eu-west-1");
+    session.profile = Some(profile.to_owned());
+    Session::Role(session)
+}
+
+/// Time is paused: it passes only while all tasks wait for it.
+#[tokio::test(start_paused = true)]
+async fn an_answer_may_take_thirty_seconds() {
+    let desk = Desk::new().await;
+    desk.config("[profile dev]\naws_access_key_id = AKIADEV\naws_secret_access_key = s\n");
+    let sts = desk.sts();
+    let session = role_by("dev");
+    *desk.amazon.takes.lock().unwrap() = Duration::from_secs(6);
+    let credentials = sts.credentials(&session).await.unwrap();
+    assert_eq!(credentials.access_key_id, "ASIAAssumeRole");
+    *desk.amazon.takes.lock().unwrap() = HOUR;
+    let start = desk.clock.now();
+    let error = sts.credentials(&session).await.unwrap_err();
+    let took = desk.clock.now() - start;
+    assert!(matches!(error, ProviderError::Unavailable(_)), "{error}");
+    let expected = Duration::from_secs(30)..Duration::from_secs(36);
+    assert!(expected.contains(&took), "{took:?}");
+}
+
+#[tokio::test]
+async fn answers_without_end_are_refused() {
+    let desk = Desk::new().await;
+    desk.config("[profile dev]\naws_access_key_id = AKIADEV\naws_secret_access_key = s\n");
+    // A valid answer, were it read whole.
+    let whole = format!(
+        "<AssumeRoleResponse>{}</AssumeRoleResponse>",
+        "x".repeat(50 * 1024 * 1024)
+    )
+    .leak();
+    desk.amazon.fail("AssumeRole", 200, whole);
+    let error = desk.sts().credentials(&role_by("dev")).await.unwrap_err();
+    assert!(matches!(error, ProviderError::Unavailable(_)), "{error}");
+    assert!(
+        error.to_string().contains("the answer has more than 1048576 bytes"),
+        "{error}"
+    );
+    let long = HashMap::from([("ec2", (200, &*whole))]);
+    *desk.amazon.fails.lock().unwrap() = long;
+    let service = format!("http://{}", desk.amazon.address);
+    let error = instance_profile::credentials(&service, http::client())
+        .await
+        .unwrap_err();
+    assert!(
+        error.to_string().contains("the answer has more than 1048576 bytes"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn a_program_that_prints_without_end_is_ended() {
+    let command = Secret::new("yes");
+    let ended = tokio::time::timeout(Duration::from_secs(20), process("p", &command)).await;
+    let error = ended.expect("it reads without end").unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("its credential_process gives no credentials")
+    );
 }
