@@ -514,12 +514,7 @@ pub async fn run(
 
 /// The engine that is meant.
 pub fn engine_host(settings: &Settings) -> String {
-    let variable = || std::env::var("DOCKER_HOST").ok().filter(|host| !host.is_empty());
-    settings
-        .docker_host
-        .clone()
-        .or_else(variable)
-        .unwrap_or_else(|| DEFAULT_HOST.to_owned())
+    settings.docker_host.clone().unwrap_or_else(|| DEFAULT_HOST.to_owned())
 }
 
 /// What this host calls itself.

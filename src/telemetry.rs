@@ -2,6 +2,8 @@
 
 mod limit;
 
+use std::io;
+
 use tracing_subscriber::Layer as _;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
@@ -76,7 +78,7 @@ pub fn start(format: LogFormat, level: Option<&str>) -> Result<(), String> {
     let filter = filter(level)
         .ok_or_else(|| format!("variable {LOG_VARIABLE}: {level:?}: expected error, warn, info, debug or trace"))?;
     let registry = tracing_subscriber::registry().with(filter);
-    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let layer = tracing_subscriber::fmt::layer().with_writer(|| OneLine(std::io::stderr()));
     let limit = LineLimit::new(Clock::system());
     // A second start, in tests, keeps the first: nothing to be said about it.
     let _ = match format {
@@ -86,15 +88,46 @@ pub fn start(format: LogFormat, level: Option<&str>) -> Result<(), String> {
     Ok(())
 }
 
-/// An error with its causes, outermost first.
+/// Writes each log record as one line: line breaks of its fields are escaped. The log writes a record with one call.
+struct OneLine<W>(W);
+
+impl<W: io::Write> io::Write for OneLine<W> {
+    fn write(&mut self, record: &[u8]) -> io::Result<usize> {
+        let text = record.strip_suffix(b"\n").unwrap_or(record);
+        if !text.iter().any(|byte| b"\r\n".contains(byte)) {
+            self.0.write_all(record)?;
+            return Ok(record.len());
+        }
+        let mut line = Vec::with_capacity(record.len() + 16);
+        for byte in text {
+            match byte {
+                b'\n' => line.extend(b"\\n"),
+                b'\r' => line.extend(b"\\r"),
+                byte => line.push(*byte),
+            }
+        }
+        line.extend(&record[text.len()..]);
+        self.0.write_all(&line)?;
+        Ok(record.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+/// An error with its causes, outermost first, in one line. Hints come last.
 pub fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
+    let (mut causes, mut hints) = (Vec::new(), Vec::new());
+    let mut cause = Some(error);
     while let Some(error) = cause {
-        text = format!("{text}: {error}");
+        let text = error.to_string();
+        let mut parts = text.split("\nhint: ");
+        causes.extend(parts.next().map(str::to_owned));
+        hints.extend(parts.map(|hint| format!("; hint: {hint}")));
         cause = error.source();
     }
-    text
+    causes.join(": ") + &hints.concat()
 }
 
 /// Text from outside, fit for a terminal and a log: control characters, line ends and bidirectional overrides escaped,
@@ -130,6 +163,24 @@ mod tests {
         );
         assert_eq!(printable("abcdef", 3), "abc…");
         assert_eq!(printable("abc", 3), "abc");
+    }
+
+    #[test]
+    fn a_record_is_one_line() {
+        use std::io::Write as _;
+        let mut written = OneLine(Vec::new());
+        written.write_all(b"WARN a\nWARN forged\r\n").unwrap();
+        written.write_all(b"INFO b\n").unwrap();
+        assert_eq!(written.0, b"WARN a\\nWARN forged\\r\nINFO b\n");
+    }
+
+    #[test]
+    fn hints_come_after_causes_in_one_line() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("outer\nhint: do a\nhint: do b")]
+        struct Outer(#[source] std::io::Error);
+        let error = Outer(std::io::Error::other("inner\nhint: do c"));
+        assert_eq!(with_causes(&error), "outer: inner; hint: do a; hint: do b; hint: do c");
     }
 
     #[test]

@@ -147,6 +147,29 @@ const WRONG: &[Case] = &[
         "imds-router: cannot read the configuration nowhere.toml: No such file or directory (os error 2)\n\
          hint: --config names another file; without one, all defaults hold\n",
     ),
+    variable(
+        "DOCKER_HOST",
+        "ssh://host",
+        "imds-router: variable DOCKER_HOST: docker.host = \"ssh://host\": \
+         expected unix:///path/to/docker.sock or tcp://host:port\n",
+    ),
+    file(
+        "type of a value",
+        "[credentials]\nconcurrent_calls = \"16\"\n",
+        "imds-router: imds.toml, line 2: credentials.concurrent_calls = \"16\": \
+         expected a whole number from 1 to 64, without quotes\n",
+    ),
+    file(
+        "two kinds of user data",
+        "[imds]\nuser_data = \"a\"\nuser_data_base64 = \"YQ==\"\n",
+        "imds-router: imds.toml, line 3: imds.user_data_base64: expected one of imds.user_data, imds.user_data_base64, \
+         imds.user_data_file; imds.user_data is at imds.toml, line 2\n",
+    ),
+    file(
+        "no file of metadata",
+        "[metadata]\nfile = \"nowhere.json\"\n",
+        "imds-router: imds.toml, line 2: metadata.file = \"nowhere.json\": No such file or directory (os error 2)\n",
+    ),
     typed(
         "bad value of a flag",
         &["serve", "--region", "europe"],
@@ -247,7 +270,7 @@ fn a_pipe_in_place_of_a_file_is_an_error_at_once() {
             &["serve", "--metadata-file", pipe],
             None,
             USAGE,
-            format!("{pipe}: {kind}"),
+            format!("metadata.file = {pipe:?}: {kind}"),
         ),
         (
             &["serve"],

@@ -209,7 +209,7 @@ fn host(settings: &Settings, kept: Option<Kept>, found: &mut Diagnosis) {
             Ok(survey) => of_survey(settings, &survey, found),
             Err(error) => {
                 let text = with_causes(&error);
-                let (text, hint) = text.split_once("\nhint: ").unwrap_or((&text, ""));
+                let (text, hint) = text.split_once("; hint: ").unwrap_or((&text, ""));
                 let fix = match (&error, hint) {
                     (HostError::Denied { .. }, _) => "run imds-router doctor as root",
                     (_, "") => "see the kernel's own words above",

@@ -29,20 +29,39 @@ pub struct Key {
     pub(super) read: fn(&mut Settings, &Typed) -> Option<()>,
 }
 
-/// A value as typed: text, or several. Whether it was a number matters where leading zeros do.
+/// A value as typed: one item, or several in a list.
+#[derive(Clone)]
 pub(super) struct Typed(pub(super) Vec<String>, pub(super) Form);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Form {
+    /// A variable or a flag: they have no types.
+    Untyped,
+    /// In quotes.
     Text,
     Number,
     Boolean,
+    /// A list of texts.
+    List,
+    /// No key takes it.
     Table,
+    /// A date, or a list of anything but texts. No key takes it.
+    Other,
 }
 
 impl Typed {
     pub(super) fn of(text: &str) -> Self {
-        Self(vec![text.to_owned()], Form::Text)
+        Self(vec![text.to_owned()], Form::Untyped)
+    }
+
+    /// How to type this value so that `read` takes it, as the end of a message.
+    pub(super) fn other_form(&self, read: impl Fn(&Self) -> bool) -> &'static str {
+        let as_form = |form| read(&Self(self.0.clone(), form));
+        match self.1 {
+            Form::Text if as_form(Form::Number) || as_form(Form::Boolean) => ", without quotes",
+            Form::Number | Form::Boolean if as_form(Form::Text) => ", in quotes",
+            _ => "",
+        }
     }
 
     /// As a message shows it.
@@ -56,14 +75,28 @@ impl Typed {
 
     /// An account id: a number may have lost its leading zeros.
     pub(super) fn account(&self) -> Option<&str> {
-        self.text().filter(|text| self.1 == Form::Text && is_account_id(text))
+        self.text().filter(|text| is_account_id(text))
     }
 
     pub(super) fn text(&self) -> Option<&str> {
+        self.one_as(Form::Text)
+    }
+
+    fn number(&self) -> Option<&str> {
+        self.one_as(Form::Number)
+    }
+
+    fn one_as(&self, form: Form) -> Option<&str> {
         match self.0.as_slice() {
-            [one] if !one.is_empty() => Some(one),
+            [one] if !one.is_empty() && [form, Form::Untyped].contains(&self.1) => Some(one),
             _ => None,
         }
+    }
+
+    /// One or more texts.
+    fn texts(&self) -> Option<&[String]> {
+        let fits = [Form::Text, Form::List, Form::Untyped].contains(&self.1);
+        fits.then_some(self.0.as_slice())
     }
 
     fn one_of<T: Copy>(&self, choices: &[(&str, T)]) -> Option<T> {
@@ -72,7 +105,7 @@ impl Typed {
     }
 
     fn boolean(&self) -> Option<bool> {
-        self.one_of(&[("true", true), ("false", false)])
+        self.one_as(Form::Boolean)?.parse().ok()
     }
 
     fn globs(&self, into: &mut Vec<Glob>) -> Option<()> {
@@ -87,8 +120,8 @@ impl Typed {
 
     /// One or more of something.
     fn each<T>(&self, read: impl Fn(&str) -> Option<T>) -> Option<Vec<T>> {
-        let items: Option<Vec<_>> = self.0.iter().map(|it| read(it)).collect();
-        items.filter(|items| !items.is_empty() && self.1 == Form::Text)
+        let items: Option<Vec<_>> = self.texts()?.iter().map(|it| read(it)).collect();
+        items.filter(|items| !items.is_empty())
     }
 
     fn duration(&self, least: Duration, most: Duration) -> Option<Duration> {
@@ -124,12 +157,9 @@ pub const KEYS: &[Key] = &[
         expected: "unix:///path/to/docker.sock or tcp://host:port",
         about: "The engine.",
         read: |s, v| {
-            let known = |it: &&str| {
-                ["unix:///", "tcp://", "http://"]
-                    .iter()
-                    .any(|scheme| it.starts_with(scheme))
-            };
-            v.text().filter(known).map(|it| s.docker_host = Some(it.to_owned()))
+            v.text()
+                .filter(|it| is_engine(it))
+                .map(|it| s.docker_host = Some(it.to_owned()))
         },
     },
     Key {
@@ -299,7 +329,7 @@ pub const KEYS: &[Key] = &[
         default: "2",
         expected: "a whole number from 1 to 64",
         about: "How many routers the answer with a token may pass: IP's own limit. A container's own network has none.",
-        read: |s, v| v.text().and_then(hop_limit).map(|it| s.hop_limit = it),
+        read: |s, v| v.number().and_then(hop_limit).map(|it| s.hop_limit = it),
     },
     Key {
         path: "imds.instance_metadata_tags",
@@ -352,9 +382,9 @@ pub const KEYS: &[Key] = &[
         expected: "host names",
         about: "More names to accept in the Host header.",
         read: |s, v| {
-            v.0.iter()
-                .all(|it| !it.is_empty())
-                .then(|| s.hosts = v.0.iter().map(|it| it.to_ascii_lowercase()).collect())
+            let hosts = v.texts()?;
+            let named = hosts.iter().all(|it| !it.is_empty());
+            named.then(|| s.hosts = hosts.iter().map(|it| it.to_ascii_lowercase()).collect())
         },
     },
     Key {
@@ -419,7 +449,7 @@ pub const KEYS: &[Key] = &[
         expected: "a whole number from 1 to 64",
         about: "Calls of STS at once; who waits for one is served in turn.",
         read: |s, v| {
-            let number = v.text()?.parse().ok();
+            let number = v.number()?.parse().ok();
             number.filter(|it| (1..=64).contains(it)).map(|it| s.sts_calls = it)
         },
     },
@@ -571,7 +601,7 @@ pub(super) const RULE_KEYS: &[RuleKey] = &[
         name: "session_policy_arns",
         expected: "1 to 10 policy ARNs such as \"arn:aws:iam::aws:policy/ReadOnlyAccess\"",
         read: |rule, v| {
-            let arns: Vec<_> = v.0.iter().map(String::as_str).collect();
+            let arns: Vec<_> = v.texts()?.iter().map(String::as_str).collect();
             inputs::policy_arns(&arns).map(|arns| rule.session_policy_arns = arns)
         },
     },
@@ -603,6 +633,19 @@ pub(super) const TABLES: &[(&str, &str)] = &[
         "a public key in one line, such as \"ssh-ed25519 AAAA… me\"",
     ),
 ];
+
+/// Whether `text` is the address of an engine that this daemon can reach.
+fn is_engine(text: &str) -> bool {
+    if let Some(path) = text.strip_prefix("unix://") {
+        return path.starts_with('/') && path.len() > 1;
+    }
+    let uri: Option<hyper::Uri> = text.parse().ok();
+    uri.is_some_and(|uri| {
+        let known = uri.scheme_str().is_some_and(|it| ["tcp", "http"].contains(&it));
+        let port = uri.authority().is_some_and(|it| !it.as_str().ends_with(':'));
+        known && port && uri.host().is_some_and(|host| !host.is_empty())
+    })
+}
 
 fn absolute(value: &Typed) -> Option<PathBuf> {
     value.text().map(PathBuf::from).filter(|path| path.is_absolute())
