@@ -20,6 +20,7 @@ use crate::credentials::Secret;
 use crate::credentials::inputs::{self, Inputs};
 use crate::metadata::catalogue;
 use crate::metadata::events::Kind;
+use crate::metadata::zones;
 
 /// What a container's labels ask for. `None`: the label is not there.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -273,7 +274,7 @@ const LABELS: &[Label] = &[
     Label {
         name: "availability-zone",
         class: Class::Place,
-        expected: "a region and one letter, such as eu-west-1a",
+        expected: "a zone such as eu-west-1a, us-west-2-lax-1a or us-east-1-wl1-bos-wlz-1",
         read: |spec, value| is_zone(value).then(|| spec.availability_zone = Some(value.to_owned())),
     },
     Label {
@@ -462,7 +463,7 @@ fn choose<T: Copy>(value: &str, choices: &[(&str, T)], into: &mut Option<T>) -> 
 
 /// Whether `text` is a region and one letter.
 pub fn is_zone(text: &str) -> bool {
-    text.ends_with(|c: char| c.is_ascii_lowercase()) && is_region(&text[..text.len() - 1])
+    zones::region_of(text).is_some_and(is_region)
 }
 
 fn is_id(prefix: &str, text: &str) -> bool {

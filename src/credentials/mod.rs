@@ -112,7 +112,7 @@ impl fmt::Debug for RoleArn {
 pub fn partition_of(region: &str) -> &'static str {
     PARTITIONS
         .iter()
-        .find(|(_, prefix, _)| region.starts_with(prefix))
+        .find(|(_, prefix, ..)| region.starts_with(prefix))
         .map_or(AWS, |(name, ..)| name)
 }
 
@@ -123,20 +123,27 @@ pub fn region_in(partition: &str, region: &str) -> String {
         return region.to_owned();
     }
     let known = PARTITIONS.iter().find(|(name, ..)| *name == partition);
-    known.map_or("us-east-1", |(_, _, first)| first).to_owned()
+    known.map_or("us-east-1", |(_, _, first, _)| first).to_owned()
+}
+
+/// The DNS domain of a partition's services.
+pub fn domain_of(partition: &str) -> &'static str {
+    let known = PARTITIONS.iter().find(|(name, ..)| *name == partition);
+    known.map_or("amazonaws.com", |(.., domain)| domain)
 }
 
 const AWS: &str = "aws";
 
-/// The partitions beside `aws`: name, what their regions begin with, and their first region (the SDKs' `partitions.json`).
-const PARTITIONS: &[(&str, &str, &str)] = &[
-    ("aws-cn", "cn-", "cn-northwest-1"),
-    ("aws-us-gov", "us-gov-", "us-gov-west-1"),
-    ("aws-eusc", "eusc-", "eusc-de-east-1"),
-    ("aws-iso", "us-iso-", "us-iso-east-1"),
-    ("aws-iso-b", "us-isob-", "us-isob-east-1"),
-    ("aws-iso-e", "eu-isoe-", "eu-isoe-west-1"),
-    ("aws-iso-f", "us-isof-", "us-isof-south-1"),
+/// The partitions beside `aws`: name, what their regions begin with, their first region, and the DNS domain of their services (the
+/// SDKs' `partitions.json`).
+const PARTITIONS: &[(&str, &str, &str, &str)] = &[
+    ("aws-cn", "cn-", "cn-northwest-1", "amazonaws.com.cn"),
+    ("aws-us-gov", "us-gov-", "us-gov-west-1", "amazonaws.com"),
+    ("aws-eusc", "eusc-", "eusc-de-east-1", "amazonaws.eu"),
+    ("aws-iso", "us-iso-", "us-iso-east-1", "c2s.ic.gov"),
+    ("aws-iso-b", "us-isob-", "us-isob-east-1", "sc2s.sgov.gov"),
+    ("aws-iso-e", "eu-isoe-", "eu-isoe-west-1", "cloud.adc-e.uk"),
+    ("aws-iso-f", "us-isof-", "us-isof-south-1", "csp.hci.ic.gov"),
 ];
 
 /// Whether `text` is `[PATH/]NAME` of a role: the characters that IAM takes, no empty part.
@@ -383,10 +390,31 @@ mod tests {
         ] {
             assert_eq!(region_in(partition, region), asked, "{partition} {region}");
         }
-        for (partition, _, region) in PARTITIONS {
+        for (partition, _, region, _) in PARTITIONS {
             assert_eq!(partition_of(region), *partition);
         }
         assert_eq!(partition_of("us-east-1"), "aws");
+    }
+
+    #[test]
+    fn partitions_and_their_domains_are_those_of_botocore() {
+        let mut partitions = 0;
+        for line in include_str!("partitions.txt")
+            .lines()
+            .filter(|line| !line.starts_with('#'))
+        {
+            let mut words = line.split(' ');
+            let (partition, domain) = (words.next().unwrap(), words.next().unwrap());
+            assert_eq!(domain_of(partition), domain, "{partition}");
+            let regions: Vec<_> = words.collect();
+            let abroad = if partition == AWS { "cn-north-1" } else { "us-east-1" };
+            assert!(regions.contains(&region_in(partition, abroad).as_str()), "{partition}");
+            for region in regions {
+                assert_eq!(partition_of(region), partition, "{region}");
+            }
+            partitions += 1;
+        }
+        assert_eq!(partitions, PARTITIONS.len() + 1, "and aws");
     }
 
     #[test]

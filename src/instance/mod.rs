@@ -21,6 +21,7 @@ use crate::containers::{Attachments, Definition};
 use crate::credentials::{RoleArn, Session, offline, partition_of, region_in};
 use crate::metadata::catalogue::{self, Facts, Link, View};
 use crate::metadata::events::{self, Event, Kind};
+use crate::metadata::zones;
 
 /// Region of last resort; `status` warns that it is a guess.
 pub const FALLBACK_REGION: &str = "us-east-1";
@@ -292,7 +293,7 @@ pub fn resolve(
     });
     let partition = partition_of(&region);
     let zone = given(catalogue::ZONE).unwrap_or_else(|| format!("{region}{ZONE_LETTER}"));
-    if !zone.starts_with(&region) {
+    if zones::region_of(&zone).is_some_and(|its| its != region) {
         problems.push(format!("availability zone {zone} is not in region {region}"));
     }
     let links = links(attachments, &given);
@@ -398,12 +399,19 @@ fn overrides(spec: &ContainerSpec, settings: &Settings, around: &Surroundings) -
     let mut configured = settings.from_file.values.clone();
     configured.extend(settings.metadata.clone());
     let mut all = BTreeMap::clone(&around.instance);
-    if let (Some(region), false) = (&settings.region, all.is_empty()) {
+    // The region of the configuration overrides the host's, and that of a zone of the configuration.
+    let zoned = configured.contains_key(catalogue::ZONE);
+    if let (Some(region), true) = (&settings.region, zoned || !all.is_empty()) {
         configured
             .entry(catalogue::REGION.to_owned())
             .or_insert_with(|| region.clone());
     }
-    for layer in [configured, labels] {
+    for mut layer in [configured, labels] {
+        // A zone without a region is in the region that its name begins with.
+        let region = layer.get(catalogue::ZONE).and_then(|zone| zones::region_of(zone));
+        if let Some(region) = region.map(str::to_owned) {
+            layer.entry(catalogue::REGION.to_owned()).or_insert(region);
+        }
         // Whose region is another's, its zone is not.
         if layer
             .get(catalogue::REGION)

@@ -252,6 +252,66 @@ fn a_bad_label_costs_the_role_and_says_why() {
 }
 
 #[test]
+fn the_region_follows_from_the_zone() {
+    let in_config = |toml: &str| configured(toml);
+    for (settings, labels, region, zone) in [
+        (
+            Settings::default(),
+            &[("imds.availability-zone", "ap-northeast-1d")][..],
+            "ap-northeast-1",
+            "ap-northeast-1d",
+        ),
+        (
+            in_config("region = \"eu-west-1\""),
+            &[("imds.availability-zone", "us-west-2-lax-1a")],
+            "us-west-2",
+            "us-west-2-lax-1a",
+        ),
+        (
+            Settings::default(),
+            &[("imds.metadata.placement/availability-zone", "us-east-1-wl1-bos-wlz-1")],
+            "us-east-1",
+            "us-east-1-wl1-bos-wlz-1",
+        ),
+        (
+            in_config("[metadata]\n\"placement/availability-zone\" = \"eu-west-2b\""),
+            &[],
+            "eu-west-2",
+            "eu-west-2b",
+        ),
+        // A label for the region overrides the zone of the configuration.
+        (
+            in_config("[metadata]\n\"placement/availability-zone\" = \"eu-west-2b\""),
+            &[("imds.region", "eu-west-1")],
+            "eu-west-1",
+            "eu-west-1a",
+        ),
+    ] {
+        let labels = [&[("imds.role", "app")], labels].concat();
+        let instance = instance(&labels, &settings);
+        assert_eq!(instance.problems, [""; 0], "{labels:?}");
+        assert_eq!(value(&instance, "meta-data/placement/region"), region);
+        assert_eq!(value(&instance, catalogue::ZONE), zone);
+        assert_eq!(instance.role.session().unwrap().region(), region, "{labels:?}");
+    }
+    // Both in the configuration, and they contradict each other.
+    let settings = in_config("region = \"eu-west-1\"\n[metadata]\n\"placement/availability-zone\" = \"eu-west-2b\"");
+    let instance = instance(&[("imds.role", "app")], &settings);
+    assert_eq!(
+        instance.problems,
+        ["availability zone eu-west-2b is not in region eu-west-1"]
+    );
+    // The name of a region may begin with that of another.
+    let labels = [
+        ("imds.role", "app"),
+        ("imds.region", "us-east-1"),
+        ("imds.availability-zone", "us-east-12a"),
+    ];
+    let problems = instance_among(&labels, &Settings::default(), &around()).problems;
+    assert_eq!(problems, ["availability zone us-east-12a is not in region us-east-1"]);
+}
+
+#[test]
 fn a_role_by_name_waits_for_the_account() {
     let unknown = Surroundings {
         base: Base::default(),
@@ -1026,6 +1086,8 @@ fn a_role_of_another_partition() {
         (of("aws-cn"), "cn-northwest-1", "amazonaws.com.cn"),
         ("alias".to_owned(), "us-gov-west-1", "amazonaws.com"),
         ("app".to_owned(), "us-east-1", "amazonaws.com"),
+        (of("aws-eusc"), "eusc-de-east-1", "amazonaws.eu"),
+        (of("aws-iso-b"), "us-isob-east-1", "sc2s.sgov.gov"),
     ] {
         let instance = resolve(
             &container(&[("imds.role", &role)]),

@@ -15,9 +15,9 @@ use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 
 use super::identity::{self, Form};
-use super::{InstanceView, Node, document};
+use super::{InstanceView, Node, document, zones};
 use crate::clock::rfc3339_seconds;
-use crate::credentials::RoleArn;
+use crate::credentials::{RoleArn, domain_of};
 
 /// All that the tree is derived from.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -289,7 +289,7 @@ const CATEGORIES: &[Category] = &[
     )
     .lines(),
     one(ZONE, |f| Some(f.zone.clone())),
-    one("meta-data/placement/availability-zone-id", |f| zone_id(&f.zone)),
+    one("meta-data/placement/availability-zone-id", |f| zones::id(&f.zone)),
     given("meta-data/placement/group-name"),
     given("meta-data/placement/host-id"),
     given("meta-data/placement/partition-number"),
@@ -316,7 +316,9 @@ const CATEGORIES: &[Category] = &[
         })
     })
     .lines(),
-    one("meta-data/services/domain", |f| Some(domain(&f.partition).to_owned())),
+    one("meta-data/services/domain", |f| {
+        Some(domain_of(&f.partition).to_owned())
+    }),
     one("meta-data/services/partition", |f| Some(f.partition.clone())),
     given("meta-data/spot/instance-action"),
     given("meta-data/spot/termination-time"),
@@ -355,14 +357,6 @@ pub const ROLE_LIST: &str = "meta-data/iam/security-credentials";
 /// Where everything that a role decides stands.
 pub const IAM: &str = "meta-data/iam";
 
-/// The DNS domain of a partition's services.
-fn domain(partition: &str) -> &'static str {
-    match partition {
-        "aws-cn" => "amazonaws.com.cn",
-        _ => "amazonaws.com",
-    }
-}
-
 fn iam_info(role: &RoleArn, started: SystemTime) -> String {
     document(&[
         ("Code", "Success"),
@@ -377,27 +371,6 @@ pub fn made_id(prefix: &str, seed: &str) -> String {
     let digest = Sha256::new().chain_update(prefix).chain_update(seed).finalize();
     let digits: String = digest.iter().take(9).map(|byte| format!("{byte:02x}")).collect();
     format!("{prefix}{}", &digits[..17])
-}
-
-/// The id of a zone: `use1-az1`. In each account of AWS the letters stand for other ids; here `a` is 1 in each.
-fn zone_id(zone: &str) -> Option<String> {
-    let letter = zone.bytes().last().filter(u8::is_ascii_lowercase)?;
-    let region = &zone[..zone.len() - 1];
-    let number = region.rsplit('-').next()?;
-    let words = region.split('-').filter(|word| *word != number);
-    let short: String = words
-        .enumerate()
-        .map(|(at, word)| match (at, word) {
-            (0, word) => word.to_owned(),
-            // `gov` of us-gov-west-1: usgw1.
-            (_, word) => {
-                let second = ["east", "west"].iter().find(|it| word.len() > 5 && word.ends_with(*it));
-                let second = second.map_or("", |it| &it[..1]);
-                format!("{}{second}", &word[..1])
-            }
-        })
-        .collect();
-    Some(format!("{short}{number}-az{}", letter - b'a' + 1))
 }
 
 /// Ids of instance profiles are `AIPA` and 17 characters of base32; ours follows from the role, so that it is stable.
@@ -802,21 +775,6 @@ pub(crate) mod tests {
         let of = |mac: &str| of_no_link(&format!("{MACS}{mac}/vpc-id"), &facts().links);
         assert!(of("02:00:00:00:00:01") && !of("02:42:ac:11:00:06") && !of(MAC));
         assert!(!of_no_link("meta-data/mac", &[]) && of_no_link(&format!("{MACS}{MAC}/vpc-id"), &[]));
-    }
-
-    #[test]
-    fn ids_of_zones_are_as_aws_writes_them() {
-        for (zone, id) in [
-            ("us-east-1a", "use1-az1"),
-            ("eu-central-1c", "euc1-az3"),
-            ("ap-southeast-2b", "apse2-az2"),
-            ("ap-northeast-1a", "apne1-az1"),
-            ("us-gov-west-1a", "usgw1-az1"),
-            ("cn-northwest-1a", "cnnw1-az1"),
-            ("il-central-1a", "ilc1-az1"),
-        ] {
-            assert_eq!(zone_id(zone).as_deref(), Some(id));
-        }
     }
 
     #[test]

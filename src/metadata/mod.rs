@@ -5,6 +5,7 @@ pub mod events;
 pub mod file;
 pub mod identity;
 pub mod real;
+pub mod zones;
 
 use std::collections::{BTreeMap, HashMap};
 
