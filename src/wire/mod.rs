@@ -18,7 +18,7 @@ pub const TOKEN_HEADER: HeaderName = HeaderName::from_static("x-aws-ec2-metadata
 /// Our own reply header: why a proven container got what it got. People use curl.
 pub const HINT_HEADER: HeaderName = HeaderName::from_static("x-imds-router-hint");
 
-/// What EC2 calls itself in `Server`.
+/// What EC2 calls itself in `Server`. Some programs conclude from it alone that they run on EC2.
 const SERVER: HeaderValue = HeaderValue::from_static("EC2ws");
 
 /// `Keep-Alive`: for how many seconds an idle connection stays open.
@@ -81,6 +81,14 @@ impl Refused {
         }
     }
 
+    /// Whether the caller is known to be a container that finds a metadata service.
+    fn as_ec2(self) -> bool {
+        !matches!(
+            self,
+            Self::Unproven | Self::Disabled | Self::NotReady | Self::TooManyConnections
+        )
+    }
+
     /// Methods that the path takes, for a 405.
     fn allow(self) -> Option<&'static str> {
         match self {
@@ -121,6 +129,8 @@ pub struct Reply {
     /// For how many seconds the connection stays open without a request. `None`: it closes after this answer.
     keep_alive: Option<u64>,
     hint: Option<HeaderValue>,
+    /// Whether the caller is a container that finds a metadata service.
+    as_ec2: bool,
 }
 
 impl Reply {
@@ -135,6 +145,7 @@ impl Reply {
             last: false,
             keep_alive: None,
             hint: None,
+            as_ec2: true,
         }
     }
 
@@ -177,6 +188,7 @@ impl Reply {
             why,
             Refused::Unproven | Refused::Disabled | Refused::NotReady | Refused::Host | Refused::TooManyConnections
         );
+        reply.as_ec2 = why.as_ec2();
         reply
     }
 
@@ -241,7 +253,9 @@ impl Reply {
         }
         // Said here, because hyper leaves it out of the answer to a HEAD when there is no body.
         headers.insert(header::CONTENT_LENGTH, length.into());
-        headers.insert(header::SERVER, SERVER);
+        if self.as_ec2 {
+            headers.insert(header::SERVER, SERVER);
+        }
         match self.keep_alive.filter(|_| !self.last) {
             Some(seconds) => {
                 headers.insert(header::CONNECTION, HeaderValue::from_static("keep-alive"));
@@ -279,6 +293,14 @@ mod tests {
             assert_eq!(reply.status, status, "{why:?}");
             assert_eq!(reply.allow, allow, "{why:?}");
             assert_eq!(!reply.body.is_empty(), page, "{why:?}");
+            let strangers = [
+                Refused::Unproven,
+                Refused::Disabled,
+                Refused::NotReady,
+                Refused::TooManyConnections,
+            ];
+            let server = reply.into_response().headers().get("server").cloned();
+            assert_eq!(server, (!strangers.contains(&why)).then_some(SERVER), "{why:?}");
         }
         assert_eq!(NOT_FOUND.len(), 337);
     }
