@@ -5,6 +5,7 @@
 mod admin_socket;
 mod base;
 pub mod check;
+mod client_settings;
 pub mod doctor;
 mod durable;
 mod image_files;
@@ -49,7 +50,7 @@ use crate::caller::connection::Interfaces;
 use crate::caller::kernel::{HostKernel, KernelError};
 use crate::caller::level::{Lack, emulated, lacking};
 use crate::clock::Clock;
-use crate::config::{Attach, CredentialSource, Nested, Proof, Settings};
+use crate::config::{Attach, CredentialSource, DOCKER_RUN, Nested, Proof, Settings};
 use crate::containers::Level;
 use crate::containers::docker::{DEFAULT_HOST, Engine, architecture};
 use crate::containers::index::Index;
@@ -170,13 +171,6 @@ pub enum AppError {
         source: io::Error,
     },
 }
-
-/// How the daemon runs as a container with all that it needs.
-pub const DOCKER_RUN: &str = "docker run -d --name imds-router --restart unless-stopped --network host --pid host --cgroupns host \
-    --cap-drop ALL --cap-add NET_ADMIN --cap-add SYS_ADMIN --cap-add SYS_PTRACE --cap-add DAC_OVERRIDE \
-    --security-opt apparmor=unconfined --security-opt label=disable --ulimit core=0 --ulimit nofile=65536 \
-    -v /var/run/docker.sock:/var/run/docker.sock -v /sys/fs/cgroup:/sys/fs/cgroup:ro -v imds-router:/var/lib/imds-router \
-    -v ~/.aws:/aws:ro -e IMDS_ROUTER_CREDENTIALS_AWS_DIR=/aws imds-router";
 
 /// What is said where containers are to see what nobody says.
 const NOTHING_OF_HOST: &str = "[metadata] base = \"host\": this host has no metadata service of EC2's that is its own, so that containers \

@@ -40,6 +40,15 @@ impl<E: Error + 'static> From<E> for Failure {
 #[error("{0}")]
 struct Said(String);
 
+/// Where containers run in a Linux VM, the daemon runs there.
+#[cfg(any(test, not(target_os = "linux")))]
+fn in_a_vm() -> Said {
+    Said(format!(
+        "containers run in a Linux VM on this system, and imds-router has to run there\nhint: {}",
+        config::DOCKER_RUN
+    ))
+}
+
 /// Does what was asked.
 ///
 /// # Errors
@@ -61,15 +70,19 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         #[cfg(target_os = "linux")]
         Verb::Intercept { what, config } => intercept(what, config.as_ref()),
         #[cfg(not(target_os = "linux"))]
-        Verb::Serve(_) | Verb::Check { .. } | Verb::Doctor { .. } | Verb::Intercept { .. } => Err(Failure::Failed(Box::new(Said(
-            "containers run in a Linux VM on this system: run the image imds-router there \
-             (docker run --net=host --pid=host --privileged -v /var/run/docker.sock:/var/run/docker.sock imds-router serve)"
-                .to_owned(),
-        )))),
-        Verb::Status { json, watch: true, admin } => block_on(watch(json, &admin))?,
+        Verb::Serve(_) | Verb::Check { .. } | Verb::Doctor { .. } | Verb::Intercept { .. } => Err(in_a_vm().into()),
+        Verb::Status {
+            json,
+            watch: true,
+            admin,
+        } => block_on(watch(json, &admin))?,
         Verb::Status { json, admin, .. } => block_on(async move {
             let status = admin::ask_status(&admin).await?;
-            let text = if json { serde_json::to_string_pretty(&status)? + "\n" } else { admin::render(&status) };
+            let text = if json {
+                serde_json::to_string_pretty(&status)? + "\n"
+            } else {
+                admin::render(&status)
+            };
             Ok(io::stdout().write_all(text.as_bytes())?)
         })?,
         Verb::Explain {
@@ -88,7 +101,9 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
             };
             Ok(io::stdout().write_all(text.as_bytes())?)
         })?,
-        Verb::Explain { container, json, admin, .. } => block_on(async move {
+        Verb::Explain {
+            container, json, admin, ..
+        } => block_on(async move {
             let explanation = admin::ask_explanation(&admin, &container).await?;
             let text = match json {
                 true => serde_json::to_string_pretty(&explanation)? + "\n",
@@ -108,14 +123,25 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         } => block_on(async move {
             let in_seconds = match after {
                 Some(text) => Some(config::parse_duration(&text).map(|it| it.as_secs()).ok_or_else(|| {
-                    usage(Said(format!("--in {text:?}: expected a duration such as 90s, 10m or 2h")))
+                    usage(Said(format!(
+                        "--in {text:?}: expected a duration such as 90s, 10m or 2h"
+                    )))
                 })?),
                 None => None,
             };
             let events = match event {
                 Some(event) => {
-                    let event = event.to_possible_value().map(|it| it.get_name().to_owned()).unwrap_or_default();
-                    let trigger = admin::Trigger { event, action, in_seconds, cancel, stop };
+                    let event = event
+                        .to_possible_value()
+                        .map(|it| it.get_name().to_owned())
+                        .unwrap_or_default();
+                    let trigger = admin::Trigger {
+                        event,
+                        action,
+                        in_seconds,
+                        cancel,
+                        stop,
+                    };
                     admin::trigger(&admin, &container, &trigger).await?
                 }
                 None => admin::ask_events(&admin, &container).await?,
@@ -151,7 +177,10 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
             };
             Ok(io::stdout().write_all(text.as_bytes())?)
         })?,
-        Verb::Identity { what: Identity::Certificate, admin } => block_on(async move {
+        Verb::Identity {
+            what: Identity::Certificate,
+            admin,
+        } => block_on(async move {
             let certificate = admin::ask_identity_certificate(&admin).await?;
             Ok(io::stdout().write_all(certificate.as_bytes())?)
         })?,
@@ -278,7 +307,12 @@ async fn check_compose(flags: &Common, file: &Path) -> Result<(), Failure> {
         files::read_argument(file, MOST_COMPOSE)
             .map_err(|error| usage(Said(format!("cannot read {}: {error}", file.display()))))?
     };
-    let checked = crate::app::check::services(settings, &text).await.map_err(usage)?;
+    let project = std::env::var("COMPOSE_PROJECT_NAME")
+        .ok()
+        .filter(|name| !name.is_empty());
+    let checked = crate::app::check::services(settings, &text, project.as_deref())
+        .await
+        .map_err(usage)?;
     report(&checked)
 }
 
@@ -341,4 +375,16 @@ fn intercept(what: Intercept, file: Option<&PathBuf>) -> Result<(), Failure> {
         writeln!(out, "{step}")?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A test of `app` compares that line with the documented one.
+    #[test]
+    fn other_systems_get_the_documented_command() {
+        let said = in_a_vm().to_string();
+        assert!(said.ends_with(&format!("\nhint: {}", config::DOCKER_RUN)), "{said}");
+    }
 }

@@ -96,18 +96,39 @@ pub async fn containers(settings: Settings, compat: bool) -> Result<Checked, Eng
     Ok(checker.end(&format!("containers on {host}")))
 }
 
-/// What each service of a compose file would get; the text is what `docker compose config` prints.
+/// What each service of a compose file would get; the text is what `docker compose config` prints, or `docker stack config`.
+/// `project` overrides the name of the project.
 ///
 /// # Errors
 /// When it is not.
-pub async fn services(settings: Settings, text: &str) -> Result<Checked, ComposeError> {
-    let services = compose::services(text)?;
+pub async fn services(settings: Settings, text: &str, project: Option<&str>) -> Result<Checked, ComposeError> {
+    let composed = compose::services(text, project)?;
     let mut checker = Checker::new(settings).await;
-    for (definition, attached) in &services {
-        checker.look_at(definition, attached).await;
+    if composed.project.is_none() {
+        checker.text.push_str(NO_PROJECT);
+    }
+    let prefix = format!("{}.", checker.settings.label_prefix);
+    for container in &composed.containers {
+        checker.look_at(&container.definition, &container.attachments).await;
+        let ours = container
+            .labels_of_deploy
+            .iter()
+            .filter(|name| name.starts_with(&prefix));
+        let ours: Vec<_> = ours.map(|name| printable(name, 100)).collect();
+        if !ours.is_empty() {
+            checker.problems += 1;
+            checker.text.push_str(&format!(
+                "{}: deploy.labels has {}: a label of the swarm service, not of its containers; move it to labels:\n",
+                printable(&container.definition.name, 40),
+                ours.join(", ")
+            ));
+        }
     }
     Ok(checker.end("services"))
 }
+
+const NO_PROJECT: &str = "warning: the file has no name of a project: rules and templates that use the project are checked without it; \
+    COMPOSE_PROJECT_NAME=NAME sets it\n";
 
 /// Finds out what containers would get.
 struct Checker {

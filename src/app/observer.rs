@@ -9,7 +9,7 @@ use arc_swap::ArcSwapOption;
 use futures_util::future::BoxFuture;
 
 use super::resolver::Resolver;
-use super::{IMDS_ADDRESS, base, metrics, probe};
+use super::{IMDS_ADDRESS, base, client_settings, metrics, probe};
 use crate::admin::{
     self, BaseStatus, ClockStatus, ConnectionStatus, ContainerStatus, CredentialStatus, EngineStatus, Explanation,
     Judgement, Observatory, RefusalStatus, RequestStatus, Status,
@@ -529,6 +529,10 @@ impl Observer {
                 credentials.state == "live",
                 format!("{}{until}{fake}{error}{hint}", credentials.state),
             );
+        }
+        let environment = record.definition.environment.as_ref();
+        if let Some(sources) = environment.and_then(client_settings::other_sources) {
+            step("client", false, sources);
         }
         steps
     }

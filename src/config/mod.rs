@@ -12,6 +12,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 
 pub use self::keys::{KEYS, Key};
@@ -25,6 +27,13 @@ use crate::metadata::file::{Given, MOST_USER_DATA};
 pub const DEFAULT_ADMIN_SOCKET: &str = "/run/imds-router/admin.sock";
 /// Where the kernel shows what the firmware says of this machine.
 pub const DEFAULT_DMI_DIR: &str = "/sys/class/dmi/id";
+
+/// The command that runs the daemon as a container with all that it needs.
+pub const DOCKER_RUN: &str = "docker run -d --name imds-router --restart unless-stopped --network host --pid host --cgroupns host \
+    --cap-drop ALL --cap-add NET_ADMIN --cap-add SYS_ADMIN --cap-add SYS_PTRACE --cap-add DAC_OVERRIDE \
+    --security-opt apparmor=unconfined --security-opt label=disable --ulimit core=0 --ulimit nofile=65536 \
+    -v /var/run/docker.sock:/var/run/docker.sock -v /sys/fs/cgroup:/sys/fs/cgroup:ro -v imds-router:/var/lib/imds-router \
+    -v ~/.aws:/aws:ro -e IMDS_ROUTER_CREDENTIALS_AWS_DIR=/aws imds-router";
 
 /// How containers are reached.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -302,18 +311,30 @@ pub const RELOADED: &str = "region, account_id, roles, accounts, allow, compat, 
     imds.http_endpoint, imds.http_tokens, imds.labels_may_lower, imds.http_put_response_hop_limit, imds.instance_metadata_tags, imds.triggers_may_stop, \
     imds.compose_tags, imds.user_data, imds.user_data_base64, imds.user_data_file, credentials.default_role, credentials.session_name, credentials.duration";
 
-/// Reads `400ms`, `30s`, `15m`, `1h`: a whole number and its unit.
+/// Reads `400ms`, `30s`, `15m`, `1h`, `1h30m` (largest unit first), and seconds as AWS writes them: `3600`.
 pub fn parse_duration(text: &str) -> Option<Duration> {
-    let digits = text.find(|c: char| !c.is_ascii_digit())?;
-    let (number, unit) = text.split_at(digits);
-    let number: u64 = number.parse().ok()?;
-    match unit {
-        "ms" => Some(Duration::from_millis(number)),
-        "s" => Some(Duration::from_secs(number)),
-        "m" => number.checked_mul(60).map(Duration::from_secs),
-        "h" => number.checked_mul(3600).map(Duration::from_secs),
-        _ => None,
+    const UNITS: [(&str, u64); 4] = [("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)];
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    if is_number(text) {
+        return text.parse().ok().map(Duration::from_secs);
     }
+    let (mut rest, mut milliseconds, mut units) = (text, 0_u64, UNITS.as_slice());
+    while !rest.is_empty() {
+        let (number, after) = rest.split_at(rest.find(|c: char| !c.is_ascii_digit())?);
+        let end = after.find(|c: char| c.is_ascii_digit()).unwrap_or(after.len());
+        let (unit, after) = after.split_at(end);
+        let at = units.iter().position(|(name, _)| *name == unit)?;
+        let part = number.parse::<u64>().ok()?.checked_mul(units[at].1)?;
+        milliseconds = milliseconds.checked_add(part)?;
+        (rest, units) = (after, &units[at + 1..]);
+    }
+    (!text.is_empty()).then(|| Duration::from_millis(milliseconds))
+}
+
+/// Reads base64, also in lines, as `base64 FILE` prints it.
+pub fn decode_base64(text: &str) -> Option<Vec<u8>> {
+    let text: String = text.chars().filter(|c| !c.is_ascii_whitespace()).collect();
+    STANDARD.decode(text).ok()
 }
 
 /// Whether `text` looks like an AWS region: `eu-west-1`, `us-gov-east-1`.
@@ -392,6 +413,56 @@ pub fn fill(template: &str, part: impl Fn(&str) -> Option<String>) -> Option<Str
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn durations_have_units_or_are_seconds() {
+        for (text, milliseconds) in [
+            ("400ms", 400),
+            ("30s", 30_000),
+            ("15m", 900_000),
+            ("1h", 3_600_000),
+            ("1h30m", 5_400_000),
+            ("1h0m5s7ms", 3_605_007),
+            ("1m500ms", 60_500),
+            ("3600", 3_600_000),
+            ("0", 0),
+        ] {
+            assert_eq!(
+                parse_duration(text),
+                Some(Duration::from_millis(milliseconds)),
+                "{text}"
+            );
+        }
+        for text in [
+            "",
+            "h",
+            "1d",
+            "-1s",
+            "1.5h",
+            "1h30",
+            "30m1h",
+            "1h1h",
+            "1s1m",
+            " 1h",
+            "1h ",
+            "1 h",
+            "+1",
+            "1H",
+            "99999999999999999999",
+            "99999999999999999h",
+            "5124095576030431h1h",
+        ] {
+            assert_eq!(parse_duration(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn base64_may_have_lines() {
+        assert_eq!(decode_base64("aGVs\nbG8=\n").as_deref(), Some(&b"hello"[..]));
+        assert_eq!(decode_base64(" aGVs\r\n\tbG8= ").as_deref(), Some(&b"hello"[..]));
+        assert_eq!(decode_base64("aGVsbG8"), None);
+        assert_eq!(decode_base64("a-b_"), None);
+    }
 
     #[test]
     fn templates() {

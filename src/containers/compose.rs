@@ -40,9 +40,9 @@ pub struct ComposeError(String);
 #[derive(Deserialize)]
 struct Project {
     name: Option<String>,
-    services: BTreeMap<String, Service>,
+    services: BTreeMap<String, Value>,
     #[serde(default)]
-    networks: BTreeMap<String, Option<Network>>,
+    networks: Option<BTreeMap<String, Option<Network>>>,
 }
 
 #[derive(Deserialize, Default)]
@@ -52,131 +52,159 @@ struct Network {
     internal: bool,
 }
 
+/// Values that may be `null` have the type [`Value`].
 #[derive(Deserialize)]
 struct Service {
     container_name: Option<String>,
     image: Option<String>,
     /// Compose builds the image, with these labels in it.
-    build: Option<Value>,
+    #[serde(default)]
+    build: Value,
+    /// A swarm deploys it.
+    #[serde(default)]
+    deploy: Value,
     hostname: Option<String>,
     network_mode: Option<String>,
     #[serde(default)]
-    labels: MapOrList,
+    labels: Value,
     #[serde(default)]
-    environment: MapOrList,
+    environment: Value,
     #[serde(default)]
-    networks: MapOrList,
+    networks: Value,
 }
 
-/// The labels that compose writes into the image that it builds: those of `build:`, which may be a path alone.
-fn labels_of_build(build: Option<Value>) -> Result<MapOrList, ComposeError> {
-    let labels = build.and_then(|mut build| build.get_mut("labels").map(Value::take));
-    let labels = labels.filter(|labels| !labels.is_null()).map(serde_json::from_value);
-    let labels = labels
-        .transpose()
-        .map_err(|_| ComposeError("build.labels: expected a mapping, or a list of NAME=VALUE".to_owned()))?;
-    Ok(labels.unwrap_or_default())
+/// What compose would create of a project.
+#[derive(Debug)]
+pub struct Composed {
+    /// The project's name, where it is known.
+    pub project: Option<String>,
+    /// The first container of each service.
+    pub containers: Vec<Container>,
 }
 
-/// What may be written as a mapping or as a list: of names, or of `name=value`.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum MapOrList {
-    Map(BTreeMap<String, Value>),
-    List(Vec<String>),
+/// The first container of a service.
+#[derive(Debug)]
+pub struct Container {
+    /// As the engine would report it.
+    pub definition: Definition,
+    /// Its networks.
+    pub attachments: Attachments,
+    /// Names of the labels below `deploy:` that the container does not have: a swarm writes them on the service only.
+    pub labels_of_deploy: Vec<String>,
 }
 
-impl Default for MapOrList {
-    fn default() -> Self {
-        Self::List(Vec::new())
-    }
+/// A mapping, or a list of names or of `name=value`. `null` is empty.
+fn pairs(value: Value) -> Result<Vec<(String, Value)>, ComposeError> {
+    let text = |item: Value| match item {
+        Value::String(line) => Some(match line.split_once('=') {
+            Some((name, value)) => (name.to_owned(), Value::from(value)),
+            None => (line, Value::Null),
+        }),
+        _ => None,
+    };
+    let pairs = match value {
+        Value::Null => Some(Vec::new()),
+        Value::Object(map) => Some(map.into_iter().collect()),
+        Value::Array(list) => list.into_iter().map(text).collect(),
+        _ => None,
+    };
+    pairs.ok_or_else(|| ComposeError("expected a mapping, or a list of NAME=VALUE".to_owned()))
 }
 
-impl MapOrList {
-    fn into_names(self) -> Vec<String> {
-        match self {
-            Self::Map(map) => map.into_keys().collect(),
-            Self::List(list) => list,
-        }
-    }
-
-    /// A variable without a value is the shell's, which is not known.
-    fn into_pairs(self) -> Result<Vec<(String, String)>, ComposeError> {
-        let pairs: Vec<(String, Value)> = match self {
-            Self::Map(map) => map.into_iter().collect(),
-            Self::List(list) => {
-                let pairs = list.into_iter().map(|line| match line.split_once('=') {
-                    Some((name, value)) => (name.to_owned(), Value::from(value)),
-                    None => (line, Value::Null),
-                });
-                pairs.collect()
+/// The same, with texts. A `$` is printed as `$$`. A name without a value has the value `without`, or is left out.
+fn texts(value: Value, without: Option<&str>) -> Result<BTreeMap<String, String>, ComposeError> {
+    let mut read = BTreeMap::new();
+    for (name, value) in pairs(value)? {
+        let value = match value {
+            Value::Null => match without {
+                Some(value) => value.to_owned(),
+                None => continue,
+            },
+            Value::String(text) => text.replace("$$", "$"),
+            Value::Bool(it) => it.to_string(),
+            Value::Number(it) => it.to_string(),
+            Value::Array(_) | Value::Object(_) => {
+                return Err(ComposeError(format!(
+                    "{name}: expected a text, a number, true or false"
+                )));
             }
         };
-        let mut read = Vec::new();
-        for (name, value) in pairs {
-            let value = match value {
-                Value::Null => continue,
-                Value::String(text) => text.replace("$$", "$"),
-                Value::Bool(it) => it.to_string(),
-                Value::Number(it) => it.to_string(),
-                Value::Array(_) | Value::Object(_) => {
-                    return Err(ComposeError(format!(
-                        "{name}: expected a text, a number, true or false"
-                    )));
-                }
-            };
-            read.push((name, value));
-        }
-        Ok(read)
+        read.insert(name, value);
     }
+    Ok(read)
 }
 
-/// The containers that the services of a project would be: the first of each.
+/// Compose gives a label without a value the empty text.
+fn labels(value: Value) -> Result<BTreeMap<String, String>, ComposeError> {
+    texts(value, Some(""))
+}
+
+/// The value of a key in a mapping. `null`: the value is no mapping (`build: .`), or has no such key.
+fn part(mut of: Value, key: &str) -> Value {
+    of.get_mut(key).map(Value::take).unwrap_or_default()
+}
+
+/// The containers that the services of a project would be: the first of each. `project` overrides the name in the file, which
+/// `docker-compose` 1 and `docker stack config` do not print.
 ///
 /// # Errors
 /// If it is not what compose prints.
-pub fn services(text: &str) -> Result<Vec<(Definition, Attachments)>, ComposeError> {
-    let project: Project = serde_saphyr::from_str(text).map_err(|error| {
+pub fn services(text: &str, project: Option<&str>) -> Result<Composed, ComposeError> {
+    let read: Project = serde_saphyr::from_str(text).map_err(|error| {
         // The message goes on with a picture of the place.
         let said = error.to_string();
         ComposeError(said.lines().next().unwrap_or_default().to_owned())
     })?;
-    let Project {
-        name,
-        services,
-        networks,
-    } = project;
-    let name = name.ok_or_else(|| ComposeError("it has no `name`, which is the project's".to_owned()))?;
-    let services = services.into_iter();
-    services
-        .map(|(service, made_of)| made_of.define(&service, &name, &networks))
-        .collect()
+    let name = project.map(str::to_owned).or(read.name);
+    let networks = read.networks.unwrap_or_default();
+    let containers = read.services.into_iter().map(|(service, value)| {
+        let of_service = |why: String| ComposeError(format!("service {service}: {why}"));
+        if !value.is_object() {
+            return Err(of_service("expected a mapping".to_owned()));
+        }
+        let read: Service = serde_json::from_value(value).map_err(|error| of_service(error.to_string()))?;
+        let defined = read.define(&service, name.as_deref(), &networks);
+        defined.map_err(|ComposeError(why)| of_service(why))
+    });
+    Ok(Composed {
+        containers: containers.collect::<Result<_, _>>()?,
+        project: name,
+    })
 }
 
 impl Service {
     fn define(
         self,
         service: &str,
-        project: &str,
+        project: Option<&str>,
         networks: &BTreeMap<String, Option<Network>>,
-    ) -> Result<(Definition, Attachments), ComposeError> {
-        let of_service = |ComposeError(why)| ComposeError(format!("service {service}: {why}"));
-        let image = labels_of_build(self.build).map_err(of_service)?;
-        let image: BTreeMap<_, _> = image.into_pairs().map_err(of_service)?.into_iter().collect();
-        let mut labels = image.clone();
-        labels.extend(self.labels.into_pairs().map_err(of_service)?);
-        let mut labels = Pairs::split(&labels, Some(&image));
-        labels.insert(PROJECT, project);
-        labels.insert(SERVICE, service);
-        let variables = self.environment.into_pairs().map_err(of_service)?;
-        let mut names = self.networks.into_names();
+    ) -> Result<Container, ComposeError> {
+        let at = |key: &'static str| move |ComposeError(why)| ComposeError(format!("{key}: {why}"));
+        let image = labels(part(self.build, "labels")).map_err(at("build.labels"))?;
+        let mut all = image.clone();
+        all.extend(labels(self.labels).map_err(at("labels"))?);
+        let of_deploy = labels(part(self.deploy, "labels")).map_err(at("deploy.labels"))?;
+        let labels_of_deploy = of_deploy.into_keys().filter(|name| !all.contains_key(name)).collect();
+        let mut labels = Pairs::split(&all, Some(&image));
+        if let Some(project) = project {
+            labels.insert(PROJECT, project);
+            labels.insert(SERVICE, service);
+        }
+        // A variable without a value is the shell's, which is not known.
+        let variables = texts(self.environment, None).map_err(at("environment"))?;
+        let names = pairs(self.networks).map_err(at("networks"))?;
+        let mut names: Vec<String> = names.into_iter().map(|(name, _)| name).collect();
         if names.is_empty() && self.network_mode.is_none() {
             names.push("default".to_owned());
         }
+        let in_project = |separator: &str, name: &str| match project {
+            Some(project) => format!("{project}{separator}{name}"),
+            None => name.to_owned(),
+        };
         let endpoints = names.into_iter().map(|name| {
             let described = networks.get(&name).and_then(Option::as_ref);
             let network = described.and_then(|it| it.name.clone());
-            let network = network.unwrap_or_else(|| format!("{project}_{name}"));
+            let network = network.unwrap_or_else(|| in_project("_", &name));
             let endpoint = Endpoint {
                 mac: String::new(),
                 ipv4: None,
@@ -188,18 +216,23 @@ impl Service {
         });
         let attachments = Attachments(endpoints.collect());
         let id = ContainerId::parse(&"0".repeat(ContainerId::DIGITS)).expect("zeros are digits");
+        let name = format!("{}-1", in_project("-", service));
         let definition = Definition {
-            name: self.container_name.unwrap_or_else(|| format!("{project}-{service}-1")),
+            name: self.container_name.unwrap_or(name),
             labels,
             environment: Some(variables.into_iter().collect()),
             image_is_known: true,
-            image: self.image.unwrap_or_else(|| format!("{project}-{service}")),
+            image: self.image.unwrap_or_else(|| in_project("-", service)),
             image_id: String::new(),
             network_mode: NetworkMode::parse(self.network_mode.as_deref().unwrap_or_default()),
             hostname: self.hostname.unwrap_or_else(|| id.short().to_owned()),
             id,
         };
-        Ok((definition, attachments))
+        Ok(Container {
+            definition,
+            attachments,
+            labels_of_deploy,
+        })
     }
 }
 
@@ -254,10 +287,12 @@ networks:
 
     #[test]
     fn what_compose_prints_is_what_it_would_make() {
-        let made = services(PRINTED).unwrap();
-        let [(orders, networks), (reports, none)] = made.as_slice() else {
+        let made = services(PRINTED, None).unwrap().containers;
+        let [first, second] = made.as_slice() else {
             panic!("{made:?}")
         };
+        let (orders, networks) = (&first.definition, &first.attachments);
+        let (reports, none) = (&second.definition, &second.attachments);
         assert_eq!(
             (orders.name.as_str(), reports.name.as_str()),
             ("shop-orders-1", "the-reports")
@@ -287,34 +322,92 @@ networks:
 
     #[test]
     fn json_is_read_as_well() {
-        let made = services(r#"{"name": "p", "services": {"a": {"labels": {"imds.role": "x"}}}}"#).unwrap();
-        assert_eq!(made[0].0.labels.get_own("imds.role"), Some("x"));
-        assert_eq!(made[0].1.0.values().next().unwrap().network, "p_default");
+        let text = r#"{"name": "p", "services": {"a": {"labels": {"imds.role": "x"}}}}"#;
+        let made = services(text, None).unwrap().containers;
+        assert_eq!(made[0].definition.labels.get_own("imds.role"), Some("x"));
+        assert_eq!(made[0].attachments.0.values().next().unwrap().network, "p_default");
     }
 
     #[test]
     fn labels_of_the_build_are_labels_of_the_image() {
         let made = services(
             "name: p\nservices: { a: { build: { context: ., labels: { imds.role: x, imds.region: eu-west-1 } }, labels: { imds.role: x } } }",
+            None,
         );
-        let labels = &made.unwrap()[0].0.labels;
+        let labels = &made.unwrap().containers[0].definition.labels;
         assert_eq!(labels.get("imds.role"), Some(("x", Origin::Ambiguous)));
         assert_eq!(labels.get("imds.region"), Some(("eu-west-1", Origin::Ambiguous)));
-        assert!(services("name: p\nservices: { a: { build: . } }").is_ok());
+        assert!(services("name: p\nservices: { a: { build: . } }", None).is_ok());
+    }
+
+    /// The engine gets a label with an empty value, and the container has an error.
+    #[test]
+    fn labels_without_a_value_are_empty() {
+        for text in [
+            "name: p\nservices: { a: { labels: { imds.role: null } } }",
+            "name: p\nservices: { a: { labels: { imds.role: } } }",
+            "name: p\nservices: { a: { labels: [ imds.role ] } }",
+            "name: p\nservices: { a: { labels: [ 'imds.role=' ] } }",
+        ] {
+            let made = services(text, None).unwrap();
+            assert_eq!(
+                made.containers[0].definition.labels.get_own("imds.role"),
+                Some(""),
+                "{text}"
+            );
+        }
+        let text =
+            "name: p\nservices: { a: { labels: null, environment: null, networks: null, build: null, deploy: null } }";
+        let made = services(text, None).unwrap();
+        assert_eq!(made.containers[0].definition.labels.get_own("imds.role"), None);
+    }
+
+    #[test]
+    fn labels_of_a_swarms_service_are_not_those_of_its_containers() {
+        let made = services(
+            "services: { a: { labels: { imds.region: x }, deploy: { labels: [ imds.role=x, imds.region=x ] } } }",
+            None,
+        );
+        let made = made.unwrap();
+        assert_eq!(made.containers[0].labels_of_deploy, ["imds.role"]);
+        assert_eq!(made.containers[0].definition.labels.get("imds.role"), None);
+    }
+
+    #[test]
+    fn a_project_without_a_name() {
+        let text = "services: { web: { labels: { imds.role: x } } }";
+        let made = services(text, None).unwrap();
+        assert_eq!(made.project, None);
+        let web = &made.containers[0];
+        assert_eq!(
+            (web.definition.name.as_str(), web.definition.project()),
+            ("web-1", None)
+        );
+        assert_eq!(web.attachments.0.values().next().unwrap().network, "default");
+        let made = services(text, Some("shop")).unwrap();
+        assert_eq!(made.containers[0].definition.name, "shop-web-1");
     }
 
     #[test]
     fn what_is_not_compose_is_said() {
         for (text, why) in [
-            ("services: {}", "it has no `name`"),
             ("name: x", "services"),
             ("{", ""),
             (
                 "name: x\nservices: { a: { labels: { b: [1] } } }",
-                "service a: b: expected a text",
+                "service a: labels: b: expected a text",
             ),
+            (
+                "name: x\nservices: { a: { labels: text } }",
+                "service a: labels: expected a mapping, or a list of NAME=VALUE",
+            ),
+            (
+                "name: x\nservices: { a: { environment: [1] } }",
+                "service a: environment: expected a mapping, or a list of NAME=VALUE",
+            ),
+            ("name: x\nservices: { a: null }", "service a: expected a mapping"),
         ] {
-            let said = services(text).unwrap_err().to_string();
+            let said = services(text, None).unwrap_err().to_string();
             assert!(
                 said.starts_with("not what `docker compose config` prints: ") && said.contains(why),
                 "{text}: {said}"

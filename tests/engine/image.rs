@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use imds_router::app::DOCKER_RUN;
+use imds_router::config::DOCKER_RUN;
 use libtest_mimic::Trial;
 use rustix::process::{Pid, Signal, kill_process};
 
