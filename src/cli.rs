@@ -181,7 +181,7 @@ pub enum Verb {
 }
 
 fn typed_duration(text: &str) -> Result<Duration, String> {
-    parse_duration(text).ok_or_else(|| "expected a whole number and its unit, such as 500ms, 30s or 2m".to_owned())
+    parse_duration(text).ok_or_else(|| "expected a duration such as 500ms, 30s, 2m or 1h30m".to_owned())
 }
 
 /// What can happen to a container.

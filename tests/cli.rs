@@ -403,6 +403,106 @@ fn a_compose_file_is_checked_without_an_engine() {
     );
 }
 
+/// Input of `check --compose -`, and all lines of the output between the first, on rules, and the count of services.
+#[cfg(target_os = "linux")]
+const COMPOSED: &[(&str, &str)] = &[
+    (
+        "services: { web: { labels: { imds.role: app } } }",
+        "warning: the file has no name of a project: rules and templates that use the project are checked without it; \
+         COMPOSE_PROJECT_NAME=NAME sets it\nweb-1: arn:aws:iam::000000000000:role/app as web-1@HOST\n",
+    ),
+    (
+        "{ name: p, services: { web: { labels: null } } }",
+        "p-web-1: not served: no label of ours, or its endpoint is disabled\n",
+    ),
+    (
+        "{ name: p, services: { web: { labels: { imds.role: } } } }",
+        "p-web-1: no credentials: label imds.role=\"\": expected a role ARN, name, name@account or alias\n",
+    ),
+    (
+        "{ name: p, services: { web: { labels: [ imds.role ] } } }",
+        "p-web-1: no credentials: label imds.role=\"\": expected a role ARN, name, name@account or alias\n",
+    ),
+    (
+        "{ name: p, services: { web: { deploy: { labels: { imds.role: app, team: a } } } } }",
+        "p-web-1: not served: no label of ours, or its endpoint is disabled\n\
+         p-web-1: deploy.labels has imds.role: a label of the swarm service, not of its containers; move it to labels:\n",
+    ),
+    (
+        "{ name: p, services: { web: { labels: { imds.role: app, imds.role.duration: 3600 } } } }",
+        "p-web-1: arn:aws:iam::000000000000:role/app as p-web-1@HOST\n",
+    ),
+    (
+        "{ name: p, services: { web: { labels: { imds.role: app, imds.role.duration: 1h30m } } } }",
+        "p-web-1: arn:aws:iam::000000000000:role/app as p-web-1@HOST\n",
+    ),
+    (
+        "{ name: p, services: { web: { labels: { imds.role: app, imds.role.duration: 899 } } } }",
+        "p-web-1: no credentials: label imds.role.duration=\"899\": expected a duration from 15m to 12h (STS's own bounds)\n",
+    ),
+    (
+        "{ name: p, services: { web: { labels: { imds.user-data-base64: \"aGVs\\nbG8=\\n\" } } } }",
+        "p-web-1: metadata, no role\n",
+    ),
+    (
+        "{ name: p, services: { web: { labels: { imds.role: role/web } } } }",
+        "p-web-1: no credentials: \"role/web\" is a part of an ARN: expected web, or for a role with the path /role/ its whole \
+         ARN\n",
+    ),
+    (
+        "{ name: p, services: { web: { labels: { imds.role: nnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnn } } } }",
+        "p-web-1: no credentials: \"nnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnnn\" is not the name of a \
+         role: it has 70 characters; expected at most 64\n",
+    ),
+    (
+        "{ name: p, services: { web: { labels: { imds.role: app, imds.availability-zone: ap-northeast-1d } } } }",
+        "p-web-1: arn:aws:iam::000000000000:role/app as p-web-1@HOST\n",
+    ),
+    (
+        "{ name: p, services: { web: { labels: { imds.role: app, imds.availability-zone: us-west-2-lax-1a } } } }",
+        "p-web-1: arn:aws:iam::000000000000:role/app as p-web-1@HOST\n",
+    ),
+    (
+        "{ name: p, services: { web: { labels: { imds.role: app, imds.availability-zone: eu-west } } } }",
+        "p-web-1: no credentials: label imds.availability-zone=\"eu-west\": expected a zone such as eu-west-1a, \
+         us-west-2-lax-1a or us-east-1-wl1-bos-wlz-1\n",
+    ),
+];
+
+#[test]
+#[cfg(target_os = "linux")]
+fn check_compose_says_what_each_service_gets() {
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let mut wrong = Vec::new();
+    for (input, expected) in COMPOSED {
+        let done = check_compose(input);
+        let said = text(&done.stdout);
+        let lines: Vec<&str> = said.split_inclusive('\n').collect();
+        let between = lines.get(1..lines.len().max(2) - 1).unwrap_or_default().concat();
+        if between != expected.replace("HOST", &host) {
+            wrong.push(format!(
+                "{input}\n{said}{}--- expected:\n{expected}",
+                text(&done.stderr)
+            ));
+        }
+        let is_wrong = said.contains("no credentials") || said.contains("deploy.labels");
+        assert_eq!(done.status.success(), !is_wrong, "{input}: {done:?}");
+    }
+    assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn labels_of_another_type_are_said_with_their_service() {
+    let done = check_compose("{ name: p, services: { web: { labels: 5 } } }");
+    assert_eq!(done.status.code(), Some(USAGE), "{done:?}");
+    assert_eq!(
+        text(&done.stderr),
+        "imds-router: not what `docker compose config` prints: service web: labels: expected a mapping, or a list of \
+         NAME=VALUE\nhint: docker compose config | imds-router check --compose -\n"
+    );
+}
+
 #[test]
 fn status_without_a_daemon_says_what_to_do() {
     let directory = tempfile::tempdir().expect("there is room for temporary files");

@@ -137,19 +137,15 @@ async fn answer(request: Request<Incoming>, observatory: &dyn Observatory) -> Re
     let path = percent_encoding::percent_decode_str(parts.uri.path())
         .decode_utf8_lossy()
         .into_owned();
-    let json = |value: serde_json::Result<Vec<u8>>| match value {
-        Ok(body) => (StatusCode::OK, body),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string().into_bytes()),
-    };
-    let absent = || (StatusCode::NOT_FOUND, b"{}".to_vec());
+    let absent = || (StatusCode::NOT_FOUND, JSON, b"{}".to_vec());
     let (verb, of) = match path.trim_start_matches('/').split_once('/') {
         Some((verb, of)) => (verb, Some(of)),
         None => (path.trim_start_matches('/'), None),
     };
-    let (status, body) = match (&parts.method, verb, of) {
+    let (status, content_type, body) = match (&parts.method, verb, of) {
         (&Method::GET, "metrics", None) => {
             let (content_type, text) = observatory.metrics();
-            return reply(StatusCode::OK, content_type, text.into_bytes());
+            (StatusCode::OK, content_type, text.into_bytes())
         }
         (&Method::GET, "status", None) => json(serde_json::to_vec_pretty(&observatory.status())),
         (&Method::GET, "explain", Some(container)) => observatory
@@ -170,24 +166,40 @@ async fn answer(request: Request<Incoming>, observatory: &dyn Observatory) -> Re
             let asked = serde_json::from_slice(&whole(body).await).map_err(|error| NotDone::Wrong(error.to_string()));
             done(asked.and_then(|trigger| observatory.trigger(container, &trigger)))
         }
-        (&Method::GET, "livez", None) => (StatusCode::OK, b"alive".to_vec()),
+        (&Method::GET, "livez", None) => text(StatusCode::OK, "alive".to_owned()),
         (&Method::GET, "readyz", None) => match observatory.readiness().await {
-            Ok(said) => (StatusCode::OK, said.into_bytes()),
-            Err(why) => (StatusCode::SERVICE_UNAVAILABLE, why.into_bytes()),
+            Ok(said) => text(StatusCode::OK, said),
+            Err(why) => text(StatusCode::SERVICE_UNAVAILABLE, why),
         },
         (&Method::POST, "login", profile) => {
-            let text = whole(body).await;
-            let taken = Handover::read(&String::from_utf8_lossy(&text))
+            let handed = whole(body).await;
+            let taken = Handover::read(&String::from_utf8_lossy(&handed))
                 .map_err(str::to_owned)
                 .and_then(|handover| observatory.login(profile, &handover));
             match taken {
-                Ok(said) => (StatusCode::OK, said.into_bytes()),
-                Err(why) => (StatusCode::BAD_REQUEST, why.into_bytes()),
+                Ok(said) => text(StatusCode::OK, said),
+                Err(why) => text(StatusCode::BAD_REQUEST, why),
             }
         }
         _ => absent(),
     };
-    reply(status, "application/json", body)
+    reply(status, content_type, body)
+}
+
+const JSON: &str = "application/json";
+
+/// Status, content type and body of a reply.
+type Answered = (StatusCode, &'static str, Vec<u8>);
+
+fn json(value: serde_json::Result<Vec<u8>>) -> Answered {
+    match value {
+        Ok(body) => (StatusCode::OK, JSON, body),
+        Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+    }
+}
+
+fn text(status: StatusCode, text: String) -> Answered {
+    (status, "text/plain; charset=utf-8", text.into_bytes())
 }
 
 /// A body, or nothing where it is too large or breaks off.
@@ -196,21 +208,95 @@ async fn whole(body: Incoming) -> Bytes {
     body.map(|body| body.to_bytes()).unwrap_or_default()
 }
 
-fn done<T: Serialize>(done: Result<T, NotDone>) -> (StatusCode, Vec<u8>) {
+fn done<T: Serialize>(done: Result<T, NotDone>) -> Answered {
     match done {
-        Ok(done) => match serde_json::to_vec_pretty(&done) {
-            Ok(body) => (StatusCode::OK, body),
-            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string().into_bytes()),
-        },
-        Err(NotDone::NoContainer) => (StatusCode::NOT_FOUND, b"{}".to_vec()),
-        Err(NotDone::Wrong(why)) => (StatusCode::BAD_REQUEST, why.into_bytes()),
-        Err(NotDone::Failed(why)) => (StatusCode::INTERNAL_SERVER_ERROR, why.into_bytes()),
+        Ok(done) => json(serde_json::to_vec_pretty(&done)),
+        Err(NotDone::NoContainer) => (StatusCode::NOT_FOUND, JSON, b"{}".to_vec()),
+        Err(NotDone::Wrong(why)) => text(StatusCode::BAD_REQUEST, why),
+        Err(NotDone::Failed(why)) => text(StatusCode::INTERNAL_SERVER_ERROR, why),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Knows no container, and is not ready.
+    struct Nothing;
+
+    impl Observatory for Nothing {
+        fn status(&self) -> crate::admin::Status {
+            unimplemented!("no test asks for it")
+        }
+        fn explain(&self, _: &str) -> Option<crate::admin::Explanation> {
+            None
+        }
+        fn trust(&self, _: &str) -> Option<Vec<crate::admin::Trust>> {
+            None
+        }
+        fn modify(&self, _: &str, _: &crate::admin::Modify) -> Result<crate::admin::Options, NotDone> {
+            Err(NotDone::Failed("no".to_owned()))
+        }
+        fn trigger(&self, _: &str, _: &crate::admin::Trigger) -> Result<Vec<crate::admin::EventStatus>, NotDone> {
+            Ok(Vec::new())
+        }
+        fn events(&self, _: &str) -> Option<Vec<crate::admin::EventStatus>> {
+            None
+        }
+        fn identity_certificate(&self) -> String {
+            "certificate".to_owned()
+        }
+        fn login(&self, _: Option<&str>, _: &Handover) -> Result<String, String> {
+            Err("offline".to_owned())
+        }
+        fn metrics(&self) -> (&'static str, String) {
+            ("application/openmetrics-text", String::new())
+        }
+        fn readiness(&self) -> BoxFuture<'_, Result<String, String>> {
+            Box::pin(std::future::ready(Err("not yet".to_owned())))
+        }
+    }
+
+    #[tokio::test]
+    async fn each_answer_has_the_content_type_of_its_body() {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        const TEXT: &str = "text/plain; charset=utf-8";
+        for (request, status, content_type, body) in [
+            ("GET /livez", 200, TEXT, "alive"),
+            ("GET /readyz", 503, TEXT, "not yet"),
+            ("POST /modify/web", 500, TEXT, "no"),
+            ("POST /login", 400, TEXT, "offline"),
+            ("POST /trigger/web", 200, JSON, "[]"),
+            ("GET /identity-certificate", 200, JSON, "\"certificate\""),
+            ("GET /explain/web", 404, JSON, "{}"),
+            ("GET /nothing", 404, JSON, "{}"),
+            ("GET /metrics", 200, "application/openmetrics-text", ""),
+        ] {
+            let (mut client, server) = tokio::io::duplex(4096);
+            let served = tokio::spawn(converse(server, Arc::new(Nothing), |request, observatory| {
+                Box::pin(answer(request, observatory))
+            }));
+            let sent = match request.strip_prefix("POST /login") {
+                Some(_) => r#"{"AccessKeyId":"A","SecretAccessKey":"s","SessionToken":"t"}"#,
+                None => "{}",
+            };
+            let head = format!(
+                "{request} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+                sent.len()
+            );
+            client.write_all(format!("{head}{sent}").as_bytes()).await.unwrap();
+            let mut answered = String::new();
+            client.read_to_string(&mut answered).await.unwrap();
+            served.await.unwrap();
+            let (head, found) = answered.split_once("\r\n\r\n").unwrap();
+            assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{request}: {head}");
+            assert!(
+                head.contains(&format!("\r\ncontent-type: {content_type}\r\n")),
+                "{request}: {head}"
+            );
+            assert_eq!(found, body, "{request}");
+        }
+    }
 
     #[tokio::test(start_paused = true)]
     async fn the_oldest_connection_closes_for_a_new_one() {

@@ -4,14 +4,15 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use super::kept::Kept;
-use super::{ATTACH_HOST, DOCKER_RUN, IMDS_ADDRESS, engine_host, plans};
+use super::{ATTACH_HOST, DOCKER_RUN, IMDS_ADDRESS, base, engine_host, plans};
 use crate::admin;
 use crate::caller::level::Lack;
 use crate::clock::Clock;
-use crate::config::{Attach, Proof, Settings};
+use crate::config::{Attach, CredentialSource, Proof, Settings};
 use crate::containers::docker::Engine;
 use crate::containers::lookups::answer_within;
 use crate::containers::watcher::{ContainerEngine as _, EngineError};
+use crate::credentials::sts::Sts;
 use crate::host::apply::{Survey, survey};
 use crate::host::{GUARD_TABLE, HostError, LINK, Plan, RULES_TABLE};
 use crate::telemetry::{printable, with_causes};
@@ -99,8 +100,66 @@ pub async fn examine(settings: &Settings) -> Diagnosis {
         proof(settings, kept, &mut found).await;
         host(settings, kept, &mut found);
     }
-    daemon(settings, &mut found).await;
+    let status = admin::ask_status(&settings.admin_socket).await.ok();
+    match (&status, settings.source) {
+        (_, CredentialSource::Offline) => {
+            found.fine("base credentials: none are needed; credentials are fakes (offline)")
+        }
+        (Some(status), CredentialSource::Sts) => bases_of_daemon(&status.bases, &mut found),
+        (None, CredentialSource::Sts) => bases_of_this_process(settings, &mut found).await,
+    }
+    if let Some(status) = &status {
+        daemon(settings, status, &mut found).await;
+    }
     found
+}
+
+/// The longest that STS is waited for.
+const STS_LIMIT: Duration = Duration::from_secs(10);
+const NO_BASE: &str = "containers get metadata, and no credentials for their roles";
+
+/// What a daemon on this host would have, started with the present variables and files.
+async fn bases_of_this_process(settings: &Settings, found: &mut Diagnosis) {
+    let clock = Clock::system();
+    let sts = Sts::new(base::bases(settings, &clock), clock);
+    let asked = tokio::time::timeout(STS_LIMIT, base::ask(&sts, None)).await;
+    let why = match asked {
+        Ok((base, _)) => match (base.arn, base.problem) {
+            (Some(arn), _) => return found.fine(format!("base credentials: {arn}")),
+            (None, why) => why.unwrap_or_else(|| "unknown".to_owned()),
+        },
+        Err(_) => format!("STS does not answer within {} s", STS_LIMIT.as_secs()),
+    };
+    found.add(
+        Verdict::Note,
+        format!("base credentials: {why}"),
+        NO_BASE,
+        Some("--profile or AWS_PROFILE names a profile, [credentials] aws_dir its directory; or imds-router serve --offline"),
+    );
+}
+
+fn bases_of_daemon(bases: &[admin::BaseStatus], found: &mut Diagnosis) {
+    for base in bases {
+        let name = base
+            .profile
+            .as_ref()
+            .map(|name| format!(" of profile {name}"))
+            .unwrap_or_default();
+        let who = base.arn.as_deref().or(base.origin.as_deref()).unwrap_or("unknown");
+        match &base.error {
+            None => found.fine(format!("base credentials{name}: {who}")),
+            Some(error) => found.add(
+                Verdict::Note,
+                format!("base credentials{name}: {}: {error}", base.state),
+                NO_BASE,
+                Some(
+                    base.command
+                        .as_deref()
+                        .unwrap_or("imds-router status; the daemon tries again by itself"),
+                ),
+            ),
+        }
+    }
 }
 
 async fn engine(settings: &Settings, found: &mut Diagnosis) {
@@ -290,10 +349,7 @@ fn of_survey(settings: &Settings, survey: &Survey, found: &mut Diagnosis) {
     }
 }
 
-async fn daemon(settings: &Settings, found: &mut Diagnosis) {
-    let Ok(status) = admin::ask_status(&settings.admin_socket).await else {
-        return;
-    };
+async fn daemon(settings: &Settings, status: &admin::Status, found: &mut Diagnosis) {
     found.fine(format!(
         "daemon: serves, version {}, attach {}, proof {}, engine {}",
         status.version, status.attach, status.proof, status.engine.state
@@ -314,7 +370,7 @@ async fn daemon(settings: &Settings, found: &mut Diagnosis) {
             Some("imds-router status"),
         );
     }
-    links(settings, &status, found).await;
+    links(settings, status, found).await;
     for container in status.containers.iter().filter(|it| !it.problems.is_empty()) {
         found.add(
             Verdict::Note,
@@ -348,4 +404,59 @@ async fn links(settings: &Settings, status: &admin::Status, found: &mut Diagnosi
         }
     }
     found.fine(format!("containers: {reached} reach the service (looked at now)"));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn base_credentials_of_the_daemon_are_told() {
+        let base = |profile: Option<&str>, arn: Option<&str>, error: Option<&str>, command: Option<&str>| {
+            let text = |text: Option<&str>| text.map(str::to_owned);
+            admin::BaseStatus {
+                profile: text(profile),
+                state: if error.is_some() { "failed" } else { "good" }.to_owned(),
+                arn: text(arn),
+                error: text(error),
+                command: text(command),
+                ..admin::BaseStatus::default()
+            }
+        };
+        let bases = [
+            base(None, Some("arn:aws:iam::111122223333:user/me"), None, None),
+            base(
+                Some("dev"),
+                None,
+                Some("the SSO login has ended"),
+                Some("aws sso login --profile dev"),
+            ),
+        ];
+        let mut found = Diagnosis::default();
+        bases_of_daemon(&bases, &mut found);
+        assert_eq!(
+            found.render(),
+            "ok    base credentials: arn:aws:iam::111122223333:user/me\n\
+             note  base credentials of profile dev: failed: the SSO login has ended\n      \
+             why it matters: containers get metadata, and no credentials for their roles\n      \
+             fix: aws sso login --profile dev\n"
+        );
+        assert_eq!(found.wrong(), 0);
+    }
+
+    #[tokio::test]
+    async fn missing_base_credentials_are_told_without_a_daemon() {
+        let directory = tempfile::tempdir().unwrap();
+        let settings = Settings {
+            aws_dir: Some(directory.path().to_owned()),
+            profile: Some("none".to_owned()),
+            ..Settings::default()
+        };
+        let mut found = Diagnosis::default();
+        bases_of_this_process(&settings, &mut found).await;
+        let text = found.render();
+        assert!(text.starts_with("note  base credentials: "), "{text}");
+        assert!(text.contains("fix: --profile or AWS_PROFILE names a profile"), "{text}");
+        assert!(text.ends_with('\n'), "{text}");
+    }
 }

@@ -205,7 +205,7 @@ mod tests {
         std::fs::remove_file(&file).unwrap();
         rustix::fs::mknodat(rustix::fs::CWD, &file, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
         let said = why(token_key(&state).unwrap_err());
-        assert!(said.ends_with("it is a named pipe; expected a regular file"), "{said}");
+        assert!(said.contains("it is a named pipe; expected a regular file"), "{said}");
     }
 
     #[test]

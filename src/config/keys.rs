@@ -9,7 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 
 use super::{
     Attach, CredentialSource, DEFAULT_ADMIN_SOCKET, DEFAULT_DMI_DIR, HostService, HttpEndpoint, HttpTokens, Nested,
-    Proof, Settings, hop_limit, is_region, is_user_data, parse_duration, template_fits,
+    Proof, Settings, decode_base64, hop_limit, is_region, is_user_data, parse_duration, template_fits,
 };
 use crate::credentials::policy::{Glob, Pair, Rule};
 use crate::credentials::{inputs, is_account_id};
@@ -367,7 +367,7 @@ pub const KEYS: &[Key] = &[
         default: "none",
         expected: "base64 of 1 to 16384 bytes",
         about: "The same, of any bytes.",
-        read: |s, v| user_data(s, STANDARD.decode(v.text()?).ok()?),
+        read: |s, v| user_data(s, decode_base64(v.text()?)?),
     },
     Key {
         path: "imds.user_data_file",

@@ -8,8 +8,8 @@ use toml::de::{DeTable, DeValue};
 
 use super::keys::{Form, KEYS, Key, RULE_KEYS, TABLES, Typed, is_public_key};
 use super::{Settings, metadata_path};
-use crate::credentials::RoleArn;
 use crate::credentials::policy::Rule;
+use crate::credentials::{MAX_ROLE_NAME, RoleArn, long_role_name};
 use crate::files;
 use crate::metadata::file;
 
@@ -485,11 +485,16 @@ fn read_entry(
     if read {
         return Ok(());
     }
+    let long = value.text().is_some_and(|text| long_role_name(text).is_some());
+    let limit = match table == "roles" && long {
+        true => format!(" whose name has at most {MAX_ROLE_NAME} characters"),
+        false => String::new(),
+    };
     Err(ConfigError::BadValue {
         origin,
         key: format!("{table}.{name}"),
         value: value.shown(),
-        expected: expected.to_owned(),
+        expected: format!("{expected}{limit}"),
     })
 }
 

@@ -6,15 +6,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 
 use super::pairs::Pairs;
 use super::{Labels, compat};
 use crate::config::{
-    HttpEndpoint, HttpTokens, Nearest, Settings, hop_limit, is_region, is_user_data, metadata_path, parse_duration,
-    template_fits,
+    HttpEndpoint, HttpTokens, Nearest, Settings, decode_base64, hop_limit, is_region, is_user_data, metadata_path,
+    parse_duration, template_fits,
 };
 use crate::credentials::Secret;
 use crate::credentials::inputs::{self, Inputs};
@@ -379,7 +377,7 @@ const LABELS: &[Label] = &[
         name: USER_DATA_BASE64,
         class: Class::Fact,
         expected: "base64 of 1 to 16384 bytes, and not user-data as well",
-        read: |spec, value| set_user_data(spec, STANDARD.decode(value).ok()?),
+        read: |spec, value| set_user_data(spec, decode_base64(value)?),
     },
 ];
 

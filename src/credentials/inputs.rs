@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use super::{Secret, is_account_id, is_role_path};
+use super::{Secret, has_role_characters, is_account_id};
 
 /// `DurationSeconds`: 900 to 43,200.
 pub const DURATION: RangeInclusive<Duration> = Duration::from_secs(900)..=Duration::from_secs(43_200);
@@ -117,7 +117,7 @@ pub fn is_tag_value(text: &str) -> bool {
 
 /// Whether `text` may be a role as it is typed in a list: its form is settled later, with the aliases.
 pub fn is_role_word(text: &str) -> bool {
-    text.starts_with("arn:") || is_role_path(text)
+    text.starts_with("arn:") || has_role_characters(text)
 }
 
 impl Inputs {

@@ -146,16 +146,28 @@ const PARTITIONS: &[(&str, &str, &str, &str)] = &[
     ("aws-iso-f", "us-isof-", "us-isof-south-1", "csp.hci.ic.gov"),
 ];
 
-/// Whether `text` is `[PATH/]NAME` of a role: the characters that IAM takes, no empty part.
+/// Whether `text` is `[PATH/]NAME` of a role.
 pub fn is_role_path(text: &str) -> bool {
+    has_role_characters(text) && long_role_name(text).is_none() && text.len() <= 512
+}
+
+/// Whether `text` has only characters that IAM takes for `[PATH/]NAME` of a role, and no empty part.
+pub fn has_role_characters(text: &str) -> bool {
     let part = |part: &str| {
         !part.is_empty()
             && part
                 .bytes()
                 .all(|b| b.is_ascii_alphanumeric() || b"+=,.@_-".contains(&b))
     };
-    let name_length = text.rsplit('/').next().map_or(0, str::len);
-    text.split('/').all(part) && name_length <= 64 && text.len() <= 512
+    text.split('/').all(part)
+}
+
+/// The most characters of a role's name (IAM API reference, `CreateRole`).
+pub const MAX_ROLE_NAME: usize = 64;
+
+/// The name in `[…/]NAME`, if it is too long for a role.
+pub fn long_role_name(text: &str) -> Option<&str> {
+    text.rsplit('/').next().filter(|name| name.len() > MAX_ROLE_NAME)
 }
 
 /// What a container is given credentials of. It is the key under which they are kept: two containers share credentials

@@ -1,6 +1,6 @@
 //! A role as people name it: ARN, name, `name@account`, alias.
 
-use super::{RoleArn, is_account_id, is_role_path};
+use super::{MAX_ROLE_NAME, RoleArn, has_role_characters, is_account_id, is_role_path, long_role_name};
 use crate::config::{Nearest, Settings};
 
 /// A role as a person names it, not yet looked up.
@@ -21,6 +21,17 @@ pub enum RoleError {
     /// Not a name either.
     #[error("{0:?} is not a role: expected an ARN, a name, name@account or an alias of [roles]")]
     NotAName(String),
+    /// The last part of an ARN. It could also be a name with the path `/role/`.
+    #[error("{0:?} is a part of an ARN: expected {name}, or for a role with the path /role/ its whole ARN", name = &.0[ROLE.len()..])]
+    PartOfArn(String),
+    /// A name that IAM does not take.
+    #[error("{name:?} is not the name of a role: it has {length} characters; expected at most {MAX_ROLE_NAME}")]
+    TooLong {
+        /// The name.
+        name: String,
+        /// Its length.
+        length: usize,
+    },
     /// `name@what` where what is neither an account nor an alias.
     #[error("{role:?}: {account:?} is not an account: expected 12 digits or an alias of [accounts]{nearest}")]
     NotAnAccount {
@@ -33,6 +44,9 @@ pub enum RoleError {
     },
 }
 
+/// What the last part of the ARN of a role begins with.
+const ROLE: &str = "role/";
+
 /// Reads a role as an operator or a label names it: alias, ARN, `name@account`, `name@alias`, or name.
 ///
 /// # Errors
@@ -42,12 +56,16 @@ pub fn read_role(text: &str, settings: &Settings, partition: &str) -> Result<Nam
         return Ok(NamedRole::Arn(arn.clone()));
     }
     if text.starts_with("arn:") {
-        return RoleArn::parse(text)
-            .map(NamedRole::Arn)
-            .ok_or_else(|| RoleError::NotAnArn(text.to_owned()));
+        let arn = RoleArn::parse(text).map(NamedRole::Arn);
+        return arn.ok_or_else(|| too_long(text).unwrap_or_else(|| RoleError::NotAnArn(text.to_owned())));
     }
-    if !is_role_path(text) {
-        return Err(RoleError::NotAName(text.to_owned()));
+    if text.starts_with(ROLE) && text.len() > ROLE.len() {
+        return Err(RoleError::PartOfArn(text.to_owned()));
+    }
+    // An account behind the name is no part of it.
+    let path = text.rsplit_once('@').map_or(text, |(path, _)| path);
+    if !is_role_path(path) {
+        return Err(too_long(path).unwrap_or_else(|| RoleError::NotAName(text.to_owned())));
     }
     if let Some((name, account)) = text.rsplit_once('@') {
         let known = settings.accounts.get(account).map(String::as_str);
@@ -58,12 +76,18 @@ pub fn read_role(text: &str, settings: &Settings, partition: &str) -> Result<Nam
                 account: account.to_owned(),
                 nearest: Nearest::among(account, settings.accounts.keys().map(String::as_str)),
             })?;
-        if !is_role_path(name) {
-            return Err(RoleError::NotAName(text.to_owned()));
-        }
         return Ok(NamedRole::Arn(RoleArn::of(partition, account, name)));
     }
     Ok(NamedRole::InBaseAccount(text.to_owned()))
+}
+
+/// The error of a name that is right but for its length.
+fn too_long(text: &str) -> Option<RoleError> {
+    let name = long_role_name(text).filter(|name| has_role_characters(name))?;
+    Some(RoleError::TooLong {
+        name: name.to_owned(),
+        length: name.len(),
+    })
 }
 
 impl NamedRole {
@@ -103,6 +127,15 @@ mod tests {
             ("web@444455556666", "arn:aws:iam::444455556666:role/web"),
             ("web@prod", "arn:aws:iam::444455556666:role/web"),
             ("orders", "arn:aws:iam::777788889999:role/service/orders"),
+            (
+                "arn:aws:iam::111122223333:role/role/web",
+                "arn:aws:iam::111122223333:role/role/web",
+            ),
+            ("role", "arn:aws:iam::111122223333:role/role"),
+            (
+                "a-name-of-60-characters-0123456789012345678901234567890123456@444455556666",
+                "arn:aws:iam::444455556666:role/a-name-of-60-characters-0123456789012345678901234567890123456",
+            ),
         ] {
             let role = read_role(typed, &settings(), "aws").unwrap();
             let role = role.arn("aws", Some("111122223333")).unwrap();
@@ -129,11 +162,29 @@ mod tests {
                 "\"a//b\" is not a role: expected an ARN, a name, name@account or an alias of [roles]",
             ),
             (
+                "role/web",
+                "\"role/web\" is a part of an ARN: expected web, or for a role with the path /role/ its whole ARN",
+            ),
+            (
+                "role/web@prod",
+                "\"role/web@prod\" is a part of an ARN: expected web@prod, or for a role with the path /role/ its whole ARN",
+            ),
+            (
                 "web@prd",
                 "\"web@prd\": \"prd\" is not an account: expected 12 digits or an alias of [accounts]; did you mean prod?",
             ),
         ] {
             assert_eq!(read_role(typed, &settings(), "aws").unwrap_err().to_string(), message);
+        }
+        let long = "n".repeat(70);
+        let message = format!("{long:?} is not the name of a role: it has 70 characters; expected at most 64");
+        for typed in [
+            long.clone(),
+            format!("service/{long}"),
+            format!("{long}@prod"),
+            format!("arn:aws:iam::111122223333:role/{long}"),
+        ] {
+            assert_eq!(read_role(&typed, &settings(), "aws").unwrap_err().to_string(), message);
         }
     }
 }

@@ -317,12 +317,15 @@ pub fn resolve(
         rule,
         open,
         note,
+        by_rule,
     } = match problems.first() {
         // A label that was not understood may have been a restriction.
         Some(problem) => session::refuse(&case, problem),
         None => session::decide(&case),
     };
     problems.extend(note);
+    // Labels that a rule does not allow were understood, so that none of them can have been a restriction of the options.
+    let understood = problems.is_empty() && (by_rule || !matches!(role, Role::Refused(_)));
     if let (Role::Refused(why), true) = (&role, problems.is_empty()) {
         problems.push(why.clone());
     }
@@ -364,7 +367,7 @@ pub fn resolve(
         endpoint_open: open && by_labels(&role) && !by_labels(&Role::None),
         tokens_required: options
             .tokens_required
-            .unwrap_or_else(|| tokens_required(&spec, settings, &problems)),
+            .unwrap_or_else(|| tokens_required(&spec, settings, understood)),
         hop_limit: options.hop_limit.or(spec.hop_limit).unwrap_or(settings.hop_limit),
         ipv6: options.ipv6.or(spec.ipv6).unwrap_or(true),
         events,
@@ -482,7 +485,7 @@ fn endpoint(spec: &ContainerSpec, role: &Role, settings: &Settings) -> bool {
     }
 }
 
-fn tokens_required(spec: &ContainerSpec, settings: &Settings, problems: &[String]) -> bool {
+fn tokens_required(spec: &ContainerSpec, settings: &Settings, understood: bool) -> bool {
     let asked = match spec.http_tokens {
         Some(label) if settings.labels_may_lower => label,
         Some(label) => label.max(settings.http_tokens),
@@ -490,7 +493,7 @@ fn tokens_required(spec: &ContainerSpec, settings: &Settings, problems: &[String
     };
     // A label that was not understood may have been this one; and a container that an image may have left without a role is no
     // freer than one whose labels are wrong.
-    asked == HttpTokens::Required || !problems.is_empty() || spec.is_unclear()
+    asked == HttpTokens::Required || !understood || spec.is_unclear()
 }
 
 fn account(role: Option<&RoleArn>, settings: &Settings, around: &Surroundings) -> String {

@@ -37,6 +37,8 @@ pub(super) struct Verdict {
     pub open: bool,
     /// Why it is treated as if it asked for none.
     pub note: Option<String>,
+    /// Whether a rule refused it: the labels themselves are in order.
+    pub by_rule: bool,
 }
 
 impl Verdict {
@@ -48,6 +50,7 @@ impl Verdict {
             rule: None,
             open: false,
             note: None,
+            by_rule: false,
         }
     }
 }
@@ -80,11 +83,15 @@ pub(super) fn decide(case: &Case<'_>) -> Verdict {
     verdict
 }
 
-impl From<NotAllowed> for Role {
-    fn from(why: NotAllowed) -> Self {
+impl Verdict {
+    /// The role of a container that the rules do not allow to have one.
+    fn not_allowed(&mut self, why: NotAllowed) -> Role {
         match why {
-            NotAllowed::Pending(what) => Self::Pending(what),
-            NotAllowed::Refused(why) => Self::Refused(why),
+            NotAllowed::Pending(what) => Role::Pending(what),
+            NotAllowed::Refused(why) => {
+                self.by_rule = true;
+                Role::Refused(why)
+            }
         }
     }
 }
@@ -116,7 +123,7 @@ impl Case<'_> {
         };
         let who = self.applicant();
         if let Some(profile) = &spec.profile {
-            policy::may_name(rules, &who, profile)?;
+            policy::may_name(rules, &who, profile).map_err(|why| verdict.not_allowed(why))?;
             verdict.profile = Some(profile.clone());
         }
         let profile = spec.profile.as_deref();
@@ -159,7 +166,7 @@ impl Case<'_> {
             inputs: &inputs,
             default_duration: self.settings.duration,
         };
-        let rule = policy::decide(rules, &who, &wish)?;
+        let rule = policy::decide(rules, &who, &wish).map_err(|why| verdict.not_allowed(why))?;
         verdict.rule = rule.map(ToString::to_string);
         let abroad = |role: &&RoleArn| base.partition().is_some_and(|partition| partition != role.partition());
         if let (Some(abroad), Some(arn)) = (chain.iter().chain([&role]).find(abroad), &base.arn) {
@@ -221,7 +228,8 @@ impl Case<'_> {
             inputs: &self.spec.inputs,
             default_duration: self.settings.duration,
         };
-        let rule = policy::decide(&self.settings.allow, &self.applicant(), &wish)?;
+        let rule = policy::decide(&self.settings.allow, &self.applicant(), &wish);
+        let rule = rule.map_err(|why| verdict.not_allowed(why))?;
         verdict.rule = rule.map(ToString::to_string);
         let account = self.account(base).ok_or_else(|| {
             let why = base.problem.as_deref().unwrap_or("STS has not said yet whose it is");

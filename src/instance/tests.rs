@@ -252,6 +252,25 @@ fn a_bad_label_costs_the_role_and_says_why() {
 }
 
 #[test]
+fn a_rule_that_denies_the_role_leaves_imdsv1_as_it_is() {
+    let settings = configured("[[allow]]\nrole = \"arn:aws:iam::*:role/other\"\nmax_duration = \"1h\"");
+    let denied = instance(&[("imds.role", "app")], &settings);
+    assert!(matches!(denied.role, Role::Refused(_)));
+    assert!(denied.endpoint && !denied.tokens_required);
+    assert_eq!(denied.problems.len(), 1);
+    for labels in [
+        &[("imds.role", "app"), ("imds.http-tokens", "required")][..],
+        &[("imds.role", "app"), ("imds.http-token", "optional")],
+        &[("imds.role", "role/app")],
+    ] {
+        assert!(instance(labels, &settings).tokens_required, "{labels:?}");
+    }
+    // What else the labels set, and the rule does not allow.
+    let denied = instance(&[("imds.role", "other"), ("imds.role.duration", "2h")], &settings);
+    assert!(matches!(denied.role, Role::Refused(_)) && !denied.tokens_required);
+}
+
+#[test]
 fn the_region_follows_from_the_zone() {
     let in_config = |toml: &str| configured(toml);
     for (settings, labels, region, zone) in [
