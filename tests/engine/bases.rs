@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
-use crate::rig::{Container, Daemon, Engine, Rig, poll, run};
+use crate::rig::{Container, Daemon, Engine, Rig, poll, run, tools};
 
 const LIST: &str = "/latest/meta-data/iam/security-credentials/";
 const SOON: Duration = Duration::from_secs(10);
@@ -25,6 +25,10 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
         rig.once("bases::profiles_and_files_that_change", profiles_and_files_that_change),
         rig.once("bases::what_a_person_hands_over", what_a_person_hands_over),
         rig.once("bases::clocks_that_jump", clocks_that_jump),
+        rig.once(
+            "bases::the_unit_reads_the_files_of_a_user",
+            the_unit_reads_the_files_of_a_user,
+        ),
     ]
 }
 
@@ -49,6 +53,52 @@ fn daemon(engine: &Arc<Engine>, directory: &Path) -> Daemon {
         .collect();
     let config = format!("[credentials]\naws_dir = '{}'", directory.display());
     Daemon::start(engine, &config, &environment)
+}
+
+/// With the capabilities of the unit, and no others: root without them is an ordinary user to the files of others.
+fn the_unit_reads_the_files_of_a_user(engine: &Arc<Engine>) {
+    const USER: u32 = 65_534;
+    let unit = fs::read_to_string(tools::repository("deploy/imds-router.service")).expect("it is there");
+    let capabilities = unit
+        .lines()
+        .find_map(|line| line.strip_prefix("CapabilityBoundingSet="));
+    let capabilities: Vec<String> = capabilities
+        .expect("the unit has capabilities")
+        .split(' ')
+        .map(|name| format!("+{}", name.trim_start_matches("CAP_").to_lowercase()))
+        .collect();
+    let bounding_set = format!("--bounding-set=-all,{}", capabilities.join(","));
+    let directory = aws_directory(engine);
+    let keys = format!("[default]\naws_access_key_id = AKIATRIALUSER\naws_secret_access_key = {FILE_SECRET}\n");
+    write(&directory.join("credentials"), &keys, 0o600);
+    for path in [directory.join("credentials"), directory.clone()] {
+        std::os::unix::fs::chown(&path, Some(USER), Some(USER)).expect("root may give it away");
+    }
+    fs::set_permissions(&directory, fs::Permissions::from_mode(0o700)).expect("its mode");
+
+    let environment = engine.moto().daemon_environment().into_iter();
+    let environment: Vec<_> = environment
+        .filter(|(name, _)| !name.starts_with("AWS_ACCESS") && !name.starts_with("AWS_SECRET"))
+        .collect();
+    let config = format!("[credentials]\naws_dir = '{}'", directory.display());
+    let by = ["setpriv", &bounding_set, "--inh-caps=-all"];
+    let daemon = Daemon::start_by(engine, &by, &config, &environment);
+    let container = engine.run("of-user").label("imds.role", "app").start();
+    let (role, _) = credentials(&container);
+    assert_eq!(role, "app");
+    let status = daemon.status();
+    let own = status["bases"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .find(|base| base["profile"].is_null());
+    let own = own.unwrap_or_else(|| panic!("no base of the daemon itself: {status}"));
+    assert_eq!(
+        (&own["state"], &own["origin"]),
+        (&"good".into(), &"profile default (keys)".into()),
+        "{own}"
+    );
+    daemon.stop();
 }
 
 /// The one role of a container, and its credentials, as soon as there are some.
