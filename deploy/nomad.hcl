@@ -1,4 +1,5 @@
 # imds-router on every client of a Nomad cluster: nomad job run deploy/nomad.hcl
+# Each client needs the image imds-router: deploy/README.md says how to build it, or to push it to a registry of yours.
 # The Docker driver must allow it: plugin "docker" { config { allow_caps = ["all"], allow_privileged = false, volumes { enabled = true } } }
 job "imds-router" {
   type     = "system"

@@ -456,3 +456,83 @@ fn the_check_of_promises_finds_what_is_wrong() {
         ]
     );
 }
+
+/// Files that deployments consist of.
+fn deployments() -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for directory in [
+        "deploy",
+        "examples/compose",
+        "examples/unprivileged",
+        "examples/two-roles",
+    ] {
+        let entries = fs::read_dir(root().join(directory)).expect("it is there");
+        let paths = entries.map(|entry| entry.expect("it can be listed").path());
+        files.extend(paths.filter(|path| path.is_file()));
+    }
+    assert!(files.len() > 10, "{files:?}");
+    files
+}
+
+#[test]
+fn deployments_name_only_files_that_exist() {
+    let mut missing = Vec::new();
+    for file in deployments() {
+        let text = fs::read_to_string(&file).expect("it is text");
+        let words = text.split(|c: char| !(c.is_ascii_alphanumeric() || "/._-*".contains(c)));
+        let ours = words.filter(|word| ["deploy/", "examples/", "tests/"].iter().any(|it| word.starts_with(it)));
+        for word in ours.map(|word| word.trim_end_matches(['.', '/'])) {
+            let exists = match word.split_once('*') {
+                Some((before, _)) => root().join(before).exists(),
+                None => root().join(word).exists(),
+            };
+            if !exists {
+                missing.push(format!("{}: {word}", file.display()));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "{missing:#?}");
+}
+
+/// No registry has the image. A swarm builds none: deploy/README.md says how each host gets it.
+#[test]
+fn compose_builds_the_image_that_it_names() {
+    let mut services = 0;
+    for file in deployments() {
+        let is_compose = file.file_name().is_some_and(|name| name == "compose.yaml");
+        if !is_compose {
+            continue;
+        }
+        let text = fs::read_to_string(&file).expect("it is text");
+        let lines: Vec<&str> = text.lines().collect();
+        for (at, _) in lines
+            .iter()
+            .enumerate()
+            .filter(|(_, line)| line.trim() == "image: imds-router")
+        {
+            services += 1;
+            let rest = lines[at + 1..].iter().take_while(|line| line.starts_with("    "));
+            let build = rest.clone().find_map(|line| line.trim().strip_prefix("build: "));
+            let build = build.unwrap_or_else(|| panic!("{}: no build for the image", file.display()));
+            if build == "*build" {
+                continue;
+            }
+            let context = build.split("context: ").nth(1).and_then(|rest| rest.split(',').next());
+            let context = file
+                .parent()
+                .expect("it is in a directory")
+                .join(context.expect("it has a context"));
+            assert!(
+                context.join("deploy/Dockerfile").exists(),
+                "{}: {build}",
+                file.display()
+            );
+            assert!(
+                build.contains("dockerfile: deploy/Dockerfile"),
+                "{}: {build}",
+                file.display()
+            );
+        }
+    }
+    assert_eq!(services, 4);
+}
