@@ -23,6 +23,8 @@ pub type Keep = Box<dyn Fn(&[u8]) -> std::io::Result<()> + Send + Sync>;
 /// Orders, by container.
 pub struct Orders {
     all: Mutex<BTreeMap<String, Ordered>>,
+    /// Held while a change is written, which may take seconds: readers of `all` do not wait for it.
+    writing: Mutex<()>,
     keep: Keep,
 }
 
@@ -55,6 +57,7 @@ impl Orders {
         };
         Ok(Self {
             all: Mutex::new(kept.containers),
+            writing: Mutex::default(),
             keep,
         })
     }
@@ -74,15 +77,15 @@ impl Orders {
         exists: impl Fn(&ContainerId) -> bool,
         change: impl FnOnce(&mut Ordered),
     ) -> Result<Ordered, OrderError> {
-        let mut all = self.all();
-        let mut ordered = all.get(container.as_str()).cloned().unwrap_or_default();
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut new = self.all().clone();
+        let mut ordered = new.get(container.as_str()).cloned().unwrap_or_default();
         change(&mut ordered);
-        let mut new = all.clone();
         new.retain(|id, _| ContainerId::parse(id).is_some_and(|id| exists(&id)));
         new.insert(container.as_str().to_owned(), ordered.clone());
         let kept = Kept { containers: new };
         (self.keep)(&serde_json::to_vec_pretty(&kept)?)?;
-        *all = kept.containers;
+        *self.all() = kept.containers;
         Ok(ordered)
     }
 
@@ -257,6 +260,32 @@ impl Stops {
 mod tests {
     use super::*;
     use std::sync::Arc;
+
+    #[test]
+    fn orders_are_read_while_one_is_written() {
+        use std::sync::mpsc;
+        let id = ContainerId::parse(&"a".repeat(64)).unwrap();
+        let (started, has_started) = mpsc::channel();
+        let (finish, may_finish) = mpsc::channel::<()>();
+        let may_finish = Mutex::new(may_finish);
+        let keep: Keep = Box::new(move |_| {
+            started.send(()).unwrap();
+            let waited = may_finish.lock().unwrap().recv_timeout(Duration::from_secs(20));
+            waited.map_err(std::io::Error::other)
+        });
+        let orders = Arc::new(Orders::new(&[], keep).unwrap());
+        let (writer, written) = (orders.clone(), id.clone());
+        let writing = std::thread::spawn(move || {
+            let ordered = writer.order(&written, |_| true, |it| it.options.hop_limit = Some(1));
+            ordered.is_ok()
+        });
+        has_started.recv().unwrap();
+        // The write has not succeeded yet.
+        assert_eq!(orders.of(&id), None);
+        finish.send(()).unwrap();
+        assert!(writing.join().unwrap(), "reading waited for the write");
+        assert_eq!(orders.of(&id).unwrap().options.hop_limit, Some(1));
+    }
 
     #[test]
     fn what_is_ordered_is_kept_and_what_cannot_be_kept_is_not_ordered() {

@@ -40,7 +40,7 @@ impl<E: Error + 'static> From<E> for Failure {
 #[error("{0}")]
 struct Said(String);
 
-/// Where containers run in a Linux VM, the daemon runs there.
+/// The error on systems whose containers run in a Linux VM.
 #[cfg(any(test, not(target_os = "linux")))]
 fn in_a_vm() -> Said {
     Said(format!(

@@ -96,8 +96,7 @@ pub async fn containers(settings: Settings, compat: bool) -> Result<Checked, Eng
     Ok(checker.end(&format!("containers on {host}")))
 }
 
-/// What each service of a compose file would get; the text is what `docker compose config` prints, or `docker stack config`.
-/// `project` overrides the name of the project.
+/// Resolves the services of a compose file, as `docker compose config` or `docker stack config` prints it. `project` overrides the name of the project.
 ///
 /// # Errors
 /// When it is not.

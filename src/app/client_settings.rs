@@ -17,7 +17,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("AWS_CONTAINER_CREDENTIALS_FULL_URI", "SDKs ask this endpoint first"),
 ];
 
-/// What the variables do, by their names: values may be secret. `None`: no such variable is set.
+/// The names of such variables and their effects. Values may be secret. `None`: no such variable is set.
 pub(super) fn other_sources(environment: &Pairs) -> Option<String> {
     let found: Vec<_> = SOURCES
         .iter()

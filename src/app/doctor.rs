@@ -118,7 +118,7 @@ pub async fn examine(settings: &Settings) -> Diagnosis {
 const STS_LIMIT: Duration = Duration::from_secs(10);
 const NO_BASE: &str = "containers get metadata, and no credentials for their roles";
 
-/// What a daemon on this host would have, started with the present variables and files.
+/// Asks STS with the base credentials that a daemon would have with the present variables and files.
 async fn bases_of_this_process(settings: &Settings, found: &mut Diagnosis) {
     let clock = Clock::system();
     let sts = Sts::new(base::bases(settings, &clock), clock);

@@ -310,7 +310,8 @@ impl Observer {
     fn order(&self, record: &Record, change: impl FnOnce(&mut Ordered)) -> Result<Ordered, admin::NotDone> {
         let index = &self.service.index;
         let exists = |id: &ContainerId| !index.is_gone(id);
-        let ordered = self.resolver.orders.order(&record.definition.id, exists, change);
+        // It syncs the file.
+        let ordered = blocking(|| self.resolver.orders.order(&record.definition.id, exists, change));
         let ordered = ordered.map_err(|error| admin::NotDone::Failed(with_causes(&error)))?;
         self.resolver.changed.send_modify(|version| *version += 1);
         Ok(ordered)

@@ -63,7 +63,7 @@ pub(super) fn signer(state_dir: &Path) -> Result<Signer, AppError> {
 
 const ORDERS: &str = "orders.json";
 
-/// Changes by `modify` and `trigger`. A damaged file is kept beside, and [`damage`] says so until it is deleted.
+/// Changes by `modify` and `trigger`. A damaged file is renamed, and [`damage`] warns until the operator deletes it.
 pub(super) fn orders(state_dir: &Path) -> Result<Orders, AppError> {
     let path = state_dir.join(ORDERS);
     let written = path.clone();
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn replaces_damaged_keys_and_keeps_them_beside() {
+    fn replaces_damaged_keys_and_renames_the_damaged_files() {
         let dir = tempfile::tempdir().unwrap();
         let state = dir.path();
         let (key, certificate) = (
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn damaged_orders_are_kept_beside_and_told_until_the_file_is_deleted() {
+    fn renames_damaged_orders_and_warns_until_the_file_is_deleted() {
         let dir = tempfile::tempdir().unwrap();
         let state = dir.path();
         let id = ContainerId::parse(&"a".repeat(64)).unwrap();

@@ -80,7 +80,7 @@ pub enum ConfigError {
     /// The file of values.
     #[error("{origin}: metadata.file = {path:?}: {what}")]
     MetadataFile {
-        /// Where it is named.
+        /// The place that names the file.
         origin: Origin,
         /// Which file.
         path: PathBuf,
@@ -102,13 +102,13 @@ pub enum ConfigError {
     Exclusive {
         /// Where.
         origin: Origin,
-        /// Which key.
+        /// The second of the keys.
         key: &'static str,
         /// All keys of which only one can count.
         keys: &'static [&'static str],
-        /// The other one.
+        /// The first of them that is set.
         other: &'static str,
-        /// Where that is.
+        /// The place of the first one.
         other_origin: Origin,
     },
     /// A value that the key does not take.

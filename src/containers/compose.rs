@@ -73,7 +73,7 @@ struct Service {
     networks: Value,
 }
 
-/// What compose would create of a project.
+/// The containers that compose would create for a project.
 #[derive(Debug)]
 pub struct Composed {
     /// The project's name, where it is known.

@@ -134,8 +134,8 @@ pub fn domain_of(partition: &str) -> &'static str {
 
 const AWS: &str = "aws";
 
-/// The partitions beside `aws`: name, what their regions begin with, their first region, and the DNS domain of their services (the
-/// SDKs' `partitions.json`).
+/// The partitions other than `aws`: name, prefix of their regions, first region, and DNS domain of their services (the SDKs'
+/// `partitions.json`).
 const PARTITIONS: &[(&str, &str, &str, &str)] = &[
     ("aws-cn", "cn-", "cn-northwest-1", "amazonaws.com.cn"),
     ("aws-us-gov", "us-gov-", "us-gov-west-1", "amazonaws.com"),

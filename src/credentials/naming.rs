@@ -44,7 +44,7 @@ pub enum RoleError {
     },
 }
 
-/// What the last part of the ARN of a role begins with.
+/// The start of the last part of the ARN of a role.
 const ROLE: &str = "role/";
 
 /// Reads a role as an operator or a label names it: alias, ARN, `name@account`, `name@alias`, or name.

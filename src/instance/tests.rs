@@ -265,7 +265,7 @@ fn a_rule_that_denies_the_role_leaves_imdsv1_as_it_is() {
     ] {
         assert!(instance(labels, &settings).tokens_required, "{labels:?}");
     }
-    // What else the labels set, and the rule does not allow.
+    // The rule allows the role, and not the duration.
     let denied = instance(&[("imds.role", "other"), ("imds.role.duration", "2h")], &settings);
     assert!(matches!(denied.role, Role::Refused(_)) && !denied.tokens_required);
 }

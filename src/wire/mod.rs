@@ -18,7 +18,7 @@ pub const TOKEN_HEADER: HeaderName = HeaderName::from_static("x-aws-ec2-metadata
 /// Our own reply header: why a proven container got what it got. People use curl.
 pub const HINT_HEADER: HeaderName = HeaderName::from_static("x-imds-router-hint");
 
-/// What EC2 calls itself in `Server`. Some programs conclude from it alone that they run on EC2.
+/// The value of `Server` on EC2. Some programs conclude from it alone that they run on EC2.
 const SERVER: HeaderValue = HeaderValue::from_static("EC2ws");
 
 /// `Keep-Alive`: for how many seconds an idle connection stays open.
