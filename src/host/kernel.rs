@@ -366,11 +366,19 @@ pub(super) fn ask<R: NetlinkRequest>(
     request: &R,
     mut each: impl FnMut(R::ReplyType<'_>),
 ) -> io::Result<()> {
-    let mut reply = socket.request(request)?;
+    let mut reply = socket.request(request).map_err(unless_scarce)?;
     while let Some(answer) = reply.recv() {
         each(answer?);
     }
     Ok(())
+}
+
+/// netlink-socket2 0.3 reports that it cannot open a socket as EPERM, whatever the reason is.
+fn unless_scarce(error: io::Error) -> io::Error {
+    match netlink_socket(None) {
+        Err(reason) if is(&error, &[Errno::PERM]) => reason.into(),
+        _ => error,
+    }
 }
 
 /// Entries that are read of a list of a container's namespace, at most. A container with `NET_ADMIN` makes as many links and
@@ -381,7 +389,7 @@ const ENTRIES: usize = 4096;
 pub(super) fn ask_for_list<R: NetlinkRequest>(request: &R, mut each: impl FnMut(R::ReplyType<'_>)) -> io::Result<()> {
     // Of its own: the kernel drops what is left unread with it.
     let mut socket = NetlinkSocket::new();
-    let mut reply = socket.request(request)?;
+    let mut reply = socket.request(request).map_err(unless_scarce)?;
     for _ in 0..ENTRIES {
         let Some(answer) = reply.recv() else { break };
         each(answer?);

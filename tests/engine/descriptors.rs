@@ -21,6 +21,10 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
             a_container_at_rest_takes_four,
         ),
         rig.once(
+            "descriptors::a_shortage_is_told_and_ends_by_itself",
+            a_shortage_is_told_and_ends_by_itself,
+        ),
+        rig.once(
             "descriptors::many_containers_within_the_limit",
             many_containers_within_the_limit,
         ),
@@ -69,6 +73,66 @@ fn a_container_at_rest_takes_four(engine: &Arc<Engine>) {
     daemon.stop();
 }
 
+/// More containers than the limit has descriptors for: every report names the shortage, and when containers end, those that were not
+/// served are.
+fn a_shortage_is_told_and_ends_by_itself(engine: &Arc<Engine>) {
+    let config = "account_id = \"111122223333\"\n";
+    let limit = ["sh", "-c", "ulimit -n 90; exec \"$@\"", "sh"];
+    let daemon = Daemon::start_by(engine, &limit, config, &engine.moto().daemon_environment());
+    let network = engine.network("descriptors", &["--subnet=10.201.0.0/16"]);
+    let mut containers = start(engine, network.name(), 24);
+    let problems = || -> Vec<String> {
+        let status = daemon.status();
+        let all = status["containers"].as_array().expect("a list").iter();
+        all.flat_map(|it| it["problems"].as_array().cloned().unwrap_or_default())
+            .map(|problem| problem.to_string())
+            .collect()
+    };
+    poll(Duration::from_secs(20), "a container without a descriptor", || {
+        problems()
+            .iter()
+            .any(|it| it.contains("Too many open files"))
+            .then_some(())
+    });
+    assert!(
+        problems().iter().all(|it| it.contains("Too many open files")),
+        "{:?}",
+        problems()
+    );
+    let warnings = daemon.status()["warnings"].to_string();
+    assert!(warnings.contains("too many open files: "), "{warnings}");
+    let doctor = daemon.cli(&["doctor"]).stdout;
+    assert!(doctor.contains("too many open files: "), "{doctor}");
+    let socket = daemon.admin_socket();
+    let socket = socket.to_str().expect("its name is text");
+    let metrics = engine.host("curl", &["-s", "--unix-socket", socket, "http://imds-router/metrics"]);
+    assert!(
+        metrics.contains("imds_router_descriptor_shortages_total{work="),
+        "{metrics}"
+    );
+    assert!(daemon.log().contains("Too many open files"));
+    // Half of them end.
+    let ended = containers.split_off(12);
+    let ids: Vec<&str> = ended.iter().map(Container::id).collect();
+    engine.docker(&[&["rm", "--force", "--volumes"], ids.as_slice()].concat());
+    ended.into_iter().for_each(Container::forget);
+    for container in &containers {
+        poll(Duration::from_secs(8), "a container to be served", || role(container));
+    }
+    // Each link is looked at every 5 s until nothing is missing.
+    poll(Duration::from_secs(8), "all to be well", || {
+        problems().is_empty().then_some(())
+    });
+    daemon.stop();
+}
+
+/// Whether a container of the image [`BOX`] gets its role.
+fn role(container: &Container) -> Option<()> {
+    let url = "http://169.254.169.254/latest/meta-data/iam/security-credentials/";
+    let got = container.try_exec(&["timeout", "5", "wget", "-q", "-O", "-", url]);
+    (got.stdout.trim() == "descriptors").then_some(())
+}
+
 /// A hard limit of 4,096 and four for each container is enough, and requests take as long as among ten containers.
 /// `IMDS_TRIALS_ROUNDS=1000` starts as many.
 fn many_containers_within_the_limit(engine: &Arc<Engine>) {
@@ -91,11 +155,7 @@ fn many_containers_within_the_limit(engine: &Arc<Engine>) {
     let next = AtomicUsize::new(0);
     let served = || {
         while let Some(container) = containers.get(next.fetch_add(1, Ordering::Relaxed)) {
-            poll(Duration::from_secs(10), "a container to be served", || {
-                let url = "http://169.254.169.254/latest/meta-data/iam/security-credentials/";
-                let got = container.try_exec(&["timeout", "5", "wget", "-q", "-O", "-", url]);
-                (got.stdout == "descriptors").then_some(())
-            });
+            poll(Duration::from_secs(10), "a container to be served", || role(container));
         }
     };
     std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(served))));
