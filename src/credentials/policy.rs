@@ -185,6 +185,9 @@ pub enum NotAllowed {
     /// Never, as things are.
     #[error("{0}")]
     Refused(String),
+    /// A rule looks at a label that may come from the image.
+    #[error("{0}")]
+    Ambiguous(String),
 }
 
 /// Whether a rule is the one that decides.
@@ -253,7 +256,7 @@ fn search<'r>(rules: &'r [Rule], what: &str, covers: impl Fn(&Rule) -> Covers) -
             Covers::Yes => return Ok(rule),
             Covers::No(reason) => why.push(format!("{rule}: {reason}")),
             Covers::Ambiguous(label) => {
-                return Err(NotAllowed::Refused(format!(
+                return Err(NotAllowed::Ambiguous(format!(
                     "{what}: {rule} looks at label {label}, and it is unknown whether the image set it; use an image that can be \
                      read and does not have the label, or set [docker] image_labels = true"
                 )));

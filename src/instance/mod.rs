@@ -317,15 +317,15 @@ pub fn resolve(
         rule,
         open,
         note,
-        by_rule,
+        labels_in_order,
     } = match problems.first() {
         // A label that was not understood may have been a restriction.
         Some(problem) => session::refuse(&case, problem),
         None => session::decide(&case),
     };
     problems.extend(note);
-    // Labels that a rule does not allow were understood, so that none of them can have been a restriction of the options.
-    let understood = problems.is_empty() && (by_rule || !matches!(role, Role::Refused(_)));
+    // Labels that were understood, and that a rule does not allow for example, hide no restriction of the options.
+    let understood = problems.is_empty() && (labels_in_order || !matches!(role, Role::Refused(_)));
     if let (Role::Refused(why), true) = (&role, problems.is_empty()) {
         problems.push(why.clone());
     }

@@ -37,8 +37,9 @@ pub(super) struct Verdict {
     pub open: bool,
     /// Why it is treated as if it asked for none.
     pub note: Option<String>,
-    /// Whether a rule refused it: the labels themselves are in order.
-    pub by_rule: bool,
+    /// Whether a refusal has another cause than an error of labels: a rule, or a limit of STS. Errors of labels come first, so that a
+    /// pair of the image cannot replace one by such a cause.
+    pub labels_in_order: bool,
 }
 
 impl Verdict {
@@ -50,7 +51,7 @@ impl Verdict {
             rule: None,
             open: false,
             note: None,
-            by_rule: false,
+            labels_in_order: false,
         }
     }
 }
@@ -89,9 +90,11 @@ impl Verdict {
         match why {
             NotAllowed::Pending(what) => Role::Pending(what),
             NotAllowed::Refused(why) => {
-                self.by_rule = true;
+                self.labels_in_order = true;
                 Role::Refused(why)
             }
+            // A pair of the image must not make the container freer than it was.
+            NotAllowed::Ambiguous(why) => Role::Refused(why),
         }
     }
 }
@@ -170,6 +173,7 @@ impl Case<'_> {
         verdict.rule = rule.map(ToString::to_string);
         let abroad = |role: &&RoleArn| base.partition().is_some_and(|partition| partition != role.partition());
         if let (Some(abroad), Some(arn)) = (chain.iter().chain([&role]).find(abroad), &base.arn) {
+            verdict.labels_in_order = true;
             return Err(Role::Refused(format!(
                 "role {abroad} is in partition {}, and the base credentials, {arn}, are not: {}.profile names others",
                 abroad.partition(),
@@ -180,6 +184,7 @@ impl Case<'_> {
         // Whoever asks with a role's session is bound to an hour, be it one of the chain or the base's own.
         let chained = !chain.is_empty() || base.role_name().is_some();
         if let Some(asked) = inputs.duration.filter(|asked| chained && *asked > CHAINED) {
+            verdict.labels_in_order = true;
             return Err(Role::Refused(format!(
                 "label {}.role.duration asks for {}m, and STS gives at most 60m to whoever asks with a role's session, \
                  as the base credentials are",

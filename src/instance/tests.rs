@@ -1299,7 +1299,11 @@ fn a_rule_that_looks_at_a_label_of_the_image_gives_nothing() {
     let (role, tier) = (("imds.role", "app"), ("tier", "free"));
     let limited = format!("{ARN}/app as web@h1 arns=arn:aws:iam::aws:policy/ReadOnlyAccess by=allow rule 1 (line 1)");
     assert_eq!(with_image(&rules, Some(&[]), &[role, tier]).0, limited);
-    let (said, _) = with_image(&rules, Some(&[tier]), &[role, tier]);
+    let (said, instance) = with_image(&rules, Some(&[tier]), &[role, tier]);
+    assert!(
+        instance.tokens_required,
+        "the image must not turn IMDSv1 on by this refusal"
+    );
     assert!(
         said.contains(
             "allow rule 1 (line 1) looks at label tier, and it is unknown whether the image set it; use an image that can be read and does not have the label, or set [docker] image_labels = true"
