@@ -26,6 +26,10 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
         rig.once("bases::what_a_person_hands_over", what_a_person_hands_over),
         rig.once("bases::clocks_that_jump", clocks_that_jump),
         rig.once(
+            "bases::programs_keep_the_limit_on_open_files",
+            programs_keep_the_limit_on_open_files,
+        ),
+        rig.once(
             "bases::the_unit_reads_the_files_of_a_user",
             the_unit_reads_the_files_of_a_user,
         ),
@@ -53,6 +57,36 @@ fn daemon(engine: &Arc<Engine>, directory: &Path) -> Daemon {
         .collect();
     let config = format!("[credentials]\naws_dir = '{}'", directory.display());
     Daemon::start(engine, &config, &environment)
+}
+
+/// The daemon raises its limit, and starts a credential_process with the limit that it was started with.
+fn programs_keep_the_limit_on_open_files(engine: &Arc<Engine>) {
+    let directory = aws_directory(engine);
+    let seen = directory.join("seen");
+    let program = format!(
+        "[default]\ncredential_process = sh -c 'ulimit -Sn > {}'\n",
+        seen.display()
+    );
+    write(&directory.join("config"), &program, 0o644);
+    let config = format!(
+        "[credentials]\naws_dir = '{}'\nallow_process = true\n",
+        directory.display()
+    );
+    let moto = engine.moto().daemon_environment().into_iter();
+    let environment: Vec<_> = moto
+        .filter(|(name, _)| !name.starts_with("AWS_ACCESS") && !name.starts_with("AWS_SECRET"))
+        .collect();
+    let limit = ["sh", "-c", "ulimit -Sn 1000; ulimit -Hn 5000; exec \"$@\"", "sh"];
+    let daemon = Daemon::start_by(engine, &limit, &config, &environment);
+    let seen = poll(SOON, "the program", || {
+        fs::read_to_string(&seen).ok().filter(|text| text.ends_with('\n'))
+    });
+    assert_eq!(seen, "1000\n");
+    let limits = fs::read_to_string(format!("/proc/{}/limits", daemon.pid())).expect("it runs");
+    let files = limits.lines().find(|line| line.starts_with("Max open files"));
+    let files: Vec<&str> = files.expect("a limit").split_whitespace().collect();
+    assert_eq!(files[3..5], ["5000", "5000"], "{limits}");
+    daemon.stop();
 }
 
 /// With the capabilities of the unit, and no others: root without them is an ordinary user to the files of others.
