@@ -685,8 +685,12 @@ fn nested(index: &Index, namespace: NamespaceId, address: IpAddr) -> Result<Call
 }
 
 /// Where the kernel cannot be asked and the operator has said that the address is enough: it is, for a container that
-/// shares it with nobody, known or yet to come.
+/// shares it with nobody, known or yet to come. Only while the engine's events arrive: without them, its last answer may be
+/// older than the move of an address to another container.
 fn by_address(index: &Index, connection: Connection, container: &ContainerId) -> Result<(), Refusal> {
+    if *index.engine() != EngineState::Synchronised {
+        return Err(Refusal::NotSynchronised);
+    }
     let shares = |record: &Arc<Record>| match &record.definition.network_mode {
         NetworkMode::Container(owner) => owner == container,
         NetworkMode::Host | NetworkMode::Own => false,

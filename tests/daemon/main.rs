@@ -6,6 +6,7 @@
 mod conformance;
 mod script;
 
+mod address;
 mod attribution;
 mod connections;
 mod failures;

@@ -14,6 +14,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Du
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
 
+use imds_router::caller::address::EngineWord;
 use imds_router::caller::{Connection, Via};
 use imds_router::clock::Clock;
 use imds_router::config::{CredentialSource, Settings};
@@ -301,7 +302,10 @@ impl ContainerEngine for ScriptedEngine {
             let inspect = this.ask(Call::Inspect, Some(id.clone()), move |world| {
                 world.containers.get(&id).map(|container| Inspection {
                     hostname: Some(id.short().to_owned()),
-                    run: None,
+                    run: container.running.then(|| Run {
+                        pid: 1,
+                        started: String::new(),
+                    }),
                     environment: Environment::of(container.image_environment.iter().chain(&container.environment)),
                 })
             });
@@ -686,7 +690,25 @@ impl Daemon {
 
     /// Another daemon over the same engine and kernel: as after a restart.
     pub fn start_with(settings: Settings, engine: ScriptedEngine, kernel: ScriptedKernel) -> Self {
+        let watched = Arc::new(kernel.clone());
+        Self::start_watching(settings, engine, kernel, watched, Clock::scripted(UNIX_EPOCH + WALL))
+    }
+
+    /// A daemon that cannot ask the kernel: `[serve] proof = "address"`.
+    pub fn start_by_address(settings: Settings) -> Self {
         let clock = Clock::scripted(UNIX_EPOCH + WALL);
+        let (engine, kernel) = (ScriptedEngine::default(), ScriptedKernel::default());
+        let watched = Arc::new(EngineWord::new(clock.clone()));
+        Self::start_watching(settings, engine, kernel, watched, clock)
+    }
+
+    fn start_watching(
+        settings: Settings,
+        engine: ScriptedEngine,
+        kernel: ScriptedKernel,
+        watched: Arc<dyn Kernel>,
+        clock: Clock,
+    ) -> Self {
         let sts = ScriptedSts {
             clock: clock.clone(),
             calls: Arc::default(),
@@ -711,7 +733,7 @@ impl Daemon {
         let of_host = Arc::new(Mutex::new(Arc::default()));
         let ports = Ports {
             engine: Arc::new(engine.clone()),
-            kernel: Arc::new(kernel.clone()),
+            kernel: watched,
             instances: Arc::new(Resolver {
                 settings: settings.clone(),
                 of_host: of_host.clone(),

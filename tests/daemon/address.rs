@@ -1,0 +1,72 @@
+//! `[serve] proof = "address"`: the engine's word is the only evidence, so it must be fresh.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use imds_router::containers::NetworkId;
+use imds_router::containers::index::EngineState;
+
+use crate::script::{Call, Daemon, Fails, endpoint, id, settings};
+
+const LIST: &str = "/latest/meta-data/iam/security-credentials/";
+const LABELS: &[(&str, &str)] = &[("imds.role", "first")];
+
+/// The status of a request that comes from this address, and the role that it is told of.
+async fn ask(daemon: &Daemon, address: SocketAddr) -> Option<(u16, String)> {
+    let reply = daemon.dial(daemon.client(address)).get(LIST).await?;
+    Some((reply.status, reply.text()))
+}
+
+/// The engine gives the address of container 1, which has ended, to container 2. No event tells of it.
+fn reuse_address(daemon: &Daemon, address: SocketAddr) {
+    daemon.engine.world(|world| {
+        world.containers.get_mut(&id(1)).unwrap().running = false;
+        let network = world.networks.entry(NetworkId::from("n")).or_default();
+        network.remove(&id(1));
+        network.insert(id(2), endpoint(address));
+    });
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_container_is_served_until_the_stream_of_events_ends() {
+    let daemon = Daemon::start_by_address(settings());
+    daemon.synchronised().await;
+    let address = daemon.run(1, LABELS).await;
+    assert_eq!(ask(&daemon, address).await, Some((200, "first".to_owned())));
+    daemon.engine.go();
+    daemon.settle().await;
+    assert_ne!(ask(&daemon, address).await.map(|(status, _)| status), Some(200));
+}
+
+/// An answer that was under way when the stream ended, or a look-up that is repeated, tells that the container runs. It may end at
+/// any time from then on.
+#[tokio::test(start_paused = true)]
+async fn an_address_proves_nothing_while_no_events_arrive() {
+    let daemon = Daemon::start_by_address(settings());
+    daemon.synchronised().await;
+    daemon.engine.fail(&[Call::Inspect], Fails::Error);
+    let address = daemon.run(1, LABELS).await;
+    // The next streams end at once, so that the pauses between them are seconds.
+    daemon.engine.world(|world| world.streams_last = Some(Duration::ZERO));
+    daemon.engine.break_stream();
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    daemon.engine.world(|world| world.failing.clear());
+    for _ in 0..200 {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(matches!(*daemon.index.engine(), EngineState::Away(_)));
+        let has_life = daemon
+            .index
+            .get(&id(1))
+            .is_some_and(|it| it.life.as_ref().is_some_and(|life| life.alive()));
+        if has_life {
+            break;
+        }
+    }
+    reuse_address(&daemon, address);
+    let served = ask(&daemon, address).await;
+    assert_eq!(
+        served.as_ref().map(|(status, _)| *status),
+        Some(503),
+        "container 2 got {served:?}"
+    );
+}
