@@ -821,7 +821,10 @@ impl Watcher {
             (Subject::Network(id), Found::Network(network)) => self.attach(&id.clone(), network),
             (Subject::Image(id), Found::Image(image)) => {
                 for container in self.waiting_for(id) {
-                    let row = self.known(&container).waits_for_image.take();
+                    let known = self.known(&container);
+                    let (row, running) = (known.waits_for_image.take(), known.running);
+                    // Events since the row was read have told whether it runs.
+                    let row = row.map(|row| Row { running, ..row });
                     row.into_iter().for_each(|row| self.define((row, Ok(image.clone()))));
                 }
                 self.keep_images();

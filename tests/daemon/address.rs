@@ -70,3 +70,18 @@ async fn an_address_proves_nothing_while_no_events_arrive() {
         "container 2 got {served:?}"
     );
 }
+
+/// The image of a container is read only after its start.
+#[tokio::test(start_paused = true)]
+async fn an_image_that_is_read_late_does_not_end_the_run_of_its_container() {
+    let daemon = Daemon::start_by_address(settings());
+    daemon.synchronised().await;
+    daemon.engine.fail(&[Call::Image], Fails::Error);
+    let address = daemon.create(1, LABELS);
+    daemon.settle().await;
+    daemon.boot(1, address);
+    daemon.settle().await;
+    daemon.engine.heal();
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert_eq!(ask(&daemon, address).await, Some((200, "first".to_owned())));
+}

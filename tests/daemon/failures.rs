@@ -588,3 +588,22 @@ proptest! {
         runtime.block_on(play(steps));
     }
 }
+
+/// The image of a container is read after the container has ended.
+#[tokio::test(start_paused = true)]
+async fn an_image_that_is_read_late_does_not_tell_whether_its_container_runs() {
+    let (log, _guard) = Log::start();
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    daemon.engine.fail(&[Call::Image], Fails::Error);
+    start(&daemon, 1);
+    daemon.settle().await;
+    daemon.kill(1);
+    daemon.engine.send(Event::Died(id(1)));
+    tokio::time::sleep(2 * SECOND).await;
+    daemon.engine.heal();
+    tokio::time::sleep(30 * SECOND).await;
+    assert_eq!(daemon.index.failing(), None);
+    assert_eq!(daemon.index.get(&id(1)).unwrap().no_life, None);
+    assert_eq!(log.count("cannot be served"), 0, "{:?}", log.lines());
+}
