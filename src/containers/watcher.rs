@@ -376,6 +376,8 @@ pub struct Watcher {
     synchronising: Option<HashSet<Subject>>,
     /// Lists of containers that were asked for so far, and when the last one was.
     lists: (u64, Option<Instant>),
+    /// Containers that were removed after the last list was asked for, which may still name them. No ID is used again.
+    removed: HashSet<ContainerId>,
     /// When lists are asked for again because an event could not be read.
     relist: Option<Instant>,
 
@@ -438,6 +440,7 @@ impl Watcher {
             failures: Failures::default(),
             synchronising: None,
             lists: (0, None),
+            removed: HashSet::new(),
             relist: None,
             awaited: HashMap::new(),
             due: VecDeque::new(),
@@ -638,6 +641,13 @@ impl Watcher {
                 }
             }
             Event::Removed(id) => {
+                // Answers that are under way may still describe it.
+                if let Some(again) = self.flights.get_mut(&Subject::Container(id.clone())) {
+                    *again = true;
+                }
+                if self.flights.contains_key(&Subject::Rows) {
+                    self.removed.insert(id.clone());
+                }
                 self.forget(&id);
                 self.keep_images();
             }
@@ -687,6 +697,7 @@ impl Watcher {
         self.flights.insert(subject.clone(), false);
         if subject == Subject::Rows {
             self.lists = (self.lists.0 + 1, Some(self.clock.now()));
+            self.removed.clear();
         }
         let look_up = Lookup {
             engine: self.engine.clone(),
@@ -835,7 +846,9 @@ impl Watcher {
     }
 
     /// Learns the list of all containers: one that it does not name is gone.
-    fn learn_rows(&mut self, rows: ReadRows) {
+    fn learn_rows(&mut self, mut rows: ReadRows) {
+        rows.read.retain(|(row, _)| !self.removed.contains(&row.id));
+        rows.undescribed.retain(|(id, _)| !self.removed.contains(id));
         if rows.incomplete.is_none() {
             let ids: HashSet<_> = rows.read.iter().map(|(row, _)| &row.id).collect();
             let undescribed: HashSet<_> = rows.undescribed.iter().map(|(id, _)| id).collect();

@@ -607,3 +607,24 @@ async fn an_image_that_is_read_late_does_not_tell_whether_its_container_runs() {
     assert_eq!(daemon.index.get(&id(1)).unwrap().no_life, None);
     assert_eq!(log.count("cannot be served"), 0, "{:?}", log.lines());
 }
+
+/// The answer to a list is older than the event that a container was removed.
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_a_removal_has_overtaken_brings_no_container_back() {
+    let daemon = Daemon::start(settings());
+    daemon.synchronised().await;
+    for asks in [Event::Unreadable, Event::Defined(id(1))] {
+        tokio::time::sleep(2 * SECOND).await;
+        start(&daemon, 1);
+        served_after(&daemon, &[1]).await;
+        tokio::time::sleep(2 * SECOND).await;
+        daemon.engine.send(asks.clone());
+        // The answers take a millisecond each.
+        tokio::time::sleep(Duration::from_micros(500)).await;
+        daemon.kill(1);
+        daemon.engine.world(|world| world.containers.remove(&id(1)));
+        daemon.engine.send(Event::Removed(id(1)));
+        tokio::time::sleep(10 * SECOND).await;
+        assert!(daemon.index.get(&id(1)).is_none(), "{asks:?}");
+    }
+}
