@@ -618,6 +618,7 @@ impl Watcher {
                 self.expect(id);
             }
             Event::Started(id) => {
+                self.overtake(&id);
                 let lists = self.lists.0;
                 if let Some(known) = self.known.get_mut(&id) {
                     (known.running, known.named) = (true, lists);
@@ -635,16 +636,16 @@ impl Watcher {
                 if let Some(life) = life.filter(|life| !life.alive()) {
                     self.ended(&id, life.cgroup);
                 }
+                self.overtake(&id);
+                let lists = self.lists.0;
                 if let Some(known) = self.known.get_mut(&id) {
-                    known.running = false;
+                    (known.running, known.named) = (false, lists);
                     known.run = None;
                 }
             }
             Event::Removed(id) => {
-                // Answers that are under way may still describe it.
-                if let Some(again) = self.flights.get_mut(&Subject::Container(id.clone())) {
-                    *again = true;
-                }
+                self.overtake(&id);
+                // A list that is under way may still name it.
                 if self.flights.contains_key(&Subject::Rows) {
                     self.removed.insert(id.clone());
                 }
@@ -662,6 +663,15 @@ impl Watcher {
             }
             Event::Disconnected(network) => self.touch(Subject::Network(network)),
             Event::Unreadable => self.relist(),
+        }
+    }
+
+    /// An event tells more of a container than answers that are under way: they are asked for again.
+    fn overtake(&mut self, id: &ContainerId) {
+        for subject in [Subject::Container(id.clone()), Subject::Inspect(id.clone())] {
+            if let Some(again) = self.flights.get_mut(&subject) {
+                *again = true;
+            }
         }
     }
 
@@ -861,7 +871,10 @@ impl Watcher {
             let gone: Vec<_> = gone.map(|(id, _)| id.clone()).collect();
             gone.iter().for_each(|id| self.forget(id));
         }
-        for read in rows.read {
+        for mut read in rows.read {
+            if let Some(running) = self.running_since_list(&read.0.id) {
+                read.0.running = running;
+            }
             let described = Subject::Container(read.0.id.clone());
             let ended = self.failures.end(&described);
             self.define(read);
@@ -881,6 +894,13 @@ impl Watcher {
             self.is_listed = true;
             self.keep_images();
         }
+    }
+
+    /// Whether a container runs, if the engine has told that after it was asked for the last list.
+    fn running_since_list(&self, id: &ContainerId) -> Option<bool> {
+        let known = self.known.get(id)?;
+        let is_told = known.definition.is_some() || known.running;
+        (known.named >= self.lists.0 && is_told).then_some(known.running)
     }
 
     fn define(&mut self, (row, image): ReadRow) {

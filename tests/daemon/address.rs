@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use imds_router::containers::NetworkId;
 use imds_router::containers::index::EngineState;
+use imds_router::containers::watcher::Event;
 
 use crate::script::{Call, Daemon, Fails, endpoint, id, settings};
 
@@ -84,4 +85,42 @@ async fn an_image_that_is_read_late_does_not_end_the_run_of_its_container() {
     daemon.engine.heal();
     tokio::time::sleep(Duration::from_secs(10)).await;
     assert_eq!(ask(&daemon, address).await, Some((200, "first".to_owned())));
+}
+
+/// The list was asked for before the container started.
+#[tokio::test(start_paused = true)]
+async fn a_list_that_a_start_has_overtaken_does_not_end_the_run() {
+    let daemon = Daemon::start_by_address(settings());
+    daemon.synchronised().await;
+    let address = daemon.create(1, LABELS);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    // The list waits for an image of another container, which takes up to two seconds.
+    daemon.create(2, LABELS);
+    daemon
+        .engine
+        .world(|world| world.images_failing.insert(id(2), Fails::Silent));
+    daemon.engine.send(Event::Unreadable);
+    daemon.settle().await;
+    daemon.boot(1, address);
+    daemon.settle().await;
+    assert_eq!(ask(&daemon, address).await, Some((200, "first".to_owned())));
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(ask(&daemon, address).await, Some((200, "first".to_owned())));
+}
+
+/// The inspection was answered before the container ended.
+#[tokio::test(start_paused = true)]
+async fn an_inspection_that_an_end_has_overtaken_brings_no_container_to_life() {
+    let daemon = Daemon::start_by_address(settings());
+    daemon.synchronised().await;
+    let address = daemon.create(1, LABELS);
+    daemon.settle().await;
+    daemon.boot(1, address);
+    // The answers take a millisecond each.
+    tokio::time::sleep(Duration::from_micros(500)).await;
+    daemon.kill(1);
+    daemon.engine.send(Event::Died(id(1)));
+    daemon.settle().await;
+    let life = daemon.index.get(&id(1)).unwrap().life.clone();
+    assert!(!life.is_some_and(|life| life.alive()));
 }
