@@ -1,14 +1,17 @@
 //! The limit on log lines: a container can cause events of many kinds as often as it likes.
 //!
-//! Each kind of line is one place in the code. Up to [`BURST`] lines of a kind are written at once, and [`PER_SECOND`] after
+//! Each kind of line is one place in the code and, of refusals, one reason: a caller that is refused for one reason does not keep the
+//! lines about others out of the log. Up to [`BURST`] lines of a kind are written at once, and [`PER_SECOND`] after
 //! that. Lines of level `debug` and `trace` are not limited: the operator asks for them.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tracing::callsite::Identifier;
+use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Metadata, Subscriber};
 use tracing_subscriber::layer::{Context, Filter};
 
@@ -49,7 +52,21 @@ pub async fn report_lines_left_out() {
 /// Lets lines through within the limit.
 pub(super) struct LineLimit {
     clock: Clock,
-    kinds: Mutex<HashMap<Identifier, Kind>>,
+    kinds: Mutex<HashMap<(Identifier, Reason), Kind>>,
+}
+
+/// The field `reason` of an event. The code has a fixed number of them.
+#[derive(Clone, PartialEq, Eq, Hash, Default)]
+struct Reason(String);
+
+impl Visit for Reason {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if field.name() == "reason" {
+            value.clone_into(&mut self.0);
+        }
+    }
+
+    fn record_debug(&mut self, _: &Field, _: &dyn fmt::Debug) {}
 }
 
 struct Kind {
@@ -67,8 +84,11 @@ impl LineLimit {
         }
     }
 
-    /// Whether one more line of that kind may be written.
-    fn allows(&self, kind: Identifier) -> bool {
+    /// Whether one more line of the event's kind may be written.
+    fn allows(&self, event: &Event<'_>) -> bool {
+        let mut reason = Reason::default();
+        event.record(&mut reason);
+        let kind = (event.metadata().callsite(), reason);
         let now = self.clock.boot();
         let mut kinds = self.kinds.lock().unwrap_or_else(PoisonError::into_inner);
         let kind = kinds.entry(kind).or_insert(Kind {
@@ -92,9 +112,8 @@ impl<S: Subscriber> Filter<S> for LineLimit {
     }
 
     fn event_enabled(&self, event: &Event<'_>, _: &Context<'_, S>) -> bool {
-        let metadata = event.metadata();
         // More verbose levels are greater.
-        let is_written = *metadata.level() > Level::INFO || self.allows(metadata.callsite());
+        let is_written = *event.metadata().level() > Level::INFO || self.allows(event);
         if !is_written {
             LEFT_OUT.fetch_add(1, Ordering::Relaxed);
         }
@@ -155,5 +174,21 @@ mod tests {
         tokio::time::advance(Duration::from_secs(3600)).await;
         often();
         assert_eq!(written.lines("often"), 43);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn lines_with_another_reason_are_of_another_kind() {
+        let (written, clock) = (Written::default(), Clock::scripted(UNIX_EPOCH));
+        let writer = written.clone();
+        let layer = tracing_subscriber::fmt::layer().with_writer(move || writer.clone());
+        let log = tracing_subscriber::registry().with(layer.with_filter(LineLimit::new(clock)));
+        let _log = tracing::subscriber::set_default(log);
+        let refuse = |reason: &str| tracing::info!(reason, "refused");
+        (0..1000).for_each(|_| refuse("unknown-address"));
+        refuse("foreign-cgroup");
+        assert_eq!(
+            (written.lines("unknown-address"), written.lines("foreign-cgroup")),
+            (20, 1)
+        );
     }
 }
