@@ -256,10 +256,17 @@ pub async fn accept_on_host(
     accept(&listener, &service, false, via).await;
 }
 
+/// The user of sockets that are gone. No process has it: it means "unchanged" (setreuid(2)).
+#[cfg(target_os = "linux")]
+const UNKNOWN_USER: u32 = u32::MAX;
+
 #[cfg(target_os = "linux")]
 fn host_users(sockets: DiagSocket, host: NamespaceId) -> HostUsers {
     Box::new(move |connection| match connection.via {
-        Via::Namespace(namespace) if namespace == host => sockets.user(connection.client, connection.server).ok()?,
+        Via::Namespace(namespace) if namespace == host => {
+            let user = sockets.user(connection.client, connection.server);
+            Some(user.ok().flatten().unwrap_or(UNKNOWN_USER))
+        }
         _ => None,
     })
 }
@@ -956,5 +963,25 @@ impl Service {
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         last.iter().cloned().collect()
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    /// Callers that close at once would otherwise be told from no one, and have all places of the host.
+    #[test]
+    fn closed_sockets_of_the_host_belong_to_one_unknown_user() {
+        let host = NamespaceId(1);
+        let user = host_users(DiagSocket::open().unwrap(), host);
+        let connection = |via| Connection {
+            client: "127.0.0.1:1".parse().unwrap(),
+            server: "127.0.0.1:2".parse().unwrap(),
+            via,
+            nested: false,
+        };
+        assert_eq!(user(connection(Via::Namespace(host))), Some(UNKNOWN_USER));
+        assert_eq!(user(connection(Via::Namespace(NamespaceId(2)))), None);
     }
 }
