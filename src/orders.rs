@@ -28,8 +28,9 @@ pub struct Orders {
     keep: Keep,
 }
 
-/// As it is kept.
+/// As it is kept. A field that this version does not know may be a restriction.
 #[derive(Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields)]
 struct Kept {
     containers: BTreeMap<String, Ordered>,
 }

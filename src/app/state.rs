@@ -251,7 +251,12 @@ mod tests {
         require(&orders(state).unwrap());
         let required = orders(state).unwrap().of(&id).unwrap();
         assert_eq!(required.options.tokens_required, Some(true));
-        for content in ["", "{\"containers\":", "\0\0\0", "[]"] {
+        // An option that only a later version knows may be a restriction.
+        let unknown = format!(
+            r#"{{"containers":{{"{}":{{"options":{{"frozen":true}}}}}}}}"#,
+            id.as_str()
+        );
+        for content in ["", "{\"containers\":", "\0\0\0", "[]", &unknown] {
             std::fs::write(state.join(ORDERS), content).unwrap();
             assert_eq!(orders(state).unwrap().of(&id), None, "{content:?}");
             assert_eq!(

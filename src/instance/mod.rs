@@ -169,7 +169,7 @@ impl Instance {
 
 /// Instance metadata options, as EC2's ModifyInstanceMetadataOptions has them. `None`: as labels and configuration say.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Options {
     /// `HttpEndpoint`
     pub endpoint: Option<bool>,
@@ -185,7 +185,7 @@ pub struct Options {
 
 /// What the operator has ordered for one container while it runs: it wins over labels and configuration.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 pub struct Ordered {
     /// Its options.
     pub options: Options,
