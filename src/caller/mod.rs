@@ -688,7 +688,7 @@ fn nested(index: &Index, namespace: NamespaceId, address: IpAddr) -> Result<Call
 /// shares it with nobody, known or yet to come. Only while the engine's events arrive: without them, its last answer may be
 /// older than the move of an address to another container.
 fn by_address(index: &Index, connection: Connection, container: &ContainerId) -> Result<(), Refusal> {
-    if *index.engine() != EngineState::Synchronised {
+    if *index.engine() != EngineState::Synchronised || index.is_on_unread_network(container) {
         return Err(Refusal::NotSynchronised);
     }
     let shares = |record: &Arc<Record>| match &record.definition.network_mode {

@@ -59,6 +59,8 @@ pub struct Index {
     joining: DashSet<ContainerId>,
     /// Each network's gateways: addresses of this host.
     gateways: DashMap<NetworkId, Vec<IpAddr>>,
+    /// Networks whose last inspection failed.
+    unread_networks: DashSet<NetworkId>,
     version: watch::Sender<u64>,
     engine: ArcSwap<EngineState>,
     failing: ArcSwapOption<Failing>,
@@ -80,6 +82,7 @@ impl Index {
             undescribed: DashSet::new(),
             joining: DashSet::new(),
             gateways: DashMap::new(),
+            unread_networks: DashSet::new(),
             version: watch::Sender::new(0),
             engine: ArcSwap::from_pointee(EngineState::Away("not asked yet".to_owned())),
             failing: ArcSwapOption::empty(),
@@ -150,6 +153,17 @@ impl Index {
     /// The gateways of all networks.
     pub fn gateways(&self) -> Vec<IpAddr> {
         self.gateways.iter().flat_map(|gateways| gateways.clone()).collect()
+    }
+
+    /// Whether a container is on a network whose last inspection failed: another one may have its address by now.
+    pub fn is_on_unread_network(&self, id: &ContainerId) -> bool {
+        let record = self.get(id);
+        record.is_some_and(|it| {
+            it.attachments
+                .0
+                .iter()
+                .any(|(network, _)| self.unread_networks.contains(network))
+        })
     }
 
     /// How it stands with the engine.
@@ -232,6 +246,17 @@ impl Index {
             self.gateways.remove(network);
         } else {
             self.gateways.insert(network.clone(), gateways);
+        }
+    }
+
+    /// Notes whether the last inspection of a network failed. For the writer.
+    pub(super) fn set_unread_network(&self, network: &NetworkId, unread: bool) {
+        let changed = match unread {
+            true => self.unread_networks.insert(network.clone()),
+            false => self.unread_networks.remove(network).is_some(),
+        };
+        if changed {
+            self.changed();
         }
     }
 

@@ -753,6 +753,9 @@ impl Watcher {
         if self.failures.note(subject, error.0, now) {
             self.failures_changed(subject);
         }
+        if let Subject::Network(network) = subject {
+            self.index.set_unread_network(network, true);
+        }
         // Without its lists nothing is known of the engine. The rest is known, but for single containers and networks.
         if !subject.is_list() {
             self.done_with(subject);
@@ -1017,6 +1020,8 @@ impl Watcher {
                 self.publish(&container);
             }
         }
+        // Only once all records have their new addresses.
+        self.index.set_unread_network(id, false);
     }
 
     fn forget(&mut self, id: &ContainerId) {

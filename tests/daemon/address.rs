@@ -72,6 +72,35 @@ async fn an_address_proves_nothing_while_no_events_arrive() {
     );
 }
 
+/// The container has lost its address to another one while the daemon was not connected. The network cannot be read.
+#[tokio::test(start_paused = true)]
+async fn an_address_on_a_network_that_cannot_be_read_proves_nothing() {
+    let daemon = Daemon::start_by_address(settings());
+    daemon.synchronised().await;
+    let address = daemon.run(1, LABELS).await;
+    daemon.engine.go();
+    daemon.settle().await;
+    daemon.engine.world(|world| {
+        let network = world.networks.get_mut(&NetworkId::from("n")).unwrap();
+        network.remove(&id(1));
+        network.insert(id(2), endpoint(address));
+    });
+    daemon.engine.fail(&[Call::Network], Fails::Error);
+    daemon.engine.come_back();
+    daemon.synchronised().await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(ask(&daemon, address).await.map(|(status, _)| status), Some(503));
+    // It is the container's own after all.
+    daemon.engine.world(|world| {
+        let network = world.networks.get_mut(&NetworkId::from("n")).unwrap();
+        network.remove(&id(2));
+        network.insert(id(1), endpoint(address));
+    });
+    daemon.engine.heal();
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert_eq!(ask(&daemon, address).await, Some((200, "first".to_owned())));
+}
+
 /// The image of a container is read only after its start.
 #[tokio::test(start_paused = true)]
 async fn an_image_that_is_read_late_does_not_end_the_run_of_its_container() {
