@@ -160,6 +160,17 @@ pub enum AppError {
         /// Why.
         source: io::Error,
     },
+    /// The file of changes by `modify` and `trigger`.
+    #[error(
+        "{} is damaged: {why}\nhint: it has the changes by imds-router modify and trigger, some of which may restrict a container; \
+         repair it, or delete it and make the changes again", path.display()
+    )]
+    Orders {
+        /// The file.
+        path: PathBuf,
+        /// The damage.
+        why: String,
+    },
     /// The state directory.
     #[error("cannot keep state in {}: {what}\nhint: [serve] state_dir names another directory", path.display())]
     State {

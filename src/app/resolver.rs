@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
 use super::kept::Kept;
-use super::{NOTHING_OF_HOST, base, state};
+use super::{NOTHING_OF_HOST, base};
 use crate::clock::Clock;
 use crate::config::{Attach, CredentialSource, RELOADED, Settings};
 use crate::containers::watcher::{Hold, Instances};
@@ -90,7 +90,6 @@ impl Resolver {
                     .to_owned(),
             );
         }
-        warnings.extend(state::damage(&self.settings.load().state_dir));
         let around = self.around.load();
         let known = around.base.region.is_some() || around.instance.contains_key(REGION);
         if self.settings.load().region.is_none() && !known {

@@ -63,40 +63,21 @@ pub(super) fn signer(state_dir: &Path) -> Result<Signer, AppError> {
 
 const ORDERS: &str = "orders.json";
 
-/// Changes by `modify` and `trigger`. A damaged file is renamed, and [`damage`] warns until the operator deletes it.
+/// Changes by `modify` and `trigger`. A damaged file keeps the daemon from starting: a change that it lost may be a restriction.
 pub(super) fn orders(state_dir: &Path) -> Result<Orders, AppError> {
     let path = state_dir.join(ORDERS);
+    let damaged = |why: String| AppError::Orders {
+        path: path.clone(),
+        why,
+    };
+    let bytes = match existing(&path)? {
+        // This daemon never writes an empty file.
+        Some(bytes) if bytes.is_empty() => return Err(damaged("it is empty".to_owned())),
+        bytes => bytes.unwrap_or_default(),
+    };
     let written = path.clone();
     let keep = move |bytes: &[u8]| durable::write(&written, bytes);
-    let Some(bytes) = existing(&path)? else {
-        return Orders::new(&[], Box::new(keep))
-            .map_err(|error| failed(&path, "cannot be created", io::Error::other(error)));
-    };
-    // An empty file is damaged, too: this daemon never writes one.
-    let read = match bytes.is_empty() {
-        true => Err("it is empty".to_owned()),
-        false => Orders::new(&bytes, Box::new(keep.clone())).map_err(|error| error.to_string()),
-    };
-    match read {
-        Ok(orders) => Ok(orders),
-        Err(why) => {
-            set_aside(&path, &why, "changes by modify and trigger are lost")?;
-            Orders::new(&[], Box::new(keep))
-                .map_err(|error| failed(&path, "cannot be created", io::Error::other(error)))
-        }
-    }
-}
-
-/// A warning while a damaged file of changes by `modify` and `trigger` exists: a lost change may have been a restriction.
-pub(super) fn damage(state_dir: &Path) -> Option<String> {
-    let path = aside(&state_dir.join(ORDERS));
-    path.exists().then(|| {
-        format!(
-            "{} was damaged: containers have lost the options of imds-router modify, such as required tokens, and events of \
-             imds-router trigger; set them again, then delete this file",
-            path.display()
-        )
-    })
+    Orders::new(&bytes, Box::new(keep)).map_err(|error| damaged(error.to_string()))
 }
 
 /// A key in a file. Creates it if it is missing. Replaces it if it is damaged and only this user could have written it.
@@ -237,18 +218,14 @@ mod tests {
     }
 
     #[test]
-    fn renames_damaged_orders_and_warns_until_the_file_is_deleted() {
+    fn damaged_orders_are_an_error_since_one_may_be_a_restriction() {
         let dir = tempfile::tempdir().unwrap();
         let state = dir.path();
         let id = ContainerId::parse(&"a".repeat(64)).unwrap();
-        let require = |orders: &Orders| {
-            orders
-                .order(&id, |_| true, |ordered| ordered.options.tokens_required = Some(true))
-                .unwrap();
-        };
-        assert_eq!(orders(state).unwrap().of(&id), None);
-        assert_eq!(damage(state), None, "a new directory has lost nothing");
-        require(&orders(state).unwrap());
+        orders(state)
+            .unwrap()
+            .order(&id, |_| true, |ordered| ordered.options.tokens_required = Some(true))
+            .unwrap();
         let required = orders(state).unwrap().of(&id).unwrap();
         assert_eq!(required.options.tokens_required, Some(true));
         // An option that only a later version knows may be a restriction.
@@ -258,21 +235,16 @@ mod tests {
         );
         for content in ["", "{\"containers\":", "\0\0\0", "[]", &unknown] {
             std::fs::write(state.join(ORDERS), content).unwrap();
-            assert_eq!(orders(state).unwrap().of(&id), None, "{content:?}");
-            assert_eq!(
-                std::fs::read_to_string(state.join("orders.json.damaged")).unwrap(),
-                content
-            );
-            let told = damage(state).unwrap();
-            assert!(told.contains("orders.json.damaged was damaged"), "{told}");
-            require(&orders(state).unwrap());
+            let told = orders(state).err().unwrap().to_string();
+            assert!(told.contains("orders.json is damaged: "), "{content:?}: {told}");
             assert!(
-                damage(state).is_some(),
-                "a restart with good orders does not end the warning"
+                told.contains("repair it, or delete it and make the changes again"),
+                "{told}"
             );
-            std::fs::remove_file(state.join("orders.json.damaged")).unwrap();
-            assert_eq!(damage(state), None);
+            assert_eq!(std::fs::read_to_string(state.join(ORDERS)).unwrap(), content);
         }
+        std::fs::remove_file(state.join(ORDERS)).unwrap();
+        assert_eq!(orders(state).unwrap().of(&id), None);
     }
 
     /// Whatever a power loss leaves of the writes, the daemon starts, and a reported change is there.
@@ -328,7 +300,6 @@ mod tests {
                     limit == ordered || limit == ordered + 1,
                     "{trace}: {limit} of {ordered}"
                 );
-                assert_eq!(damage(&state), None, "{trace}");
                 let damaged = std::fs::read_dir(&state).unwrap().flatten();
                 let damaged = damaged.filter(|it| it.path().extension().is_some_and(|it| it == "damaged"));
                 assert_eq!(damaged.count(), 0, "{trace}: a power loss damages no file");
