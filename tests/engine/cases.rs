@@ -286,7 +286,7 @@ fn who_is_excluded_is_left_as_before(engine: &Arc<Engine>) {
     let config = std::fs::read_to_string(&file).expect("its configuration");
     let reread = |text: &str| {
         std::fs::write(&file, text).expect("its directory is writable");
-        engine.host("kill", &["-HUP", &daemon.pid().to_string()]);
+        daemon.reload();
     };
     reread(&format!("{config}\n[imds]\nhttp_endpoint = \"disabled\"\n"));
     poll(Duration::from_secs(5), "the namespace to be as before", || {

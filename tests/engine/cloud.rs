@@ -252,7 +252,7 @@ fn the_host_keeps_its_own(engine: &Arc<Engine>) {
     // The control: whatever leaks is seen.
     comes(&first, "leaked");
     ec2.the_host_has_its_own();
-    engine.host("sysctl", &["-qw", "net.ipv6.conf.all.forwarding=1"]);
+    engine.set("ipv6/conf/all/forwarding", "1");
     let six = engine.network("six", &["--ipv6", "--subnet", "fd00:6::/64"]);
     let unlabelled = engine.run("unlabelled").network(six.name()).start();
     let asks = |address: &str| unlabelled.request("GET", &format!("http://{address}{LIST}"), &[]);
@@ -275,7 +275,7 @@ fn the_host_keeps_its_own(engine: &Arc<Engine>) {
         "{done}"
     );
     // What is off on the loopback alone, or now, is not off: containers are rejected over IPv6 all the same.
-    engine.host("sysctl", &["-qw", "net.ipv6.conf.lo.disable_ipv6=1"]);
+    engine.set("ipv6/conf/lo/disable_ipv6", "1");
     let up = ec2.cli(&["intercept", "up"]).ok();
     assert!(
         up.contains("add table ip imds_router_guard") && !up.contains("address"),
@@ -357,7 +357,7 @@ fn the_host_keeps_its_own(engine: &Arc<Engine>) {
 
     // And the control again.
     drop((early, while_it_runs, while_down));
-    engine.host("sysctl", &["-qw", "net.ipv6.conf.all.forwarding=0"]);
+    engine.set("ipv6/conf/all/forwarding", "0");
     ec2.cli(&["intercept", "down"]).ok();
     comes(&first, "leaked");
     assert_eq!(ours(), before);
@@ -564,7 +564,7 @@ fn attach_host_is_for_whoever_means_it(engine: &Arc<Engine>) {
 /// switched off by the configuration, or on this host's loopback while containers' links have it.
 fn where_the_address_is_ours_nothing_leads_to_the_hosts_own(engine: &Arc<Engine>) {
     let ec2 = Ec2::start(engine);
-    engine.host("sysctl", &["-qw", "net.ipv6.conf.all.forwarding=1"]);
+    engine.set("ipv6/conf/all/forwarding", "1");
     let network = engine.network_with_ipv6("six", "fd00:8::/64");
     let app = engine
         .run("app")
@@ -584,8 +584,7 @@ fn where_the_address_is_ours_nothing_leads_to_the_hosts_own(engine: &Arc<Engine>
     let replace = format!("{OFFLINE}[serve]\nattach = \"host\"\nproof = \"address\"\nhost_service = \"replace\"\n");
     let disabled = format!("{replace}[imds]\nhttp_protocol_ipv6 = \"disabled\"\n");
     for (config, off_on_loopback, served) in [(&replace, "0", true), (&disabled, "0", false), (&replace, "1", false)] {
-        let off = format!("net.ipv6.conf.lo.disable_ipv6={off_on_loopback}");
-        engine.host("sysctl", &["-qw", &off]);
+        engine.set("ipv6/conf/lo/disable_ipv6", off_on_loopback);
         let are_refused = || {
             let mut ways = other_ways.iter().skip(usize::from(served));
             ways.all(|address| asks(address).is_err_and(|why| why.connection_refused()))
@@ -611,8 +610,8 @@ fn where_the_address_is_ours_nothing_leads_to_the_hosts_own(engine: &Arc<Engine>
         daemon.stop();
         leaks();
     }
-    engine.host("sysctl", &["-qw", "net.ipv6.conf.lo.disable_ipv6=0"]);
-    engine.host("sysctl", &["-qw", "net.ipv6.conf.all.forwarding=0"]);
+    engine.set("ipv6/conf/lo/disable_ipv6", "0");
+    engine.set("ipv6/conf/all/forwarding", "0");
 }
 
 /// A daemon between containers and a service that the host keeps.

@@ -549,10 +549,9 @@ fn nobody_escapes_the_rules(engine: &Arc<Engine>) {
     );
     // So is the configuration, once the daemon is told: at first one that is wrong, and changes nothing.
     let text = std::fs::read_to_string(config).expect("the configuration");
-    let pid = daemon.pid().to_string();
     let seconds = std::time::Duration::from_secs(5);
     std::fs::write(config, format!("{text}\n[[alow]]\n")).expect("a file");
-    engine.host("kill", &["-HUP", &pid]);
+    daemon.reload();
     poll(seconds, "the daemon to refuse a wrong configuration", || {
         daemon
             .log()
@@ -563,7 +562,7 @@ fn nobody_escapes_the_rules(engine: &Arc<Engine>) {
     let headers = [("X-aws-ec2-metadata-token", token.as_str())];
     assert_eq!(good.get(&format!("{LIST}dev-x"), &headers).status, 200);
     std::fs::write(config, text.replace("role/dev-*", "role/other-*")).expect("a file");
-    engine.host("kill", &["-HUP", &pid]);
+    daemon.reload();
     poll(seconds, "the role to be gone with its rule", || {
         (good.get(&format!("{LIST}dev-x"), &headers).status == 404).then_some(())
     });

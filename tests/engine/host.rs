@@ -224,7 +224,7 @@ fn a_real_service_stays_the_hosts_and_is_nobody_elses() -> Outcome {
     ec2.bridge_to(&host);
     host.bridge_to_at(&guest, "10.9.1");
     ec2.run("ip", &["route", "add", "10.9.1.0/24", "via", "10.9.0.2"]);
-    host.run("sysctl", &["-qw", "net.ipv4.ip_forward=1"]);
+    host.set("ipv4/ip_forward", "1");
     ec2.run("ip", &["addr", "add", "169.254.169.254/32", "dev", "lo"]);
     let real = ec2.listen(SocketAddrV4::new(ADDRESS, 80), false);
     let reaches = |who: &Namespace| -> Result<(), ErrorKind> {

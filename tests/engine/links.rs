@@ -377,7 +377,7 @@ fn does_not_replace_a_foreign_link() -> Outcome {
 fn forwards_nothing_from_neighbors_to_the_link() -> Outcome {
     let (private, victim, neighbor) = (Private::new(), Namespace::new(), Namespace::new());
     victim.bridge_to(&neighbor);
-    victim.run("sysctl", &["-qw", "net.ipv4.ip_forward=1"]);
+    victim.set("ipv4/ip_forward", "1");
     for (nested, is_bridge) in [(false, false), (true, false), (false, true), (true, true)] {
         let connected = private.connect_with(&victim, nested)?;
         let listener = listen(&private, &connected.near);

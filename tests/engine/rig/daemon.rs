@@ -177,6 +177,12 @@ impl Daemon {
         self.process.output()
     }
 
+    /// Has it read its configuration again.
+    #[track_caller]
+    pub fn reload(&self) {
+        kill_process(Pid::from_child(&self.process.child), Signal::HUP).expect("it runs");
+    }
+
     /// Stops it as an administrator would; it must end well, and soon. What it has printed in all.
     #[track_caller]
     pub fn stop(mut self) -> String {

@@ -297,6 +297,12 @@ impl Engine {
         Done::of(command).ok()
     }
 
+    /// Sets a network setting of the engine's host, such as `ipv4/ip_forward` (`sysctl` is not on every Debian).
+    #[track_caller]
+    pub fn set(&self, setting: &str, value: &str) {
+        self.host("sh", &["-c", &format!("echo {value} > /proc/sys/net/{setting}")]);
+    }
+
     /// An HTTP request of a process of the engine's host.
     pub fn request(&self, method: &str, url: &str, headers: &[(&str, &str)]) -> Result<Reply, NoReply> {
         http::request(self.command("curl"), method, url, headers)

@@ -117,6 +117,11 @@ impl Namespace {
         String::from_utf8(output.stdout).expect("text")
     }
 
+    /// Sets a network setting, such as `ipv4/ip_forward` (`sysctl` is not on every Debian).
+    pub fn set(&self, setting: &str, value: &str) {
+        self.run("sh", &["-c", &format!("echo {value} > /proc/sys/net/{setting}")]);
+    }
+
     pub fn json(&self, arguments: &[&str]) -> serde_json::Value {
         serde_json::from_str(&self.run("ip", &[&["-j"], arguments].concat())).expect("JSON")
     }
