@@ -64,9 +64,9 @@ const AT_ONCE: Duration = Duration::from_millis(20);
 #[cfg(target_os = "linux")]
 const CONNECTIONS: &str = "connections";
 /// Accepted connections of one listener of which it is not decided yet whether they may stay. The kernel keeps the others, without
-/// a descriptor of the daemon.
+/// a descriptor of the daemon. There are as many listeners as containers, so few each.
 #[cfg(target_os = "linux")]
-const UNDECIDED: usize = 16;
+const UNDECIDED: usize = 4;
 /// The port that clients ask.
 pub const IMDS_PORT: u16 = 80;
 
