@@ -23,7 +23,7 @@ job "imds-router" {
         security_opt = ["apparmor=unconfined", "label=disable"]
         ulimit {
           core   = "0"
-          nofile = "65536"
+          nofile = "16384"
         }
         volumes = [
           "/var/run/docker.sock:/var/run/docker.sock",

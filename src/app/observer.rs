@@ -684,7 +684,7 @@ fn shortages() -> Option<String> {
         .map(|(work, count)| format!("{work} {count} times"));
     Some(format!(
         "too many open files: {}; the limit is {}, and each container takes {}; raise it: LimitNOFILE= in the unit, or \
-         docker run --ulimit nofile=65536",
+         docker run --ulimit nofile=16384",
         shortages.collect::<Vec<_>>().join(", "),
         descriptors::limit(),
         descriptors::PER_CONTAINER

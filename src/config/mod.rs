@@ -31,7 +31,7 @@ pub const DEFAULT_DMI_DIR: &str = "/sys/class/dmi/id";
 /// The command that runs the daemon as a container with all that it needs.
 pub const DOCKER_RUN: &str = "docker run -d --name imds-router --restart unless-stopped --network host --pid host --cgroupns host \
     --cap-drop ALL --cap-add NET_ADMIN --cap-add SYS_ADMIN --cap-add SYS_PTRACE --cap-add DAC_OVERRIDE \
-    --security-opt apparmor=unconfined --security-opt label=disable --ulimit core=0 --ulimit nofile=65536 \
+    --security-opt apparmor=unconfined --security-opt label=disable --ulimit core=0 --ulimit nofile=16384 \
     -v /var/run/docker.sock:/var/run/docker.sock -v /sys/fs/cgroup:/sys/fs/cgroup:ro -v imds-router:/var/lib/imds-router \
     -v ~/.aws:/aws:ro -e IMDS_ROUTER_CREDENTIALS_AWS_DIR=/aws imds-router";
 
