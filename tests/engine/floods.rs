@@ -21,6 +21,7 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
             "floods::many_links_of_one_container_cost_others_nothing",
             many_links_of_one_container_cost_others_nothing,
         ),
+        rig.once("floods::connections_that_are_reset", connections_that_are_reset),
         rig.once(
             "floods::log_lines_of_a_container_are_few",
             log_lines_of_a_container_are_few,
@@ -70,8 +71,8 @@ fn flood(container: &Container, words: &[&str]) -> JoinHandle<Value> {
     std::thread::spawn(move || last_line(&Done::of(docker).ok()))
 }
 
-/// An unprivileged user of the host with 5,000 connections.
-fn flood_of_a_user(engine: &Engine) -> JoinHandle<Value> {
+/// An unprivileged user of the host.
+fn flood_of_a_user(engine: &Engine, words: &[&str]) -> JoinHandle<Value> {
     let mut user = engine.command("setpriv");
     user.args([
         "--reuid=12345",
@@ -80,7 +81,7 @@ fn flood_of_a_user(engine: &Engine) -> JoinHandle<Value> {
         "--",
         "/usr/bin/python3",
     ]);
-    user.args(["-c", FLOOD, "hold", "5000", SECONDS]);
+    user.args(["-c", FLOOD]).args(words);
     std::thread::spawn(move || last_line(&Done::of(user).ok()))
 }
 
@@ -117,7 +118,7 @@ fn all_at_once(engine: &Arc<Engine>, limit: &str) {
     let mut floods: Vec<_> = greedy.iter().map(|it| flood(it, &["hold", "64", SECONDS])).collect();
     floods.push(flood(&sender, &["syn", SECONDS]));
     floods.push(flood_over_all_networks(&stranger));
-    floods.push(flood_of_a_user(engine));
+    floods.push(flood_of_a_user(engine, &["hold", "5000", SECONDS]));
     // All of them are at work.
     std::thread::sleep(Duration::from_secs(2));
     let asking = |container: &Container| {
@@ -196,6 +197,38 @@ print(json.dumps({'held': len(held)}))
         .args(["/usr/bin/python3", "-c", script, SECONDS])
         .args(addresses.split_whitespace());
     std::thread::spawn(move || last_line(&Done::of(docker).ok()))
+}
+
+/// A container and a user of the host connect and reset at once: no socket tells who made the connection. Others are answered, and
+/// containers that start in the host's network meanwhile get their role.
+fn connections_that_are_reset(engine: &Arc<Engine>) {
+    let daemon = daemon(engine, "true");
+    let run = |name: &str| engine.run(name).label("imds.role", name);
+    let greedy = run("greedy").start();
+    let asking = [run("victim").start(), run("in-the-host").network("host").start()];
+    asking.iter().chain([&greedy]).for_each(is_itself);
+    let floods = [
+        flood(&greedy, &["reset", "6"]),
+        flood_of_a_user(engine, &["reset", "6"]),
+    ];
+    let answers = asking.each_ref().map(|container| {
+        let mut docker = container.exec_command(&[]);
+        docker.args(["/usr/bin/python3", "-c", ASK, "4"]);
+        std::thread::spawn(move || last_line(&Done::of(docker).ok()))
+    });
+    is_itself(&run("late").network("host").start());
+    let answers = answers.map(|it| it.join().expect("it asks"));
+    let floods = floods.map(|it| it.join().expect("a flood"));
+    println!("beside {floods:?}: {answers:?}");
+    for answers in &answers {
+        assert_eq!(answers["failed"], serde_json::json!({}), "{answers}");
+    }
+    assert!(
+        floods.iter().all(|it| it["opened"].as_u64().is_some_and(|it| it > 100)),
+        "{floods:?}"
+    );
+    is_itself(&greedy);
+    daemon.stop();
 }
 
 /// `IMDS_TRIALS_ROUNDS=100000` makes as many connections.

@@ -2,6 +2,7 @@
 
 `flood.py hold COUNT SECONDS`: holds COUNT connections that send nothing, and replaces those that are closed.
 `flood.py ask COUNT`: makes COUNT connections as fast as it can, each with a request.
+`flood.py reset SECONDS`: makes connections and resets each at once, so that no socket is left that proves who made it.
 `flood.py syn SECONDS`: sends SYNs from addresses that do not exist, by whichever route the kernel chooses and over imds0. Needs
 NET_RAW, which Docker grants by default.
 """
@@ -56,6 +57,23 @@ def ask(count):
     return answers
 
 
+def reset(seconds):
+    end, opened = time.monotonic() + seconds, 0
+    at_once = struct.pack("ii", 1, 0)
+    while time.monotonic() < end:
+        for _ in range(CONNECTIONS // 100):
+            connection = socket.socket()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+            try:
+                connection.connect(SERVICE)
+                opened += 1
+            except OSError:
+                pass
+            connection.close()
+        time.sleep(0.01)
+    return {"opened": opened}
+
+
 def checksum(data):
     total = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
@@ -94,4 +112,4 @@ def syn(seconds):
 
 
 arguments = [int(word) for word in sys.argv[2:]]
-print(json.dumps({"hold": hold, "ask": ask, "syn": syn}[sys.argv[1]](*arguments)))
+print(json.dumps({"hold": hold, "ask": ask, "reset": reset, "syn": syn}[sys.argv[1]](*arguments)))
