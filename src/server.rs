@@ -36,7 +36,7 @@ use crate::caller::socket::DiagSocket;
 use crate::caller::{Caller, Connection, First, Refusal, Via, identify_at_once, identify_later, verify_peer};
 use crate::clock::Clock;
 use crate::containers::index::Index;
-use crate::containers::slots::{self, Full, Slot};
+use crate::containers::slots::{Full, Slot};
 use crate::containers::{ContainerId, Level, Life, NamespaceId};
 use crate::credentials::broker::{Broker, NoCredentials, ProviderError, Published};
 use crate::descriptors::{self, Budget};
@@ -60,7 +60,7 @@ const BYTES_BEFORE_PROOF: usize = 4096;
 /// How long a connection beyond all limits of its container is open for its 503: long enough if the request came with the
 /// handshake, short enough that the sockets do not add up.
 const AT_ONCE: Duration = Duration::from_millis(20);
-/// What connections are called where shortages of descriptors are counted.
+/// The name of connections where shortages of descriptors are counted.
 #[cfg(target_os = "linux")]
 const CONNECTIONS: &str = "connections";
 /// Accepted connections of one listener of which it is not decided yet whether they may stay. The kernel keeps the others, without
@@ -127,6 +127,7 @@ impl Service {
             hosts,
             ec2_error_documents,
         } = options;
+        let descriptors = descriptors::limit();
         Arc::new(Self {
             index,
             broker,
@@ -137,8 +138,8 @@ impl Service {
             hold,
             hosts,
             ec2_error_documents,
-            descriptors: Budget::of(descriptors::limit()),
-            unproven: Unproven::new(descriptors::limit()),
+            descriptors: Budget::of(descriptors),
+            unproven: Unproven::new(descriptors),
             open: Arc::default(),
             host: OnceLock::new(),
             versions: version_list().into(),
@@ -204,7 +205,7 @@ impl Service {
         all.saturating_sub(self.open.load(Ordering::Relaxed)) / 2
     }
 
-    /// Whose share of the places before proof a connection takes.
+    /// The sender of a connection, from whose share of the places before proof it takes one.
     fn sender(&self, connection: Connection) -> Sender {
         let (address, user) = match connection.via {
             Via::Namespace(_) => (None, self.host.get().and_then(|user| user(connection))),
@@ -922,7 +923,8 @@ impl Service {
         let status = reply.status().as_u16();
         life.last.note(self.clock.wall_seconds(), status);
         self.requests.count(version(request), status);
-        let why = format!("{} open connections, none of them idle", slots::LIMIT);
+        // Fewer than the limit where descriptors are scarce.
+        let why = format!("{} open connections, none of them idle", life.connections.open());
         Ok(reply.with_hint(&hint(&why, &life.container)))
     }
 

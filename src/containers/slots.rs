@@ -34,14 +34,15 @@ struct Limits {
 
 impl Limits {
     /// Where descriptors are scarce, all connections together stay within `share`. A quarter of it is for those that wait, since a
-    /// connection closes for a new one only if that one can wait.
+    /// connection closes for a new one only if that one can wait. As many more are being answered with 503, for a moment.
     fn of(share: usize) -> Self {
         let share = share.max(LOWEST_SHARE);
-        let open = (share - share / 4).min(LIMIT);
+        let quarter = share / 4;
+        let open = (share - quarter).min(LIMIT);
         Self {
             open,
             waiting: (share - open).min(WAITING_LIMIT),
-            turned_away: (share / LOWEST_SHARE).min(TURNED_AWAY_LIMIT),
+            turned_away: quarter.min(TURNED_AWAY_LIMIT),
         }
     }
 }
