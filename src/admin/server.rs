@@ -61,7 +61,7 @@ impl Open {
             self.0.pop_front();
         }
         let connection = tokio::spawn(async move {
-            // Whoever is late loses the connection, and opens another.
+            // A client that takes longer loses the connection, and opens another.
             let _ = timeout(CONNECTION_LIFE, connection).await;
         });
         self.0.push_back(AbortOnDrop(connection.abort_handle()));

@@ -153,7 +153,7 @@ impl Interfaces {
         }
     }
 
-    /// What the interface of this number is. One that the kernel does not know is foreign.
+    /// The kind of the interface with this number. One that the kernel does not know is foreign.
     ///
     /// # Errors
     /// When the kernel cannot be asked, for example because no descriptor is left. The next connection asks again.

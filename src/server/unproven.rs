@@ -16,7 +16,7 @@ const PER_INGRESS: usize = 256;
 /// The smallest and the largest number of all places. In between it is a sixteenth of the limit on descriptors.
 const PLACES: (usize, usize) = (64, 4096);
 
-/// Who made a connection, as far as that is known without a proof: the address behind a bridge, and on the host the user. A
+/// The maker of a connection, as far as it is known without a proof: the address behind a bridge, and on the host the user. A
 /// container can have any number of addresses, but not of links: behind its link they are one.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(super) struct Sender {

@@ -127,6 +127,7 @@ mod tests {
     use std::sync::Arc;
     use std::time::UNIX_EPOCH;
 
+    use tracing::subscriber::DefaultGuard;
     use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
 
     use super::*;
@@ -145,6 +146,15 @@ mod tests {
     }
 
     impl Written {
+        /// A log with the limit, until the guard is dropped.
+        fn start() -> (Self, DefaultGuard) {
+            let (written, clock) = (Self::default(), Clock::scripted(UNIX_EPOCH));
+            let writer = written.clone();
+            let layer = tracing_subscriber::fmt::layer().with_writer(move || writer.clone());
+            let log = tracing_subscriber::registry().with(layer.with_filter(LineLimit::new(clock)));
+            (written, tracing::subscriber::set_default(log))
+        }
+
         fn lines(&self, with: &str) -> usize {
             let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
             text.lines().filter(|line| line.contains(with)).count()
@@ -153,17 +163,13 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn each_kind_of_line_has_a_limit_of_its_own() {
-        let (written, clock) = (Written::default(), Clock::scripted(UNIX_EPOCH));
-        let writer = written.clone();
-        let layer = tracing_subscriber::fmt::layer().with_writer(move || writer.clone());
-        let log = tracing_subscriber::registry().with(layer.with_filter(LineLimit::new(clock)));
-        let _log = tracing::subscriber::set_default(log);
+        let (written, _log) = Written::start();
         let before = lines_left_out();
         let often = || (0..1000).for_each(|number| tracing::warn!(number, "often"));
         often();
         assert_eq!(written.lines("often"), 20);
         assert!(lines_left_out() - before >= 980);
-        // Another kind, and a level that somebody has asked for.
+        // Another kind, and a level that the operator asks for.
         tracing::warn!("once");
         (0..1000).for_each(|number| tracing::debug!(number, "in detail"));
         assert_eq!((written.lines("once"), written.lines("in detail")), (1, 1000));
@@ -178,11 +184,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn lines_with_another_reason_are_of_another_kind() {
-        let (written, clock) = (Written::default(), Clock::scripted(UNIX_EPOCH));
-        let writer = written.clone();
-        let layer = tracing_subscriber::fmt::layer().with_writer(move || writer.clone());
-        let log = tracing_subscriber::registry().with(layer.with_filter(LineLimit::new(clock)));
-        let _log = tracing::subscriber::set_default(log);
+        let (written, _log) = Written::start();
         let refuse = |reason: &str| tracing::info!(reason, "refused");
         (0..1000).for_each(|_| refuse("unknown-address"));
         refuse("foreign-cgroup");

@@ -160,21 +160,23 @@ async fn containers_are_served_soon_after_a_list_that_failed_answers_again() {
     }
 }
 
+/// All calls but the subscription.
+const LOOK_UPS: [Call; 6] = [
+    Call::Containers,
+    Call::Container,
+    Call::Inspect,
+    Call::Image,
+    Call::Networks,
+    Call::Network,
+];
+
 #[tokio::test(start_paused = true)]
 async fn containers_that_start_while_all_look_ups_fail_are_served_soon_after() {
     for (outage, served_within) in [(1, 1), (4, 1), (30, 6)] {
         let (log, _guard) = Log::start();
         let daemon = Daemon::start(settings());
         daemon.synchronised().await;
-        let all = [
-            Call::Containers,
-            Call::Container,
-            Call::Inspect,
-            Call::Image,
-            Call::Networks,
-            Call::Network,
-        ];
-        daemon.engine.fail(&all, Fails::Error);
+        daemon.engine.fail(&LOOK_UPS, Fails::Error);
         (1..=5).for_each(|number| start(&daemon, number));
         let before = calls(&daemon);
         tokio::time::sleep(outage * SECOND).await;
@@ -449,22 +451,14 @@ enum Step {
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let number = 1..6_u32;
-    let calls = [
-        Call::Subscribe,
-        Call::Containers,
-        Call::Container,
-        Call::Inspect,
-        Call::Image,
-        Call::Networks,
-        Call::Network,
-    ];
+    let calls: Vec<Call> = LOOK_UPS.into_iter().chain([Call::Subscribe]).collect();
     let how = prop_oneof![Just(Fails::Error), Just(Fails::Silent), Just(Fails::Incomplete)];
     let step = prop_oneof![
         4 => (number.clone(), any::<bool>()).prop_map(|(number, announced)| Step::Start { number, announced }),
         2 => (number.clone(), any::<bool>()).prop_map(|(number, announced)| Step::Stop { number, announced }),
         1 => number.clone().prop_map(Step::Remove),
         2 => number.clone().prop_map(Step::Order),
-        3 => (proptest::sample::select(calls.to_vec()), how).prop_map(|(call, how)| Step::Fail(call, how)),
+        3 => (proptest::sample::select(calls), how).prop_map(|(call, how)| Step::Fail(call, how)),
         1 => number.prop_map(Step::Undescribe),
         2 => Just(Step::Heal),
         1 => Just(Step::BreakStream),
