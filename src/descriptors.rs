@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd as _};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use rustix::io::Errno;
@@ -17,8 +18,8 @@ pub const PER_CONTAINER: usize = 4;
 /// Descriptors of the daemon itself: log, runtime, listeners, and connections to the engine and STS.
 const OWN: usize = 64;
 /// Descriptors that the shares of connections leave free; of a low limit it is a quarter. One half is for the connections that every
-/// container may have, and for those whose callers are not proven. The other half is for the engine, new links, the admin socket and
-/// STS.
+/// container may have, and for those whose callers are not proven. A quarter is for new links, and a quarter is left for the engine,
+/// the admin socket and STS.
 const RESERVE: usize = 256;
 
 /// The soft limit that this process was started with.
@@ -93,6 +94,19 @@ pub fn shortages() -> Vec<(&'static str, u64)> {
     shortages.iter().map(|(work, count)| (*work, *count)).collect()
 }
 
+/// A descriptor that a container's link keeps, unless it is one of those left for the engine, the admin socket and STS. Without them,
+/// a host with too many containers could not even show its status.
+///
+/// # Errors
+/// EMFILE, as the kernel reports when none is left.
+pub fn for_link<F: AsFd>(descriptor: F) -> io::Result<F> {
+    let number = usize::try_from(descriptor.as_fd().as_raw_fd()).unwrap_or(usize::MAX);
+    match Budget::of(limit()).is_reserved_from_links(number) {
+        true => Err(Errno::MFILE.into()),
+        false => Ok(descriptor),
+    }
+}
+
 /// How the descriptors of one limit are shared out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Budget {
@@ -120,6 +134,11 @@ impl Budget {
     pub fn is_reserved(self, descriptor: usize) -> bool {
         descriptor >= self.limit - self.reserve / 2
     }
+
+    /// Whether a container's link with this descriptor takes from the quarter of the reserve that is not for links.
+    fn is_reserved_from_links(self, descriptor: usize) -> bool {
+        descriptor >= self.limit - self.reserve / 4
+    }
 }
 
 #[cfg(test)]
@@ -133,6 +152,7 @@ mod tests {
         assert_eq!(budget.for_connections(100), 304);
         assert_eq!(budget.for_connections(1000), 0);
         assert!(!budget.is_reserved(895) && budget.is_reserved(896));
+        assert!(!budget.is_reserved_from_links(959) && budget.is_reserved_from_links(960));
         // A quarter of a low limit.
         assert_eq!(Budget::of(256).for_connections(2), 120);
         assert!(Budget::of(usize::MAX).for_connections(10) > 1 << 40);

@@ -1,6 +1,7 @@
 //! Answers on the socket, and what Prometheus asks on a loopback port.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,8 +27,9 @@ use crate::descriptors;
 /// Answers on the socket until the task is dropped.
 pub async fn serve(listener: UnixListener, observatory: Arc<dyn Observatory>) {
     let mut open = Open::default();
+    let mut spare = Spare::default();
     loop {
-        let stream = accepted(|| listener.accept()).await;
+        let stream = accepted(&mut spare, || listener.accept()).await;
         open.spawn(converse(stream, observatory.clone(), |request, observatory| {
             Box::pin(answer(request, observatory))
         }));
@@ -68,17 +70,35 @@ impl Open {
     }
 }
 
+/// A descriptor that is closed for a connection when no other is left: an operator sees that files are short.
+#[derive(Default)]
+struct Spare(Option<File>);
+
+impl Spare {
+    /// Opens it again, once there is a descriptor for it.
+    fn restore(&mut self) {
+        if self.0.is_none() {
+            self.0 = File::open("/dev/null").ok();
+        }
+    }
+}
+
 /// The next connection. An error is one of the moment (out of descriptors, mostly, which come back): it ends nothing.
-async fn accepted<S, From, A>(accept: impl Fn() -> A) -> S
+async fn accepted<S, From, A>(spare: &mut Spare, accept: impl Fn() -> A) -> S
 where
     A: Future<Output = io::Result<(S, From)>>,
 {
     loop {
+        spare.restore();
         match accept().await {
             Ok((stream, _)) => return stream,
             Err(error) => {
                 descriptors::note("admin socket and metrics", &error);
                 warn!(%error, "cannot accept a connection");
+                if descriptors::is_shortage(&error) && spare.0.take().is_some() {
+                    // Its number is free now, for the same connection.
+                    continue;
+                }
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         }
@@ -88,8 +108,9 @@ where
 /// Answers what Prometheus and health checks ask, and nothing else, until the task is dropped.
 pub async fn serve_metrics(listener: TcpListener, observatory: Arc<dyn Observatory>) {
     let mut open = Open::default();
+    let mut spare = Spare::default();
     loop {
-        let stream = accepted(|| listener.accept()).await;
+        let stream = accepted(&mut spare, || listener.accept()).await;
         open.spawn(converse(stream, observatory.clone(), |request, observatory| {
             Box::pin(async move {
                 let known = matches!(request.uri().path(), "/metrics" | "/livez" | "/readyz");
@@ -320,14 +341,29 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn the_spare_descriptor_closes_for_a_connection() {
+        let shortage = || io::Error::from_raw_os_error(rustix::io::Errno::MFILE.raw_os_error());
+        let tries = std::sync::atomic::AtomicU32::new(0);
+        let mut spare = Spare::default();
+        let began = tokio::time::Instant::now();
+        let accept = async || match tries.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
+            0 => Err(shortage()),
+            number => Ok((number, ())),
+        };
+        assert_eq!(accepted(&mut spare, accept).await, 1);
+        assert_eq!(began.elapsed(), Duration::ZERO, "accepted at once");
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_connection_that_cannot_be_accepted_ends_nothing() {
         let tries = std::sync::atomic::AtomicU32::new(0);
-        let next = accepted(
-            async || match tries.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
+        let mut spare = Spare::default();
+        let next = accepted(&mut spare, async || {
+            match tries.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
                 0 | 1 => Err(io::Error::other("too many open files")),
                 number => Ok((number, ())),
-            },
-        );
+            }
+        });
         assert_eq!(next.await, 2);
     }
 }

@@ -17,6 +17,7 @@ use super::{IMDS_ADDRESS, IMDS_ADDRESS_IPV6, systemd};
 use crate::caller::attachment::{Connected, NamespaceListeners};
 use crate::containers::NamespaceId;
 use crate::containers::index::Index;
+use crate::descriptors;
 use crate::host::HostError;
 use crate::host::link;
 use crate::host::private::PrivateNetwork;
@@ -96,7 +97,7 @@ impl HostNamespaceListeners {
 
 impl NamespaceListeners for HostNamespaceListeners {
     fn watch(&self) -> io::Result<OwnedFd> {
-        link::watch()
+        link::watch().and_then(descriptors::for_link)
     }
 
     fn connect(&self, namespace: NamespaceId) -> io::Result<Connected> {
@@ -130,7 +131,7 @@ impl NamespaceListeners for HostNamespaceListeners {
 
     fn serve(&self, namespace: NamespaceId, near: &str) -> io::Result<AbortHandle> {
         let network = self.network()?;
-        let listener = network.listen(near)?;
+        let listener = descriptors::for_link(network.listen(near)?)?;
         let addresses = network.addresses().collect();
         let _runtime = self.runtime.enter();
         let listener = TcpListener::from_std(listener)?;

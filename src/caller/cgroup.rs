@@ -183,7 +183,13 @@ impl Cgroups {
             .ok()
             .and_then(Pid::from_raw)
             .ok_or("not a process number")?;
-        let pidfd = pidfd_open(number, PidfdFlags::empty()).map_err(|error| format!("process {pid}: {error}"))?;
+        let pidfd = pidfd_open(number, PidfdFlags::empty())
+            .map_err(io::Error::from)
+            .and_then(descriptors::for_link)
+            .map_err(|error| {
+                descriptors::note(STARTS, &error);
+                format!("process {pid}: {error}")
+            })?;
         // From here on the handle holds the process; everything read before may have been somebody else's.
         let path = self.cgroup_of(pid)?;
         if !path.starts_with(directory) {
@@ -310,8 +316,11 @@ impl Cgroups {
     }
 }
 
+/// The work of finding the processes of a container that starts, in the counts of shortages.
+const STARTS: &str = "containers that start";
+
 fn unreadable(path: &Path, error: &io::Error) -> String {
-    descriptors::note("containers that start", error);
+    descriptors::note(STARTS, error);
     format!("cannot read {}: {error}", path.display())
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
 
@@ -111,6 +111,16 @@ fn a_shortage_is_told_and_ends_by_itself(engine: &Arc<Engine>) {
         "{metrics}"
     );
     assert!(daemon.log().contains("Too many open files"));
+    // Each time, though the links leave no other descriptor.
+    for _ in 0..20 {
+        let asked = Instant::now();
+        daemon.status();
+        assert!(
+            asked.elapsed() < Duration::from_secs(5),
+            "status took {:?}",
+            asked.elapsed()
+        );
+    }
     // Half of them end.
     let ended = containers.split_off(12);
     let ids: Vec<&str> = ended.iter().map(Container::id).collect();
