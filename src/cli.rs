@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{DEFAULT_ADMIN_SOCKET, Sources, parse_duration};
-use crate::telemetry::LogFormat;
+use crate::logging::LogFormat;
 
 /// The EC2 instance metadata service of every container on a Docker host, each with its own role.
 #[derive(Parser, Debug)]

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use imds_router::cli::Cli;
-use imds_router::verbs::{self, Failure};
+use imds_router::commands::{self, Failure};
 
 /// Wrong usage or configuration.
 const USAGE: u8 = 2;
@@ -16,7 +16,7 @@ fn main() -> ExitCode {
         return report(&error, 1);
     }
     let cli = Cli::parse();
-    match verbs::run(cli) {
+    match commands::run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Usage(error)) => report(error.as_ref(), USAGE),
         Err(Failure::Failed(error)) => report(error.as_ref(), 1),

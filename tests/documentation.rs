@@ -170,7 +170,7 @@ fn the_table_of_events_is_what_can_be_triggered() {
 /// By the source: names are given where a metric is registered.
 #[test]
 fn the_table_of_metrics_has_every_metric() {
-    let source = read("src/app/metrics.rs");
+    let source = read("src/daemon/metrics.rs");
     let known: Vec<&str> = source
         .split("registry.register")
         .skip(1)
@@ -192,7 +192,7 @@ fn the_table_of_metrics_has_every_metric() {
 /// By the source, since only there all of them stand beside each other.
 #[test]
 fn the_table_of_refusals_has_every_reason() {
-    let source = read("src/caller/mod.rs");
+    let source = read("src/attribution/mod.rs");
     let body = source.split("pub fn reason(&self)").nth(1).expect("Refusal::reason");
     let arms = body.split("\n    }\n").next().unwrap_or_default();
     let known: BTreeSet<&str> = arms.split('"').skip(1).step_by(2).collect();
@@ -438,7 +438,7 @@ fn the_check_of_promises_finds_what_is_wrong() {
     let page = "# Security\n\nNo comment at all.\n\n- A.\n  <!-- tests: TODO -->\n- B.\n- C. D.\n  \
         <!-- tests: cli::no_verb_dumps_core -->\n- E.\n  <!-- tests: cli::no_verb_dumps_core,\n       \
         secrecy::writes_no_core_dump, links::restores_what_is_removed, networks::ipv6, host::cloud::tests::other_machines_are_none -->\n\n\
-        ## More\n\nF. G.\n<!-- no test: advice -->\n\n- H.\n  <!-- no test: -->\n- I.\n  <!-- tests: cli::run, links::x, app::tests -->\n";
+        ## More\n\nF. G.\n<!-- no test: advice -->\n\n- H.\n  <!-- no test: -->\n- I.\n  <!-- tests: cli::run, links::x, daemon::tests -->\n";
     let wrong = unproven(page, &tests);
     let wrong: Vec<&str> = wrong.iter().map(String::as_str).collect();
     let missing = "expected <!-- tests: … --> or <!-- no test: reason --> after it";
@@ -452,7 +452,7 @@ fn the_check_of_promises_finds_what_is_wrong() {
             &format!("H.: {missing}"),
             "I.: there is no test cli::run",
             "I.: there is no test links::x",
-            "I.: there is no test app::tests",
+            "I.: there is no test daemon::tests",
         ]
     );
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use hyper::Request;
 use hyper::http::request::Parts;
-use imds_router::caller::socket::{Found, read_answer};
+use imds_router::attribution::socket::{Found, read_answer};
 use imds_router::clock::Clock;
 use imds_router::config::{HttpTokens, Settings};
 use imds_router::containers::labels::{self, ContainerSpec, LabelError};
@@ -22,8 +22,8 @@ use imds_router::credentials::policy::{Applicant, Attribute, Glob, NotAllowed, P
 use imds_router::credentials::{RoleArn, Secret};
 use imds_router::metadata::file;
 use imds_router::orders::Orders;
-use imds_router::wire::imds::{Call, Place, parse};
-use imds_router::wire::token::{LENGTH, TTL_SECONDS, TokenAuthority, TokenKey};
+use imds_router::protocol::imds::{Call, Place, parse};
+use imds_router::protocol::token::{LENGTH, TTL_SECONDS, TokenAuthority, TokenKey};
 use proptest::collection::{btree_map, btree_set, vec};
 use proptest::option;
 use proptest::prelude::*;

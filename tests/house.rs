@@ -9,20 +9,20 @@ use std::path::{Path, PathBuf};
 /// says more about one of these. On the right, `credentials` is what `credentials/mod.rs` has, its nouns; `host::*` is
 /// everything in the folder. `clock` and `telemetry` see nobody: they are leaves, and so is `host`.
 const MAP: &[(&str, &[&str])] = &[
-    ("admin", &["descriptors", "telemetry"]),
+    ("admin", &["descriptors", "logging"]),
     // The composition root sees everything it puts together, and nobody but the verbs sees it.
     (
-        "app",
+        "daemon",
         &[
             "admin",
-            "caller::*",
+            "attribution::*",
             "clock",
             "config",
             "containers::*",
             "credentials::*",
             "descriptors",
             "files",
-            "host::*",
+            "interception::*",
             "instance",
             "metadata::catalogue",
             "metadata::events",
@@ -30,26 +30,26 @@ const MAP: &[(&str, &[&str])] = &[
             "metadata::real",
             "orders",
             "server",
-            "telemetry",
-            "wire::*",
+            "logging",
+            "protocol::*",
         ],
     ),
-    ("caller", &["containers", "containers::index", "descriptors"]),
-    ("caller::cgroup_watch", &["containers"]),
+    ("attribution", &["containers", "containers::index", "descriptors"]),
+    ("attribution::cgroup_watch", &["containers"]),
     // Keeps the link of a namespace in place, and says in the log when it cannot.
     (
-        "caller::attachment",
-        &["clock", "containers", "descriptors", "telemetry"],
+        "attribution::attachment",
+        &["clock", "containers", "descriptors", "logging"],
     ),
     // What stands in for the kernel behind the watcher's port where there is none to ask.
-    ("caller::address", &["clock", "containers", "containers::watcher"]),
+    ("attribution::address", &["clock", "containers", "containers::watcher"]),
     // The real kernel behind the watcher's port.
     (
-        "caller::kernel",
-        &["clock", "containers", "containers::watcher", "descriptors", "telemetry"],
+        "attribution::kernel",
+        &["clock", "containers", "containers::watcher", "descriptors", "logging"],
     ),
-    ("caller::cgroup", &["containers", "descriptors"]),
-    ("cli", &["config", "telemetry"]),
+    ("attribution::cgroup", &["containers", "descriptors"]),
+    ("cli", &["config", "logging"]),
     ("clock", &[]),
     // The rules of `[[allow]]` are read here, and STS's limits are kept.
     (
@@ -66,8 +66,8 @@ const MAP: &[(&str, &[&str])] = &[
     // A container's life holds the instance that was resolved for it.
     ("containers", &["instance"]),
     ("containers::compat", &["config", "credentials", "credentials::inputs"]),
-    ("containers::docker", &["clock", "telemetry"]),
-    ("containers::docker_http", &["telemetry"]),
+    ("containers::docker", &["clock", "logging"]),
+    ("containers::docker_http", &["logging"]),
     (
         "containers::labels",
         &[
@@ -81,22 +81,22 @@ const MAP: &[(&str, &[&str])] = &[
     ),
     ("containers::watcher", &["clock", "credentials", "instance"]),
     ("credentials", &[]),
-    ("credentials::base", &["clock", "descriptors", "telemetry"]),
+    ("credentials::base", &["clock", "descriptors", "logging"]),
     ("credentials::broker", &["clock"]),
     ("credentials::files", &["files"]),
-    ("credentials::instance_profile", &["telemetry"]),
+    ("credentials::instance_profile", &["logging"]),
     // How a role is typed is settled by the settings' aliases.
     ("credentials::naming", &["config"]),
     ("credentials::offline", &["clock"]),
-    ("credentials::profile", &["config", "telemetry"]),
+    ("credentials::profile", &["config", "logging"]),
     ("credentials::sso", &["clock"]),
-    ("credentials::sts", &["clock", "telemetry"]),
+    ("credentials::sts", &["clock", "logging"]),
     ("descriptors", &[]),
     // A shortage of descriptors is no property of a namespace.
-    ("host::link", &["descriptors"]),
+    ("interception::link", &["descriptors"]),
     ("files", &[]),
     // Firmware says which cloud a host belongs to.
-    ("host", &["files"]),
+    ("interception", &["files"]),
     (
         "instance",
         &[
@@ -133,9 +133,9 @@ const MAP: &[(&str, &[&str])] = &[
     (
         "server",
         &[
-            "caller",
-            "caller::connection",
-            "caller::socket",
+            "attribution",
+            "attribution::connection",
+            "attribution::socket",
             "clock",
             "containers",
             "containers::index",
@@ -146,34 +146,34 @@ const MAP: &[(&str, &[&str])] = &[
             "metadata",
             "metadata::catalogue",
             "metadata::identity",
-            "telemetry",
-            "wire::*",
+            "logging",
+            "protocol::*",
         ],
     ),
     // The limit on lines needs the time.
-    ("telemetry", &["clock"]),
+    ("logging", &["clock"]),
     (
-        "verbs",
+        "commands",
         &[
             "admin",
-            "app",
-            "app::check",
-            "app::doctor",
+            "daemon",
+            "daemon::check",
+            "daemon::doctor",
             "cli",
             "config",
             "files",
-            "host::*",
-            "telemetry",
+            "interception::*",
+            "logging",
         ],
     ),
     (
-        "verbs::client",
-        &["clock", "metadata::file", "metadata::real", "telemetry"],
+        "commands::client",
+        &["clock", "metadata::file", "metadata::real", "logging"],
     ),
-    ("wire", &[]),
+    ("protocol", &[]),
     // A credentials document is written as all documents are.
-    ("wire::imds", &["clock", "credentials", "metadata"]),
-    ("wire::token", &["clock", "containers"]),
+    ("protocol::imds", &["clock", "credentials", "metadata"]),
+    ("protocol::token", &["clock", "containers"]),
 ];
 
 /// Words that stand in these files only, tests apart; and what to do elsewhere.
@@ -347,19 +347,19 @@ fn every_mutant_applies() {
 fn the_check_itself_finds_what_is_wrong() {
     let mut house = House::read();
     let bad = r##"
-        //! crate::app in a comment, and SystemTime::now, say nothing.
+        //! crate::daemon in a comment, and SystemTime::now, say nothing.
         use crate::{clock, config::{self, Settings as It}};
         use crate::credentials::{RoleArn, broker::Broker};
-        const TEXT: &str = r#"crate::app " "#; const QUOTE: char = '"'; fn f<'a>() {}
+        const TEXT: &str = r#"crate::daemon " "#; const QUOTE: char = '"'; fn f<'a>() {}
         use super::app::run;
-        fn g() { crate::host::apply::install(); it.unwrap(); x.unwrap_or(1); /* unsafe */ tokio::time::Instant::now(); }
+        fn g() { crate::interception::apply::install(); it.unwrap(); x.unwrap_or(1); /* unsafe */ tokio::time::Instant::now(); }
         #[cfg(test)]
-        mod tests { use crate::app; fn f() { x.unwrap(); } }
+        mod tests { use crate::daemon; fn f() { x.unwrap(); } }
         fn h() { crate::admin::serve() }
     "##;
     let file = SourceFile {
         name: "telemetry.rs".to_owned(),
-        module: "telemetry".to_owned(),
+        module: "logging".to_owned(),
         code: code_of(bad),
     };
     house.files.clear();
@@ -378,23 +378,23 @@ fn the_check_itself_finds_what_is_wrong() {
     );
     assert_eq!(
         broken[4],
-        "src/telemetry.rs, line 7: telemetry → host::apply: not on the map; telemetry may see clock (tests/house.rs, MAP)"
+        "src/logging/mod.rs, line 7: telemetry → host::apply: not on the map; telemetry may see clock (tests/house.rs, MAP)"
     );
     let words = check_words(&file);
     assert_eq!(words.len(), 2, "{words:?}");
     assert!(
-        words[0].starts_with("src/telemetry.rs, line 7: `.unwrap()`"),
+        words[0].starts_with("src/logging/mod.rs, line 7: `.unwrap()`"),
         "{words:?}"
     );
     assert!(
-        words[1].starts_with("src/telemetry.rs, line 7: `Instant::now`"),
+        words[1].starts_with("src/logging/mod.rs, line 7: `Instant::now`"),
         "{words:?}"
     );
 
     let file = SourceFile {
         name: "wire/mod.rs".to_owned(),
-        module: "wire".to_owned(),
-        code: code_of("use super::config::KEYS;\nuse self::token::Token;\nuse crate::wire::imds;\n"),
+        module: "protocol".to_owned(),
+        code: code_of("use super::config::KEYS;\nuse self::token::Token;\nuse crate::protocol::imds;\n"),
     };
     let (broken, _) = house.check_map(&file);
     assert_eq!(broken.len(), 1, "{broken:?}");

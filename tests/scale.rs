@@ -28,7 +28,7 @@ use imds_router::credentials::Session;
 use imds_router::credentials::broker::{Broker, Lease, Limits};
 use imds_router::credentials::offline::Offline;
 use imds_router::instance::{Instance, Surroundings, resolve_sparingly};
-use imds_router::wire::imds::credentials_document;
+use imds_router::protocol::imds::credentials_document;
 use tokio::sync::{mpsc, watch};
 
 const MANY: u32 = 10_000;

@@ -12,7 +12,7 @@ use serde::Serialize;
 use tokio::net::UnixStream;
 
 use super::{EventStatus, Explanation, Handover, Modify, Options, Status, Trigger, Trust};
-use crate::telemetry::printable;
+use crate::logging::printable;
 
 /// Why the daemon did not answer.
 #[derive(Debug, thiserror::Error)]

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::{BaseStatus, CredentialStatus, EventStatus, Explanation, Options, Status, Trust};
-use crate::telemetry::printable;
+use crate::logging::printable;
 
 /// An explanation for people.
 pub fn render_explanation(explanation: &Explanation) -> String {

@@ -30,7 +30,7 @@ use super::images::Image;
 use super::watcher::{ContainerEngine, EngineError, Event, Events, Inspection, Listed, Network, Row, Run};
 use super::{ContainerId, Endpoint, Environment, NetworkId, NetworkMode};
 use crate::clock::Clock;
-use crate::telemetry::{printable, with_causes};
+use crate::logging::{printable, with_causes};
 
 /// Where Docker listens when nobody says otherwise.
 pub const DEFAULT_HOST: &str = "unix:///var/run/docker.sock";

@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::watcher::EngineError;
-use crate::telemetry::{printable, with_causes};
+use crate::logging::{printable, with_causes};
 
 /// The longest list that is read. That of ten thousand containers has some 20 MB.
 const LONGEST_ANSWER: usize = 256 * 1024 * 1024;

@@ -270,7 +270,7 @@ pub enum Level {
     Full,
 }
 
-/// What the kernel holds of one life: asked, never believed from anybody else. Implemented by [`crate::caller`] on the
+/// What the kernel holds of one life: asked, never believed from anybody else. Implemented by [`crate::attribution`] on the
 /// real kernel and by tests on a script.
 pub trait Witness: Send + Sync + 'static {
     /// Whose word it is.

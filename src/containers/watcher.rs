@@ -191,7 +191,7 @@ pub struct Network {
     pub endpoints: BTreeMap<ContainerId, Endpoint>,
 }
 
-/// The kernel's side of a container. Implemented by [`crate::caller`]; called on threads that may block.
+/// The kernel's side of a container. Implemented by [`crate::attribution`]; called on threads that may block.
 pub trait Kernel: Send + Sync + 'static {
     /// Finds the container's first process and opens what proves its connections. `run`: what the engine says of it;
     /// `mode`: whose network namespace the engine says that it is in, if that is known yet.

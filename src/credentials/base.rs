@@ -32,7 +32,7 @@ use super::sso::SsoTokens;
 use super::sts::{MESSAGE_CHARACTERS, assume_step, exchange_web_identity};
 use crate::clock::Clock;
 use crate::descriptors;
-use crate::telemetry::{printable, with_causes};
+use crate::logging::{printable, with_causes};
 
 /// The longest that one attempt of a call to AWS takes. Requests of containers do not wait for it: they have a deadline of their own
 /// (`serve.hold`), and a session is refreshed long before it expires.

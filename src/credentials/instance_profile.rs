@@ -14,7 +14,7 @@ use aws_types::sdk_config::SharedHttpClient;
 
 use super::broker::ProviderError;
 use super::sts::MESSAGE_CHARACTERS;
-use crate::telemetry::{printable, with_causes};
+use crate::logging::{printable, with_causes};
 
 /// EC2 answers at once, or is not there.
 const TIMEOUT: Duration = Duration::from_secs(2);

@@ -159,7 +159,7 @@ pub async fn parse(files: &EnvConfigFiles) -> Result<ProfileSet, ProfileError> {
     // Nothing else is looked at: the contents are all there is.
     aws_config::profile::load(&Fs::from_slice(&[]), &Env::from_slice(&[]), files, None)
         .await
-        .map_err(|error| ProfileError::Unreadable(crate::telemetry::with_causes(&error)))
+        .map_err(|error| ProfileError::Unreadable(crate::logging::with_causes(&error)))
 }
 
 /// What a profile may ask of us.

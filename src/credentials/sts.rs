@@ -18,7 +18,7 @@ use super::broker::{CredentialProvider, Prepared, Provided, ProviderError};
 use super::profile::Step;
 use super::{Credentials, ProfileSession, RoleArn, RoleSession, Secret, Session, region_in};
 use crate::clock::Clock;
-use crate::telemetry::{printable, with_causes};
+use crate::logging::{printable, with_causes};
 
 /// Life of the credentials of a role that is only gone through, and used at once: the shortest that STS gives (STS API
 /// reference, AssumeRole, `DurationSeconds`).

@@ -18,7 +18,7 @@ use tokio::time::timeout;
 use tracing::trace;
 
 use super::linger;
-use crate::wire::{Reply, asks_keep_alive};
+use crate::protocol::{Reply, asks_keep_alive};
 
 /// Largest head of a request.
 const HEAD_BYTES: usize = 16 * 1024;

@@ -9,7 +9,7 @@ use std::hash::Hash;
 use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::caller::Via;
+use crate::attribution::Via;
 
 /// Places of one ingress, at most.
 const PER_INGRESS: usize = 256;

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use imds_router::caller::{Connection, Via, identify};
+use imds_router::attribution::{Connection, Via, identify};
 use imds_router::containers::watcher::Event;
 use imds_router::containers::{CgroupId, NamespaceId, NetworkId, NetworkMode, Open, SocketEvidence};
 

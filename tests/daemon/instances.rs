@@ -10,13 +10,13 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, DuplexStream, ReadBuf};
 
-use imds_router::caller::Connection;
+use imds_router::attribution::Connection;
 use imds_router::config::Settings;
 use imds_router::metadata::events::{Event, Kind, Run};
 use imds_router::metadata::real;
 use imds_router::orders::{StopError, to_stop};
+use imds_router::protocol::imds::VERSIONS;
 use imds_router::server::{self, Wire};
-use imds_router::wire::imds::VERSIONS;
 
 use crate::conformance::Reply;
 use crate::conformance::tricks::{CLOSED, tricks};

@@ -14,8 +14,8 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Du
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
 
-use imds_router::caller::address::EngineWord;
-use imds_router::caller::{Connection, Via};
+use imds_router::attribution::address::EngineWord;
+use imds_router::attribution::{Connection, Via};
 use imds_router::clock::Clock;
 use imds_router::config::{CredentialSource, Settings};
 use imds_router::containers::images::{Image, ImageStore, InUse};
@@ -33,9 +33,9 @@ use imds_router::credentials::{Credentials, RoleArn, Secret, Session};
 use imds_router::instance::{At, Instance, Ordered, Surroundings, resolve_sparingly};
 use imds_router::metadata::identity::Signer;
 use imds_router::orders::{Orders, Stops};
+use imds_router::protocol::imds::credentials_document;
+use imds_router::protocol::token::{TokenAuthority, TokenKey};
 use imds_router::server::{self, Service};
-use imds_router::wire::imds::credentials_document;
-use imds_router::wire::token::{TokenAuthority, TokenKey};
 
 use crate::conformance::Reply;
 

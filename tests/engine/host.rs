@@ -4,8 +4,8 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 use std::time::{Duration, Instant};
 
-use imds_router::host::apply::{Interception, clear, install, pending};
-use imds_router::host::{HostError, Part, Plan, Step};
+use imds_router::interception::apply::{Interception, clear, install, pending};
+use imds_router::interception::{HostError, Part, Plan, Step};
 use libtest_mimic::{Failed, Trial};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 

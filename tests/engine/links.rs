@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpStream};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
-use imds_router::host::link::{self, Connected, Options, SOURCES};
-use imds_router::host::private::PrivateNetwork;
+use imds_router::interception::link::{self, Connected, Options, SOURCES};
+use imds_router::interception::private::PrivateNetwork;
 use libtest_mimic::{Failed, Trial};
 use socket2::{Domain, Socket, Type};
 use tempfile::TempDir;

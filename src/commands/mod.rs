@@ -18,7 +18,7 @@ use crate::cli::{Common, Intercept, Serve};
 use crate::config;
 #[cfg(target_os = "linux")]
 use crate::files;
-use crate::telemetry;
+use crate::logging;
 
 /// Why a verb failed, and whose fault it is.
 #[derive(Debug)]
@@ -216,9 +216,9 @@ async fn watch(json: bool, socket: &Path) -> Result<(), Failure> {
             Ok(status) if json => serde_json::to_string(&status)? + "\n",
             Ok(status) => admin::render(&status),
             Err(error) if !found => return Err(error.into()),
-            Err(error) if screen => telemetry::with_causes(&error) + "\n",
+            Err(error) if screen => logging::with_causes(&error) + "\n",
             Err(error) => {
-                eprintln!("imds-router: {}", telemetry::with_causes(&error));
+                eprintln!("imds-router: {}", logging::with_causes(&error));
                 continue;
             }
         };
@@ -258,9 +258,9 @@ fn usage(error: impl Error + 'static) -> Failure {
 fn serve(flags: &Serve) -> Result<(), Failure> {
     let sources = flags.sources();
     let settings = config::load(&sources).map_err(usage)?;
-    let level = std::env::var(telemetry::LOG_VARIABLE).ok();
-    telemetry::start(flags.log_format, level.as_deref()).map_err(|error| usage(Said(error)))?;
-    let inherited = crate::app::Inherited::from_environment()?;
+    let level = std::env::var(logging::LOG_VARIABLE).ok();
+    logging::start(flags.log_format, level.as_deref()).map_err(|error| usage(Said(error)))?;
+    let inherited = crate::daemon::Inherited::from_environment()?;
     block_on(async {
         use tokio::signal::unix::{SignalKind, signal};
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -277,7 +277,7 @@ fn serve(flags: &Serve) -> Result<(), Failure> {
                 let sent = match config::load(&sources) {
                     Ok(settings) => sender.send(settings).await.is_ok(),
                     Err(error) => {
-                        tracing::error!("{}; what held before holds on", telemetry::with_causes(&error));
+                        tracing::error!("{}; what held before holds on", logging::with_causes(&error));
                         true
                     }
                 };
@@ -286,7 +286,7 @@ fn serve(flags: &Serve) -> Result<(), Failure> {
                 }
             }
         });
-        Ok(crate::app::run(settings, inherited, reloads, shutdown).await?)
+        Ok(crate::daemon::run(settings, inherited, reloads, shutdown).await?)
     })?
 }
 
@@ -294,7 +294,7 @@ fn serve(flags: &Serve) -> Result<(), Failure> {
 #[cfg(target_os = "linux")]
 async fn check(flags: &Common, compat: bool) -> Result<(), Failure> {
     let settings = config::load(&flags.sources()).map_err(usage)?;
-    report(&crate::app::check::containers(settings, compat).await?)
+    report(&crate::daemon::check::containers(settings, compat).await?)
 }
 
 /// What the services of a compose file would get, without a container.
@@ -310,14 +310,14 @@ async fn check_compose(flags: &Common, file: &Path) -> Result<(), Failure> {
     let project = std::env::var("COMPOSE_PROJECT_NAME")
         .ok()
         .filter(|name| !name.is_empty());
-    let checked = crate::app::check::services(settings, &text, project.as_deref())
+    let checked = crate::daemon::check::services(settings, &text, project.as_deref())
         .await
         .map_err(usage)?;
     report(&checked)
 }
 
 #[cfg(target_os = "linux")]
-fn report(checked: &crate::app::check::Checked) -> Result<(), Failure> {
+fn report(checked: &crate::daemon::check::Checked) -> Result<(), Failure> {
     io::stdout().write_all(checked.text.as_bytes())?;
     match checked.problems {
         0 => Ok(()),
@@ -331,7 +331,7 @@ fn report(checked: &crate::app::check::Checked) -> Result<(), Failure> {
 #[cfg(target_os = "linux")]
 async fn doctor(flags: &Common) -> Result<(), Failure> {
     let settings = config::load(&flags.sources()).map_err(usage)?;
-    let found = crate::app::doctor::examine(&settings).await;
+    let found = crate::daemon::doctor::examine(&settings).await;
     io::stdout().write_all(found.render().as_bytes())?;
     match found.wrong() {
         0 => Ok(()),
@@ -344,11 +344,13 @@ async fn doctor(flags: &Common) -> Result<(), Failure> {
 
 #[cfg(target_os = "linux")]
 fn intercept(what: Intercept, file: Option<&PathBuf>) -> Result<(), Failure> {
-    use crate::host::apply;
+    use crate::interception::apply;
     let mut plans = match what {
         // Whatever the configuration says now, and said before.
-        Intercept::Down => crate::app::everything(),
-        Intercept::Up | Intercept::Plan => crate::app::plans(&config::load(&crate::cli::sources(file)).map_err(usage)?),
+        Intercept::Down => crate::daemon::everything(),
+        Intercept::Up | Intercept::Plan => {
+            crate::daemon::plans(&config::load(&crate::cli::sources(file)).map_err(usage)?)
+        }
     };
     let (does, nothing): (fn(&_) -> _, _) = match what {
         Intercept::Up => (apply::install, "everything is there already"),
@@ -365,7 +367,7 @@ fn intercept(what: Intercept, file: Option<&PathBuf>) -> Result<(), Failure> {
     // Only now is it certain that no daemon serves this host.
     if what == Intercept::Down {
         let settings = config::load(&crate::cli::sources(file)).unwrap_or_default();
-        steps.extend(crate::app::clear_links(&settings.state_dir)?);
+        steps.extend(crate::daemon::clear_links(&settings.state_dir)?);
     }
     let mut out = io::stdout();
     if steps.is_empty() {

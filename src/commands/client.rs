@@ -9,8 +9,8 @@ use tokio::time::{sleep, timeout_at};
 
 use super::{Failure, Said, usage};
 use crate::clock::Clock;
+use crate::logging;
 use crate::metadata::{file, real};
-use crate::telemetry;
 
 /// The longest that `get` waits for one answer.
 const GET_TIMEOUT: Duration = Duration::from_secs(5);
@@ -73,7 +73,7 @@ async fn ask(what: &str, header: &str) -> io::Result<Answer> {
     let hint = head.lines().find_map(|line| {
         let (name, value) = line.split_once(':')?;
         name.eq_ignore_ascii_case("x-imds-router-hint")
-            .then(|| telemetry::printable(value.trim(), 200))
+            .then(|| logging::printable(value.trim(), 200))
     });
     Ok(Answer {
         status,

@@ -11,7 +11,7 @@ use crate::clock::Clock;
 use crate::files;
 use crate::metadata::identity::Signer;
 use crate::orders::Orders;
-use crate::wire::token::{TokenAuthority, TokenKey};
+use crate::protocol::token::{TokenAuthority, TokenKey};
 
 /// Issues and verifies IMDS tokens.
 pub(super) fn token_authority(state_dir: &Path, clock: &Clock) -> Result<TokenAuthority, AppError> {
@@ -158,9 +158,9 @@ mod tests {
     use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 
     use super::*;
-    use crate::app::durable::tests::Recorder;
     use crate::containers::ContainerId;
-    use crate::telemetry::with_causes;
+    use crate::daemon::durable::tests::Recorder;
+    use crate::logging::with_causes;
 
     #[test]
     fn the_token_key_is_made_once_and_only_ours() {

@@ -27,7 +27,7 @@ use super::namespace::open_in;
 use crate::clock::Clock;
 use crate::containers::{CgroupId, NamespaceId};
 use crate::descriptors;
-use crate::telemetry::with_causes;
+use crate::logging::with_causes;
 
 /// How a network namespace is connected to the service. Implemented by `app` on the real kernel. All but `serve` are called
 /// on a thread that is inside the namespace.

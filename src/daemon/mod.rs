@@ -44,11 +44,11 @@ use self::observer::Observer;
 use self::resolver::Resolver;
 pub use self::systemd::Inherited;
 use crate::admin;
-use crate::caller::address::EngineWord;
-use crate::caller::cgroup::Cgroups;
-use crate::caller::connection::Interfaces;
-use crate::caller::kernel::{HostKernel, KernelError};
-use crate::caller::level::{Lack, emulated, lacking};
+use crate::attribution::address::EngineWord;
+use crate::attribution::cgroup::Cgroups;
+use crate::attribution::connection::Interfaces;
+use crate::attribution::kernel::{HostKernel, KernelError};
+use crate::attribution::level::{Lack, emulated, lacking};
 use crate::clock::Clock;
 use crate::config::{Attach, CredentialSource, DOCKER_RUN, Nested, Proof, Settings};
 use crate::containers::Level;
@@ -59,13 +59,13 @@ use crate::credentials::broker::{Broker, CredentialProvider, Limits};
 use crate::credentials::offline::Offline;
 use crate::credentials::sts::Sts;
 use crate::descriptors;
-use crate::host::apply::Interception;
-use crate::host::{HostError, LINK};
 use crate::instance::Surroundings;
+use crate::interception::apply::Interception;
+use crate::interception::{HostError, LINK};
+use crate::logging::report_lines_left_out;
 use crate::orders::Stops;
+use crate::protocol::imds::credentials_document;
 use crate::server::{self, IMDS_PORT, Service};
-use crate::telemetry::report_lines_left_out;
-use crate::wire::imds::credentials_document;
 
 /// The address of the metadata service.
 pub const IMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
@@ -533,11 +533,11 @@ mod tests {
 
     #[test]
     fn the_line_that_runs_the_image_is_the_documented_one() {
-        let documented = include_str!("../deploy/README.md").replace('\\', " ");
+        let documented = include_str!("../../deploy/README.md").replace('\\', " ");
         let words = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
         assert!(words(&documented).contains(&words(DOCKER_RUN)));
         // A swarm's stack starts the same, but for where configuration and credentials come from, and when it starts again.
-        let stack = words(&include_str!("../deploy/stack.yaml").replace('\\', " "));
+        let stack = words(&include_str!("../../deploy/stack.yaml").replace('\\', " "));
         let options = DOCKER_RUN
             .trim_end_matches(" imds-router")
             .split(" -")

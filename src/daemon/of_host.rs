@@ -12,8 +12,8 @@ use super::resolver::Resolver;
 use crate::credentials::http;
 use crate::credentials::instance_profile::HostMetadata;
 use crate::instance::Surroundings;
+use crate::logging::{printable, with_causes};
 use crate::metadata::real;
-use crate::telemetry::{printable, with_causes};
 
 /// How often it is asked, and how soon again after a failure.
 const AGAIN: (Duration, Duration) = (Duration::from_secs(3600), Duration::from_secs(15));

@@ -11,12 +11,12 @@ use tracing::{error, warn};
 use super::kept::{Kept, in_its_place};
 use super::systemd::Inherited;
 use super::{DEFAULT_PORT, IMDS_ADDRESS, IMDS_ADDRESS_IPV6};
-use crate::caller::connection::remember_ingress;
+use crate::attribution::connection::remember_ingress;
 use crate::clock::Clock;
 use crate::config::{Attach, Settings};
-use crate::host::apply::Interception;
-use crate::host::{HostError, Plan};
-use crate::telemetry::with_causes;
+use crate::interception::apply::Interception;
+use crate::interception::{HostError, Plan};
+use crate::logging::with_causes;
 
 /// Ports that are tried.
 pub(super) const PORTS: u16 = 64;

@@ -30,10 +30,10 @@ use tracing::{debug, info, trace, warn};
 use self::http::Ended;
 use self::unproven::{Sender, Unproven};
 #[cfg(target_os = "linux")]
-use crate::caller::connection::{Interface, Interfaces, ingress};
+use crate::attribution::connection::{Interface, Interfaces, ingress};
 #[cfg(target_os = "linux")]
-use crate::caller::socket::DiagSocket;
-use crate::caller::{Caller, Connection, First, Refusal, Via, identify_at_once, identify_later, verify_peer};
+use crate::attribution::socket::DiagSocket;
+use crate::attribution::{Caller, Connection, First, Refusal, Via, identify_at_once, identify_later, verify_peer};
 use crate::clock::Clock;
 use crate::containers::index::Index;
 use crate::containers::slots::{Full, Slot};
@@ -41,13 +41,13 @@ use crate::containers::{ContainerId, Level, Life, NamespaceId};
 use crate::credentials::broker::{Broker, NoCredentials, ProviderError, Published};
 use crate::descriptors::{self, Budget};
 use crate::instance::{Instance, Role};
+use crate::logging::printable;
 use crate::metadata::Node;
 use crate::metadata::catalogue::{IAM, ROLE_LIST};
 use crate::metadata::identity::Signer;
-use crate::telemetry::printable;
-use crate::wire::imds::{self, Call, parse, version_list};
-use crate::wire::token::TokenAuthority;
-use crate::wire::{Refused, Reply, TOKEN_HEADER};
+use crate::protocol::imds::{self, Call, parse, version_list};
+use crate::protocol::token::TokenAuthority;
+use crate::protocol::{Refused, Reply, TOKEN_HEADER};
 
 /// A connection ends after so many requests, or so long: whatever changes, nobody keeps an old one for ever.
 const REQUESTS_PER_CONNECTION: u32 = 1_000;

@@ -25,10 +25,10 @@ use crate::credentials::Session;
 use crate::credentials::sts::Sts;
 use crate::descriptors;
 use crate::instance::{Ordered, Role};
+use crate::logging::{printable, with_causes};
 use crate::metadata::events::{Event, Kind};
 use crate::orders::to_stop;
 use crate::server::{RefusedConnection, Service};
-use crate::telemetry::{printable, with_causes};
 
 /// A clock that is off by more than so many seconds is warned of; AWS takes requests that are off by five minutes.
 const CLOCK_IS_WRONG: u64 = 60;

@@ -6,16 +6,16 @@ use std::time::Duration;
 use super::kept::Kept;
 use super::{ATTACH_HOST, DOCKER_RUN, IMDS_ADDRESS, base, engine_host, plans};
 use crate::admin;
-use crate::caller::level::Lack;
+use crate::attribution::level::Lack;
 use crate::clock::Clock;
 use crate::config::{Attach, CredentialSource, Proof, Settings};
 use crate::containers::docker::Engine;
 use crate::containers::lookups::answer_within;
 use crate::containers::watcher::{ContainerEngine as _, EngineError};
 use crate::credentials::sts::Sts;
-use crate::host::apply::{Survey, survey};
-use crate::host::{GUARD_TABLE, HostError, LINK, Plan, RULES_TABLE};
-use crate::telemetry::{printable, with_causes};
+use crate::interception::apply::{Survey, survey};
+use crate::interception::{GUARD_TABLE, HostError, LINK, Plan, RULES_TABLE};
+use crate::logging::{printable, with_causes};
 
 /// How long the engine may take to list its containers.
 const PATIENCE: Duration = Duration::from_secs(10);

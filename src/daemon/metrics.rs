@@ -12,7 +12,7 @@ use prometheus_client::registry::{Registry, Unit};
 use super::observer::Observer;
 use crate::containers::index::EngineState;
 use crate::descriptors;
-use crate::telemetry::lines_left_out;
+use crate::logging::lines_left_out;
 
 /// The content type of what [`text`] makes (OpenMetrics 1.0, "Content-Type").
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";

@@ -18,7 +18,7 @@ use crate::containers::watcher::{ContainerEngine as _, EngineError, split_enviro
 use crate::containers::{Attachments, ContainerId, Definition};
 use crate::credentials::sts::Sts;
 use crate::instance::{Instance, Role, Surroundings, resolve};
-use crate::telemetry::printable;
+use crate::logging::printable;
 
 /// What `check` found.
 #[derive(Clone, PartialEq, Eq, Debug)]

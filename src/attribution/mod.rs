@@ -103,8 +103,8 @@ pub enum Via {
 /// A life that was proven to be at the other end. Only [`identify`] makes one:
 ///
 /// ```compile_fail
-/// # fn guess(life: std::sync::Arc<imds_router::containers::Life>) -> imds_router::caller::Caller {
-/// imds_router::caller::Caller { life, socket: None } // no proof in hand, and none can be made here
+/// # fn guess(life: std::sync::Arc<imds_router::containers::Life>) -> imds_router::attribution::Caller {
+/// imds_router::attribution::Caller { life, socket: None } // no proof in hand, and none can be made here
 /// # }
 /// ```
 #[derive(Clone, Debug)]

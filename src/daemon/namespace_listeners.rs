@@ -1,5 +1,5 @@
-//! The link of each served network namespace, and the listener at its near end: what [`crate::caller::attachment`] needs from
-//! the kernel, made with [`crate::host::link`].
+//! The link of each served network namespace, and the listener at its near end: what [`crate::attribution::attachment`] needs from
+//! the kernel, made with [`crate::interception::link`].
 
 use std::io;
 use std::net::IpAddr;
@@ -14,13 +14,13 @@ use tokio::task::AbortHandle;
 use tracing::{info, warn};
 
 use super::{IMDS_ADDRESS, IMDS_ADDRESS_IPV6, systemd};
-use crate::caller::attachment::{Connected, NamespaceListeners};
+use crate::attribution::attachment::{Connected, NamespaceListeners};
 use crate::containers::NamespaceId;
 use crate::containers::index::Index;
 use crate::descriptors;
-use crate::host::HostError;
-use crate::host::link;
-use crate::host::private::PrivateNetwork;
+use crate::interception::HostError;
+use crate::interception::link;
+use crate::interception::private::PrivateNetwork;
 use crate::server::{self, Service};
 
 /// Where the private namespace is pinned, in the state directory.

@@ -142,13 +142,13 @@ pub(super) mod tests {
 
     /// Records calls. Directories exist once they are created; the root does.
     #[derive(Default)]
-    pub(in crate::app) struct Recorder {
+    pub(in crate::daemon) struct Recorder {
         calls: RefCell<Vec<Call>>,
     }
 
     impl Recorder {
         /// Records a write.
-        pub(in crate::app) fn write(&self, path: &Path, bytes: &[u8]) {
+        pub(in crate::daemon) fn write(&self, path: &Path, bytes: &[u8]) {
             write_to(self, path, bytes).unwrap();
         }
 
@@ -161,7 +161,7 @@ pub(super) mod tests {
         ///
         /// As ext4 with `data=writeback`: changes of directories reach the disk in their order, and surely by a sync of their
         /// directory. The content of a file reaches it surely by a sync of the file. Before, the file may be empty, cut, or zeros.
-        pub(in crate::app) fn after_power_loss(&self, calls: usize) -> BTreeSet<BTreeMap<PathBuf, Vec<u8>>> {
+        pub(in crate::daemon) fn after_power_loss(&self, calls: usize) -> BTreeSet<BTreeMap<PathBuf, Vec<u8>>> {
             let all = self.calls.borrow();
             let done = &all[..calls.min(all.len())];
             let is_synced = |at: usize| {
@@ -217,7 +217,7 @@ pub(super) mod tests {
             outcomes
         }
 
-        pub(in crate::app) fn calls(&self) -> usize {
+        pub(in crate::daemon) fn calls(&self) -> usize {
             self.calls.borrow().len()
         }
     }

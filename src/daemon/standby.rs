@@ -10,9 +10,9 @@ use tracing::info;
 
 use crate::clock::Clock;
 use crate::containers::ContainerId;
-use crate::host::apply::Interception;
-use crate::host::{HostError, Plan};
-use crate::telemetry::printable;
+use crate::interception::apply::Interception;
+use crate::interception::{HostError, Plan};
+use crate::logging::printable;
 
 /// The table of a daemon that was killed a moment ago may still be there: a child that was just being forked had a copy of
 /// its socket. That is nobody to stand by for.

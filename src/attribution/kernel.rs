@@ -26,7 +26,7 @@ use crate::clock::Clock;
 use crate::containers::watcher::{Birth, Kernel, Run};
 use crate::containers::{CgroupId, ContainerId, NamespaceId, NetworkMode, Open, SocketEvidence, Witness};
 use crate::descriptors;
-use crate::telemetry::with_causes;
+use crate::logging::with_causes;
 
 /// The name of the link to the service, in each network namespace.
 const LINK: &str = "imds0";

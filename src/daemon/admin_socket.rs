@@ -12,7 +12,7 @@ use tracing::warn;
 use super::AppError;
 use super::observer::Observer;
 use crate::admin;
-use crate::telemetry::with_causes;
+use crate::logging::with_causes;
 
 /// The mode of the admin socket: root and its group.
 const ADMIN_MODE: u32 = 0o660;
