@@ -437,7 +437,7 @@ fn the_check_of_promises_finds_what_is_wrong() {
     let tests = Tests::read();
     let page = "# Security\n\nNo comment at all.\n\n- A.\n  <!-- tests: TODO -->\n- B.\n- C. D.\n  \
         <!-- tests: cli::no_verb_dumps_core -->\n- E.\n  <!-- tests: cli::no_verb_dumps_core,\n       \
-        secrecy::writes_no_core_dump, links::restores_what_is_removed, networks::ipv6, host::cloud::tests::other_machines_are_none -->\n\n\
+        secrecy::writes_no_core_dump, links::restores_what_is_removed, networks::ipv6, interception::cloud::tests::other_machines_are_none -->\n\n\
         ## More\n\nF. G.\n<!-- no test: advice -->\n\n- H.\n  <!-- no test: -->\n- I.\n  <!-- tests: cli::run, links::x, daemon::tests -->\n";
     let wrong = unproven(page, &tests);
     let wrong: Vec<&str> = wrong.iter().map(String::as_str).collect();

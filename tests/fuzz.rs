@@ -11,18 +11,18 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use hyper::Request;
 use hyper::http::request::Parts;
-use imds_router::attribution::socket::{Found, read_answer};
+use imds_router::attribution::sock_diag::{Found, read_answer};
 use imds_router::clock::Clock;
 use imds_router::config::{HttpTokens, Settings};
+use imds_router::containers::label_sources::{Origin, Pairs};
 use imds_router::containers::labels::{self, ContainerSpec, LabelError};
-use imds_router::containers::pairs::{Origin, Pairs};
 use imds_router::containers::{CgroupId, ContainerId, Open};
-use imds_router::credentials::inputs::Inputs;
-use imds_router::credentials::policy::{Applicant, Attribute, Glob, NotAllowed, Pair, Rule, Wish, decide};
+use imds_router::credentials::allow_rules::{Applicant, Attribute, Glob, NotAllowed, Pair, Rule, Wish, decide};
+use imds_router::credentials::session_inputs::Inputs;
 use imds_router::credentials::{RoleArn, Secret};
-use imds_router::metadata::file;
+use imds_router::metadata::aemm;
 use imds_router::orders::Orders;
-use imds_router::protocol::imds::{Call, Place, parse};
+use imds_router::protocol::request::{Call, Place, parse};
 use imds_router::protocol::token::{LENGTH, TTL_SECONDS, TokenAuthority, TokenKey};
 use proptest::collection::{btree_map, btree_set, vec};
 use proptest::option;
@@ -728,13 +728,13 @@ proptest! {
 
     #[test]
     fn no_metadata_file_gives_credentials(file in damaged()) {
-        let Ok(given) = file::read(&String::from_utf8_lossy(&file)) else { return Ok(()) };
+        let Ok(given) = aemm::read(&String::from_utf8_lossy(&file)) else { return Ok(()) };
         let paths: BTreeSet<&str> = given.values.keys().map(String::as_str).collect();
         for path in paths {
             prop_assert!(!path.starts_with("meta-data/iam"), "{}", path);
             prop_assert!(!path.starts_with('/') && !path.ends_with('/') && !path.contains("//"), "{}", path);
         }
-        prop_assert!(given.user_data.is_none_or(|data| (1..=file::MOST_USER_DATA).contains(&data.len())));
+        prop_assert!(given.user_data.is_none_or(|data| (1..=aemm::MOST_USER_DATA).contains(&data.len())));
     }
 }
 
@@ -794,7 +794,7 @@ fn inputs_are_neither_all_accepted_nor_all_rejected() {
         (
             "metadata files",
             share(damaged(), |it| {
-                file::read(&String::from_utf8_lossy(&it)).is_ok_and(|it| !it.values.is_empty())
+                aemm::read(&String::from_utf8_lossy(&it)).is_ok_and(|it| !it.values.is_empty())
             }),
         ),
     ];

@@ -6,8 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Who sees whom, outside of its own folder. A name on the left stands for the module and all below it, unless a row below
-/// says more about one of these. On the right, `credentials` is what `credentials/mod.rs` has, its nouns; `host::*` is
-/// everything in the folder. `clock` and `telemetry` see nobody: they are leaves, and so is `host`.
+/// says more about one of these. On the right, `credentials` is what `credentials/mod.rs` has, its nouns; `interception::*` is
+/// everything in the folder. `clock` and `logging` see nobody: they are leaves, and so is `interception`.
 const MAP: &[(&str, &[&str])] = &[
     ("admin", &["descriptors", "logging"]),
     // The composition root sees everything it puts together, and nobody but the verbs sees it.
@@ -24,10 +24,10 @@ const MAP: &[(&str, &[&str])] = &[
             "files",
             "interception::*",
             "instance",
-            "metadata::catalogue",
+            "metadata::tree",
             "metadata::events",
-            "metadata::identity",
-            "metadata::real",
+            "metadata::identity_document",
+            "metadata::crawl",
             "orders",
             "server",
             "logging",
@@ -42,10 +42,13 @@ const MAP: &[(&str, &[&str])] = &[
         &["clock", "containers", "descriptors", "logging"],
     ),
     // What stands in for the kernel behind the watcher's port where there is none to ask.
-    ("attribution::address", &["clock", "containers", "containers::watcher"]),
+    (
+        "attribution::engine_attestor",
+        &["clock", "containers", "containers::watcher"],
+    ),
     // The real kernel behind the watcher's port.
     (
-        "attribution::kernel",
+        "attribution::kernel_attestor",
         &["clock", "containers", "containers::watcher", "descriptors", "logging"],
     ),
     ("attribution::cgroup", &["containers", "descriptors"]),
@@ -56,16 +59,19 @@ const MAP: &[(&str, &[&str])] = &[
         "config",
         &[
             "credentials",
-            "credentials::inputs",
-            "credentials::policy",
+            "credentials::session_inputs",
+            "credentials::allow_rules",
             "files",
-            "metadata::catalogue",
-            "metadata::file",
+            "metadata::tree",
+            "metadata::aemm",
         ],
     ),
     // A container's life holds the instance that was resolved for it.
     ("containers", &["instance"]),
-    ("containers::compat", &["config", "credentials", "credentials::inputs"]),
+    (
+        "containers::legacy_labels",
+        &["config", "credentials", "credentials::session_inputs"],
+    ),
     ("containers::docker", &["clock", "logging"]),
     ("containers::docker_http", &["logging"]),
     (
@@ -73,8 +79,8 @@ const MAP: &[(&str, &[&str])] = &[
         &[
             "config",
             "credentials",
-            "credentials::inputs",
-            "metadata::catalogue",
+            "credentials::session_inputs",
+            "metadata::tree",
             "metadata::events",
             "metadata::zones",
         ],
@@ -86,14 +92,14 @@ const MAP: &[(&str, &[&str])] = &[
     ("credentials::files", &["files"]),
     ("credentials::instance_profile", &["logging"]),
     // How a role is typed is settled by the settings' aliases.
-    ("credentials::naming", &["config"]),
+    ("credentials::role_reference", &["config"]),
     ("credentials::offline", &["clock"]),
     ("credentials::profile", &["config", "logging"]),
     ("credentials::sso", &["clock"]),
     ("credentials::sts", &["clock", "logging"]),
     ("descriptors", &[]),
     // A shortage of descriptors is no property of a namespace.
-    ("interception::link", &["descriptors"]),
+    ("interception::container_link", &["descriptors"]),
     ("files", &[]),
     // Firmware says which cloud a host belongs to.
     ("interception", &["files"]),
@@ -104,21 +110,21 @@ const MAP: &[(&str, &[&str])] = &[
             "containers",
             "containers::compose",
             "containers::labels",
-            "containers::pairs",
+            "containers::label_sources",
             "credentials",
-            "credentials::inputs",
-            "credentials::naming",
+            "credentials::session_inputs",
+            "credentials::role_reference",
             "credentials::offline",
-            "credentials::policy",
-            "metadata::catalogue",
+            "credentials::allow_rules",
+            "metadata::tree",
             "metadata::events",
             "metadata::zones",
         ],
     ),
     ("metadata", &[]),
-    ("metadata::catalogue", &["clock", "credentials"]),
+    ("metadata::tree", &["clock", "credentials"]),
     ("metadata::events", &["clock"]),
-    ("metadata::identity", &["clock"]),
+    ("metadata::identity_document", &["clock"]),
     (
         "orders",
         &[
@@ -134,18 +140,18 @@ const MAP: &[(&str, &[&str])] = &[
         "server",
         &[
             "attribution",
-            "attribution::connection",
-            "attribution::socket",
+            "attribution::ingress",
+            "attribution::sock_diag",
             "clock",
             "containers",
             "containers::index",
-            "containers::slots",
+            "containers::connection_slots",
             "credentials::broker",
             "descriptors",
             "instance",
             "metadata",
-            "metadata::catalogue",
-            "metadata::identity",
+            "metadata::tree",
+            "metadata::identity_document",
             "logging",
             "protocol::*",
         ],
@@ -167,12 +173,12 @@ const MAP: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "commands::client",
-        &["clock", "metadata::file", "metadata::real", "logging"],
+        "commands::imds_client",
+        &["clock", "metadata::aemm", "metadata::crawl", "logging"],
     ),
     ("protocol", &[]),
     // A credentials document is written as all documents are.
-    ("protocol::imds", &["clock", "credentials", "metadata"]),
+    ("protocol::request", &["clock", "credentials", "metadata"]),
     ("protocol::token", &["clock", "containers"]),
 ];
 
@@ -185,7 +191,7 @@ const WORDS: &[(&str, &[&str], &str)] = &[
     ),
     (
         "unsafe",
-        &["main.rs", "caller/connection.rs"],
+        &["main.rs", "attribution/ingress.rs"],
         "find the safe way: rustix, or another process",
     ),
     (
@@ -205,22 +211,22 @@ const WORDS: &[(&str, &[&str], &str)] = &[
     ),
     (
         "println!",
-        &["main.rs", "verbs.rs"],
+        &["main.rs", "commands/mod.rs"],
         "tracing is for the log, and a verb returns or writes what it says",
     ),
     (
         "print!",
-        &["main.rs", "verbs.rs"],
+        &["main.rs", "commands/mod.rs"],
         "tracing is for the log, and a verb returns or writes what it says",
     ),
     (
         "eprintln!",
-        &["main.rs", "verbs.rs"],
+        &["main.rs", "commands/mod.rs"],
         "tracing is for the log; an error is returned, and printed once",
     ),
     (
         "eprint!",
-        &["main.rs", "verbs.rs"],
+        &["main.rs", "commands/mod.rs"],
         "tracing is for the log; an error is returned, and printed once",
     ),
     ("dbg!", &[], "tracing is for the log"),
@@ -351,14 +357,14 @@ fn the_check_itself_finds_what_is_wrong() {
         use crate::{clock, config::{self, Settings as It}};
         use crate::credentials::{RoleArn, broker::Broker};
         const TEXT: &str = r#"crate::daemon " "#; const QUOTE: char = '"'; fn f<'a>() {}
-        use super::app::run;
-        fn g() { crate::interception::apply::install(); it.unwrap(); x.unwrap_or(1); /* unsafe */ tokio::time::Instant::now(); }
+        use super::daemon::run;
+        fn g() { crate::interception::reconcile::install(); it.unwrap(); x.unwrap_or(1); /* unsafe */ tokio::time::Instant::now(); }
         #[cfg(test)]
         mod tests { use crate::daemon; fn f() { x.unwrap(); } }
         fn h() { crate::admin::serve() }
     "##;
     let file = SourceFile {
-        name: "telemetry.rs".to_owned(),
+        name: "logging/mod.rs".to_owned(),
         module: "logging".to_owned(),
         code: code_of(bad),
     };
@@ -368,12 +374,12 @@ fn the_check_itself_finds_what_is_wrong() {
     assert_eq!(
         told,
         [
-            "telemetry → config",
-            "telemetry → credentials",
-            "telemetry → credentials::broker",
-            "telemetry → app",
-            "telemetry → host::apply",
-            "telemetry → admin",
+            "logging → config",
+            "logging → credentials",
+            "logging → credentials::broker",
+            "logging → daemon",
+            "logging → interception::reconcile",
+            "logging → admin",
         ]
     );
     assert_eq!(
@@ -392,9 +398,9 @@ fn the_check_itself_finds_what_is_wrong() {
     );
 
     let file = SourceFile {
-        name: "wire/mod.rs".to_owned(),
+        name: "protocol/mod.rs".to_owned(),
         module: "protocol".to_owned(),
-        code: code_of("use super::config::KEYS;\nuse self::token::Token;\nuse crate::protocol::imds;\n"),
+        code: code_of("use super::config::KEYS;\nuse self::token::Token;\nuse crate::protocol::request;\n"),
     };
     let (broken, _) = house.check_map(&file);
     assert_eq!(broken.len(), 1, "{broken:?}");

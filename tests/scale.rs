@@ -14,7 +14,7 @@ use futures_util::future::{self, BoxFuture};
 use futures_util::stream::{BoxStream, StreamExt as _};
 use imds_router::clock::Clock;
 use imds_router::config::Settings;
-use imds_router::containers::images::{Image, ImageStore, InUse};
+use imds_router::containers::image_labels::{Image, ImageStore, InUse};
 use imds_router::containers::index::{EngineState, Index};
 use imds_router::containers::watcher::{
     Birth, ContainerEngine, EngineError, Event, Events, Hold, Inspection, Instances, Kernel, Listed, Network, Ports,
@@ -28,7 +28,7 @@ use imds_router::credentials::Session;
 use imds_router::credentials::broker::{Broker, Lease, Limits};
 use imds_router::credentials::offline::Offline;
 use imds_router::instance::{Instance, Surroundings, resolve_sparingly};
-use imds_router::protocol::imds::credentials_document;
+use imds_router::protocol::request::credentials_document;
 use tokio::sync::{mpsc, watch};
 
 const MANY: u32 = 10_000;

@@ -23,7 +23,7 @@ use tokio::time::Instant;
 use tracing::{debug, warn};
 
 use super::cgroup::Cgroups;
-use super::namespace::open_in;
+use super::netns::open_in;
 use crate::clock::Clock;
 use crate::containers::{CgroupId, NamespaceId};
 use crate::descriptors;

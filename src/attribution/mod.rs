@@ -40,23 +40,23 @@
 //! * `[serve] nested = "outer"`: what a namespace forwards from a bridge inside it, and masquerades with an address of its own,
 //!   counts as its container. A container that does that for its neighbors gives them its identity.
 
-pub mod address;
 #[cfg(target_os = "linux")]
 pub mod attachment;
 #[cfg(target_os = "linux")]
 pub mod cgroup;
 #[cfg(target_os = "linux")]
 mod cgroup_watch;
+pub mod engine_attestor;
 #[cfg(target_os = "linux")]
-pub mod connection;
+pub mod ingress;
 #[cfg(target_os = "linux")]
-pub mod kernel;
+pub mod kernel_attestor;
 #[cfg(target_os = "linux")]
-pub mod level;
+pub mod netns;
 #[cfg(target_os = "linux")]
-pub mod namespace;
+pub mod prerequisites;
 #[cfg(target_os = "linux")]
-pub mod socket;
+pub mod sock_diag;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

@@ -1,6 +1,6 @@
 //! What each verb of the command line does.
 
-mod client;
+mod imds_client;
 
 use std::error::Error;
 use std::io::{self, IsTerminal as _, Read as _, Write as _};
@@ -191,9 +191,9 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
             let said = admin::hand_over(&admin, profile.as_deref(), &handover).await?;
             Ok(writeln!(io::stdout(), "{said}")?)
         })?,
-        Verb::Record { file, user_data } => block_on(client::record(&file, user_data))?,
-        Verb::Get { path } => block_on(client::get(&path))?,
-        Verb::Wait { timeout } => block_on(client::wait(timeout))?,
+        Verb::Record { file, user_data } => block_on(imds_client::record(&file, user_data))?,
+        Verb::Get { path } => block_on(imds_client::get(&path))?,
+        Verb::Wait { timeout } => block_on(imds_client::wait(timeout))?,
         Verb::Health { admin } => block_on(async move {
             let said = admin::ask_readiness(&admin).await?;
             Ok(writeln!(io::stdout(), "{said}")?)
@@ -344,7 +344,7 @@ async fn doctor(flags: &Common) -> Result<(), Failure> {
 
 #[cfg(target_os = "linux")]
 fn intercept(what: Intercept, file: Option<&PathBuf>) -> Result<(), Failure> {
-    use crate::interception::apply;
+    use crate::interception::reconcile;
     let mut plans = match what {
         // Whatever the configuration says now, and said before.
         Intercept::Down => crate::daemon::everything(),
@@ -353,9 +353,9 @@ fn intercept(what: Intercept, file: Option<&PathBuf>) -> Result<(), Failure> {
         }
     };
     let (does, nothing): (fn(&_) -> _, _) = match what {
-        Intercept::Up => (apply::install, "everything is there already"),
-        Intercept::Down => (apply::clear, "nothing of ours is there"),
-        Intercept::Plan => (apply::pending, "everything is there already"),
+        Intercept::Up => (reconcile::install, "everything is there already"),
+        Intercept::Down => (reconcile::clear, "nothing of ours is there"),
+        Intercept::Plan => (reconcile::pending, "everything is there already"),
     };
     if what == Intercept::Down {
         plans.reverse();

@@ -4,8 +4,8 @@
 //! variable (`IMDS_ROUTER_<SECTION>_<KEY>`) and flag all go through that one row, so they cannot disagree; precedence is
 //! flag, variable, file, default.
 
-mod keys;
-mod reading;
+mod load;
+mod schema;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -16,12 +16,12 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 
-pub use self::keys::{KEYS, Key};
-pub use self::reading::{ConfigError, DEFAULT_FILE, ENV_PREFIX, Nearest, Origin, Sources, load, variable};
+pub use self::load::{ConfigError, DEFAULT_FILE, ENV_PREFIX, Nearest, Origin, Sources, load, variable};
+pub use self::schema::{KEYS, Key};
 use crate::credentials::RoleArn;
-use crate::credentials::policy::Rule;
-use crate::metadata::catalogue::{self, PathError};
-use crate::metadata::file::{Given, MOST_USER_DATA};
+use crate::credentials::allow_rules::Rule;
+use crate::metadata::aemm::{Given, MOST_USER_DATA};
+use crate::metadata::tree::{self, PathError};
 
 /// Where the admin socket is when nothing else is said.
 pub const DEFAULT_ADMIN_SOCKET: &str = "/run/imds-router/admin.sock";
@@ -368,10 +368,10 @@ pub fn is_user_data(data: &[u8]) -> bool {
 /// Why not, with what was expected.
 pub fn metadata_path(path: &str, value: &str) -> Result<String, String> {
     let whole = format!("meta-data/{path}");
-    match catalogue::known(&whole, value) {
+    match tree::known(&whole, value) {
         Ok(()) => Ok(whole),
         Err(error @ PathError::Unknown) => {
-            let paths = catalogue::paths().filter_map(|known| known.strip_prefix("meta-data/"));
+            let paths = tree::paths().filter_map(|known| known.strip_prefix("meta-data/"));
             Err(format!("{error}{}", Nearest::among(path, paths)))
         }
         Err(error) => Err(error.to_string()),

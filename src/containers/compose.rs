@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::pairs::Pairs;
+use super::label_sources::Pairs;
 use super::{Attachments, ContainerId, Definition, Endpoint, NetworkId, NetworkMode};
 
 /// Labels that compose writes (docker/compose, `pkg/api/labels.go`).
@@ -239,7 +239,7 @@ impl Service {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::containers::pairs::Origin;
+    use crate::containers::label_sources::Origin;
 
     #[test]
     fn labels_that_compose_build_wrote_into_the_image_are_own_on_a_container_of_compose() {

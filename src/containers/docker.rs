@@ -26,7 +26,7 @@ use tokio::time::timeout;
 use tracing::debug;
 
 use super::docker_http::{self, Line};
-use super::images::Image;
+use super::image_labels::Image;
 use super::watcher::{ContainerEngine, EngineError, Event, Events, Inspection, Listed, Network, Row, Run};
 use super::{ContainerId, Endpoint, Environment, NetworkId, NetworkMode};
 use crate::clock::Clock;

@@ -8,16 +8,16 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::pairs::Pairs;
-use super::{Labels, compat};
+use super::label_sources::Pairs;
+use super::{Labels, legacy_labels};
 use crate::config::{
     HttpEndpoint, HttpTokens, Nearest, Settings, decode_base64, hop_limit, is_region, is_user_data, metadata_path,
     parse_duration, template_fits,
 };
 use crate::credentials::Secret;
-use crate::credentials::inputs::{self, Inputs};
-use crate::metadata::catalogue;
+use crate::credentials::session_inputs::{self, Inputs};
 use crate::metadata::events::Kind;
+use crate::metadata::tree;
 use crate::metadata::zones;
 
 /// What a container's labels ask for. `None`: the label is not there.
@@ -177,7 +177,7 @@ const LABELS: &[Label] = &[
         class: Class::Chooses,
         expected: "2 to 1224 characters: letters, digits and _+=,.@:/-",
         read: |spec, value| {
-            let fits = inputs::is_external_id(value);
+            let fits = session_inputs::is_external_id(value);
             fits.then(|| spec.inputs.external_id = Some(Secret::new(value)))
         },
     },
@@ -186,7 +186,7 @@ const LABELS: &[Label] = &[
         class: Class::Restricts,
         expected: "a duration from 15m to 12h (STS's own bounds)",
         read: |spec, value| {
-            let duration = parse_duration(value).filter(|it| inputs::DURATION.contains(it));
+            let duration = parse_duration(value).filter(|it| session_inputs::DURATION.contains(it));
             duration.map(|it| spec.inputs.duration = Some(it))
         },
     },
@@ -195,7 +195,7 @@ const LABELS: &[Label] = &[
         class: Class::Chooses,
         expected: "2 to 64 characters: letters, digits and _+=,.@-",
         read: |spec, value| {
-            let fits = inputs::is_source_identity(value);
+            let fits = session_inputs::is_source_identity(value);
             fits.then(|| spec.inputs.source_identity = Some(value.to_owned()))
         },
     },
@@ -203,13 +203,13 @@ const LABELS: &[Label] = &[
         name: "role.policy",
         class: Class::SessionPolicy,
         expected: "an IAM policy in JSON with a Statement, of at most 2048 characters",
-        read: |spec, value| inputs::is_policy(value).then(|| spec.inputs.policy = Some(value.to_owned())),
+        read: |spec, value| session_inputs::is_policy(value).then(|| spec.inputs.policy = Some(value.to_owned())),
     },
     Label {
         name: "role.policy-arns",
         class: Class::SessionPolicy,
         expected: "1 to 10 policy ARNs such as arn:aws:iam::aws:policy/ReadOnlyAccess, separated by commas",
-        read: |spec, value| inputs::policy_arns(&items(value)).map(|arns| spec.inputs.policy_arns = arns),
+        read: |spec, value| session_inputs::policy_arns(&items(value)).map(|arns| spec.inputs.policy_arns = arns),
     },
     Label {
         name: "role.transitive-tag-keys",
@@ -217,7 +217,7 @@ const LABELS: &[Label] = &[
         expected: "keys of session tags, separated by commas",
         read: |spec, value| {
             let keys = items(value);
-            keys.iter().all(|key| inputs::is_tag_key(key)).then(|| {
+            keys.iter().all(|key| session_inputs::is_tag_key(key)).then(|| {
                 spec.inputs.transitive_tag_keys = keys.into_iter().map(str::to_owned).collect();
             })
         },
@@ -228,7 +228,7 @@ const LABELS: &[Label] = &[
         expected: "the roles to go through, as in the label role, separated by commas",
         read: |spec, value| {
             let roles = items(value);
-            roles.iter().all(|role| inputs::is_role_word(role)).then(|| {
+            roles.iter().all(|role| session_inputs::is_role_word(role)).then(|| {
                 spec.inputs.chain = roles.into_iter().map(str::to_owned).collect();
             })
         },
@@ -411,7 +411,7 @@ const UNSHOWN: [&str; 3] = [EXTERNAL_ID, USER_DATA, USER_DATA_BASE64];
 const USER_DATA: &str = "user-data";
 const USER_DATA_BASE64: &str = "user-data-base64";
 /// Values from which the region and the zone of a container are read.
-const PLACE_PATHS: [&str; 2] = [catalogue::REGION, catalogue::ZONE];
+const PLACE_PATHS: [&str; 2] = [tree::REGION, tree::ZONE];
 /// What values below `meta-data/` stand below.
 const METADATA: &str = "metadata.";
 /// What tags stand below.
@@ -448,7 +448,7 @@ fn items(value: &str) -> Vec<&str> {
 }
 
 fn session_tag(spec: &mut ContainerSpec, key: &str, value: &str) -> Option<()> {
-    let fits = inputs::is_tag_key(key) && inputs::is_tag_value(value);
+    let fits = session_inputs::is_tag_key(key) && session_inputs::is_tag_value(value);
     fits.then(|| {
         spec.inputs.tags.insert(key.to_owned(), value.to_owned());
     })
@@ -511,18 +511,20 @@ fn ambiguous(labels: &Pairs, environment: Option<&Pairs>, settings: &Settings) -
     let own = |name: &str| labels.get_own(&format!("{}.{name}", settings.label_prefix));
     let names_none = own("role").is_none() && own("profile").is_none();
     let of_label = |label: &str, value: &str| match label_name(label, settings) {
-        Some(name) if settings.compat.imds_server && name.starts_with(compat::IMDS_SERVER) => {
-            names_none.then(|| compat::imds_server_class(name))
+        Some(name) if settings.compat.imds_server && name.starts_with(legacy_labels::IMDS_SERVER) => {
+            names_none.then(|| legacy_labels::imds_server_class(name))
         }
         Some(name) => Some(class(name, value)),
-        None => (label == compat::IAM_DOCKER && settings.compat.iam_docker && names_none).then_some(Class::Chooses),
+        None => {
+            (label == legacy_labels::IAM_DOCKER && settings.compat.iam_docker && names_none).then_some(Class::Chooses)
+        }
     };
     let known = labels.ambiguous().iter().filter_map(|(label, value)| {
         let name = format!("label {label}");
         of_label(label, value).map(|class| Ambiguous { name, class })
     });
     let variables = environment.filter(|_| settings.compat.env && names_none);
-    let variables = compat::VARIABLES.iter().filter(|(name, _)| {
+    let variables = legacy_labels::VARIABLES.iter().filter(|(name, _)| {
         variables.is_some_and(|pairs| pairs.ambiguous().get(*name).is_some_and(|value| !value.is_empty()))
     });
     let variables = variables.map(|(name, class)| Ambiguous {
@@ -640,7 +642,7 @@ fn parse(labels: &Labels, variables: Option<&Labels>, settings: &Settings) -> (C
             }
             continue;
         }
-        if settings.compat.imds_server && name.starts_with(compat::IMDS_SERVER) {
+        if settings.compat.imds_server && name.starts_with(legacy_labels::IMDS_SERVER) {
             continue;
         }
         if let Some(key) = name.strip_prefix(SESSION_TAG) {
@@ -697,7 +699,7 @@ fn parse(labels: &Labels, variables: Option<&Labels>, settings: &Settings) -> (C
             None => {}
         }
     }
-    compat::read(labels, variables, settings, &mut spec, &mut errors);
+    legacy_labels::read(labels, variables, settings, &mut spec, &mut errors);
     if let Some((label, what)) = spec.inputs.contradiction() {
         errors.push(LabelError::Contradiction {
             label: format!("{prefix}{label}"),
@@ -974,11 +976,11 @@ mod tests {
                 ..ContainerSpec::default()
             };
             prop_assert!(spec != nothing || !errors.is_empty(), "a label is neither read nor refused");
-            prop_assert!(inputs.tags.iter().all(|(key, value)| inputs::is_tag_key(key) && inputs::is_tag_value(value)));
-            prop_assert!(inputs.external_id.as_ref().is_none_or(|it| inputs::is_external_id(it.reveal())));
-            prop_assert!(inputs.source_identity.as_deref().is_none_or(inputs::is_source_identity));
-            prop_assert!(inputs.policy.as_deref().is_none_or(inputs::is_policy));
-            prop_assert!(inputs.duration.is_none_or(|it| inputs::DURATION.contains(&it)));
+            prop_assert!(inputs.tags.iter().all(|(key, value)| session_inputs::is_tag_key(key) && session_inputs::is_tag_value(value)));
+            prop_assert!(inputs.external_id.as_ref().is_none_or(|it| session_inputs::is_external_id(it.reveal())));
+            prop_assert!(inputs.source_identity.as_deref().is_none_or(session_inputs::is_source_identity));
+            prop_assert!(inputs.policy.as_deref().is_none_or(session_inputs::is_policy));
+            prop_assert!(inputs.duration.is_none_or(|it| session_inputs::DURATION.contains(&it)));
             // Every error names its label.
             for error in &errors {
                 let text = error.to_string();

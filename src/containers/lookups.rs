@@ -9,7 +9,7 @@ use futures_util::FutureExt as _;
 use futures_util::stream::StreamExt as _;
 use tokio::time::timeout;
 
-use super::images::{Image, KnownImages};
+use super::image_labels::{Image, KnownImages};
 use super::watcher::{ContainerEngine, EngineError, Inspection, Network, Row, blocking};
 use super::{ContainerId, NetworkId};
 

@@ -3,17 +3,17 @@
 //! Nothing in this file does I/O, reads a clock or holds a lock. [`watcher`] is the one writer, [`index`] is what
 //! everybody reads.
 
-pub mod compat;
 pub mod compose;
+pub mod connection_slots;
 pub mod docker;
 mod docker_http;
 mod failures;
-pub mod images;
+pub mod image_labels;
 pub mod index;
+pub mod label_sources;
 pub mod labels;
+pub mod legacy_labels;
 pub mod lookups;
-pub mod pairs;
-pub mod slots;
 mod subscription;
 pub mod watcher;
 
@@ -30,8 +30,8 @@ use arc_swap::ArcSwap;
 use litemap::LiteMap;
 use serde::{Deserialize, Serialize};
 
-use self::pairs::{Origin, Pairs};
-use self::slots::ConnectionSlots;
+use self::connection_slots::ConnectionSlots;
+use self::label_sources::{Origin, Pairs};
 use crate::instance::Instance;
 
 /// A container's id: 64 lower-case hexadecimal digits, given by the engine.

@@ -20,10 +20,10 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::failures::Failures;
-use super::images::{Image, ImageStore, Images, InUse};
+use super::image_labels::{Image, ImageStore, Images, InUse};
 use super::index::{EngineState, Index, Miss};
+use super::label_sources::Pairs;
 use super::lookups::{self, Found, Lookup, ReadRow, ReadRows, Subject};
-use super::pairs::Pairs;
 use super::subscription::Subscription;
 use super::{
     Attachments, CgroupId, ContainerId, Definition, Endpoint, Environment, LastRequest, Life, NetworkId, NetworkMode,

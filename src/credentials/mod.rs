@@ -1,9 +1,10 @@
 //! What AWS gives a container: roles, sessions and credentials, as nouns.
 //!
-//! [`naming`] reads a role as people name it; [`inputs`] is what labels may tell STS besides, and [`policy`] which
+//! [`role_reference`] reads a role as people name it; [`session_inputs`] is what labels may tell STS besides, and [`allow_rules`] which
 //! container may have what; [`broker`] keeps credentials fresh; [`sts`] and [`offline`] make them. [`base`] is whose
 //! credentials ask STS: [`profile`]s of AWS's [`files`], [`sso`] logins, and the rest of the usual chain.
 
+pub mod allow_rules;
 #[cfg(target_os = "linux")]
 pub mod base;
 pub mod broker;
@@ -11,13 +12,12 @@ pub mod broker;
 pub mod files;
 #[cfg(target_os = "linux")]
 pub mod http;
-pub mod inputs;
 pub mod instance_profile;
-pub mod naming;
 pub mod offline;
-pub mod policy;
 #[cfg(target_os = "linux")]
 pub mod profile;
+pub mod role_reference;
+pub mod session_inputs;
 #[cfg(target_os = "linux")]
 pub mod sso;
 #[cfg(target_os = "linux")]

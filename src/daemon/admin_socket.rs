@@ -10,7 +10,7 @@ use tokio::net::UnixListener;
 use tracing::warn;
 
 use super::AppError;
-use super::observer::Observer;
+use super::admin_api::Observer;
 use crate::admin;
 use crate::logging::with_causes;
 

@@ -4,15 +4,15 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use super::host_mode::Kept;
 use super::image_files::ImageFiles;
-use super::kept::Kept;
-use super::{NOTHING_OF_HOST, base, engine_host, host_name, of_host};
+use super::{NOTHING_OF_HOST, base_identity, engine_host, host_metadata, host_name};
 use crate::clock::Clock;
 use crate::config::{Compat, CredentialSource, Settings};
-use crate::containers::compat;
 use crate::containers::compose::{self, ComposeError};
 use crate::containers::docker::Engine;
-use crate::containers::images::Images;
+use crate::containers::image_labels::Images;
+use crate::containers::legacy_labels;
 use crate::containers::lookups::read_image;
 use crate::containers::watcher::{ContainerEngine as _, EngineError, split_environment};
 use crate::containers::{Attachments, ContainerId, Definition};
@@ -65,7 +65,7 @@ pub async fn containers(settings: Settings, compat: bool) -> Result<Checked, Eng
         checker.look_at(&definition, &attached).await;
         let name = printable(&definition.name, 40);
         let settings = &checker.settings;
-        let found = compat::found(&whole.labels, &all, &settings.label_prefix);
+        let found = legacy_labels::found(&whole.labels, &all, &settings.label_prefix);
         if !compat || found.is_empty() {
             continue;
         }
@@ -148,22 +148,22 @@ impl Checker {
         let mut text = String::new();
         let sts = (settings.source == CredentialSource::Sts).then(|| {
             let clock = Clock::system();
-            Sts::new(base::bases(&settings, &clock), clock)
+            Sts::new(base_identity::bases(&settings, &clock), clock)
         });
         if let Some(sts) = &sts {
-            let (base, _) = base::ask(sts, None).await;
+            let (base, _) = base_identity::ask(sts, None).await;
             let said = base.arn.as_ref().or(base.problem.as_ref());
             text.push_str(&format!(
                 "base credentials: {}\n",
                 said.map_or("unknown", String::as_str)
             ));
-            base::note(&mut around, None, base);
+            base_identity::note(&mut around, None, base);
         }
         text.push_str(&rules(&settings));
         if settings.metadata_of_host {
             let service = Kept::here(&settings).and_then(|kept| kept.ec2());
             let found = match service {
-                Some(service) => of_host::gather(&service).await,
+                Some(service) => host_metadata::gather(&service).await,
                 None => Err(NOTHING_OF_HOST.to_owned()),
             };
             match found {
@@ -187,8 +187,8 @@ impl Checker {
         if let (Some(sts), Some(profile)) = (&self.sts, &first.profile)
             && !self.around.profiles.contains_key(profile)
         {
-            let (base, _) = base::ask(sts, Some(profile)).await;
-            base::note(&mut self.around, Some(profile), base);
+            let (base, _) = base_identity::ask(sts, Some(profile)).await;
+            base_identity::note(&mut self.around, Some(profile), base);
         }
         let instance = self.resolved(definition, attached, &self.settings);
         let (said, fine) = described(&instance);

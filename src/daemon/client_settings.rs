@@ -1,6 +1,6 @@
 //! Variables of a container by which its SDKs do not ask this service, or ask another source of credentials first.
 
-use crate::containers::pairs::Pairs;
+use crate::containers::label_sources::Pairs;
 
 /// Variables, and their effect. The order is that of the SDKs' chains.
 const SOURCES: &[(&str, &str)] = &[

@@ -3,17 +3,17 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use super::kept::Kept;
-use super::{ATTACH_HOST, DOCKER_RUN, IMDS_ADDRESS, base, engine_host, plans};
+use super::host_mode::Kept;
+use super::{ATTACH_HOST, DOCKER_RUN, IMDS_ADDRESS, base_identity, engine_host, plans};
 use crate::admin;
-use crate::attribution::level::Lack;
+use crate::attribution::prerequisites::Lack;
 use crate::clock::Clock;
 use crate::config::{Attach, CredentialSource, Proof, Settings};
 use crate::containers::docker::Engine;
 use crate::containers::lookups::answer_within;
 use crate::containers::watcher::{ContainerEngine as _, EngineError};
 use crate::credentials::sts::Sts;
-use crate::interception::apply::{Survey, survey};
+use crate::interception::reconcile::{Survey, survey};
 use crate::interception::{GUARD_TABLE, HostError, LINK, Plan, RULES_TABLE};
 use crate::logging::{printable, with_causes};
 
@@ -121,8 +121,8 @@ const NO_BASE: &str = "containers get metadata, and no credentials for their rol
 /// Asks STS with the base credentials that a daemon would have with the present variables and files.
 async fn bases_of_this_process(settings: &Settings, found: &mut Diagnosis) {
     let clock = Clock::system();
-    let sts = Sts::new(base::bases(settings, &clock), clock);
-    let asked = tokio::time::timeout(STS_LIMIT, base::ask(&sts, None)).await;
+    let sts = Sts::new(base_identity::bases(settings, &clock), clock);
+    let asked = tokio::time::timeout(STS_LIMIT, base_identity::ask(&sts, None)).await;
     let why = match asked {
         Ok((base, _)) => match (base.arn, base.problem) {
             (Some(arn), _) => return found.fine(format!("base credentials: {arn}")),

@@ -6,9 +6,9 @@ use std::sync::{Mutex, PoisonError};
 
 use tracing::warn;
 
-use super::durable;
-use super::state::read_private;
-use crate::containers::images::{Image, ImageStore, InUse};
+use super::durable_files;
+use super::state_dir::read_private;
+use crate::containers::image_labels::{Image, ImageStore, InUse};
 
 /// The largest file that is read or written. An image with more labels and variables is not stored: once it is removed, none of
 /// them counts in favor of its containers.
@@ -45,7 +45,7 @@ impl ImageFiles {
             let fits = u64::try_from(bytes.len()).is_ok_and(|length| length <= MAX_BYTES);
             // A damaged file is written again.
             if fits && read_private(&path, MAX_BYTES).ok().as_ref() != Some(&bytes) {
-                durable::write(&path, &bytes)?;
+                durable_files::write(&path, &bytes)?;
             }
         }
         let names: Vec<_> = images.keys().filter_map(|id| file_name(id)).collect();

@@ -8,13 +8,13 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tracing::{error, warn};
 
-use super::kept::{Kept, in_its_place};
+use super::host_mode::{Kept, in_its_place};
 use super::systemd::Inherited;
 use super::{DEFAULT_PORT, IMDS_ADDRESS, IMDS_ADDRESS_IPV6};
-use crate::attribution::connection::remember_ingress;
+use crate::attribution::ingress::remember_ingress;
 use crate::clock::Clock;
 use crate::config::{Attach, Settings};
-use crate::interception::apply::Interception;
+use crate::interception::reconcile::Interception;
 use crate::interception::{HostError, Plan};
 use crate::logging::with_causes;
 

@@ -9,7 +9,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::observer::Observer;
+use super::admin_api::Observer;
 use crate::containers::index::EngineState;
 use crate::descriptors;
 use crate::logging::lines_left_out;

@@ -2,24 +2,24 @@
 //!
 //! The only file that sees every other; nobody sees it.
 
+mod admin_api;
 mod admin_socket;
-mod base;
+mod base_identity;
 pub mod check;
 mod client_settings;
 pub mod doctor;
-mod durable;
+mod durable_files;
+mod host_metadata;
+mod host_mode;
 mod image_files;
 mod interception;
-mod kept;
 mod metrics;
 mod namespace_listeners;
-mod network;
-mod observer;
-mod of_host;
-mod probe;
+mod network_mode;
 mod resolver;
+mod self_probe;
 mod standby;
-mod state;
+mod state_dir;
 mod systemd;
 
 use std::future::Future;
@@ -34,21 +34,21 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
+use self::admin_api::Observer;
+use self::host_mode::Kept;
 use self::image_files::ImageFiles;
 use self::interception::{PORTS, give_up, guard, host_plan, intercept_ipv6, make_transparent};
 pub use self::interception::{everything, plans};
-use self::kept::Kept;
 use self::namespace_listeners::HostNamespaceListeners;
 pub use self::namespace_listeners::clear as clear_links;
-use self::observer::Observer;
 use self::resolver::Resolver;
 pub use self::systemd::Inherited;
 use crate::admin;
-use crate::attribution::address::EngineWord;
 use crate::attribution::cgroup::Cgroups;
-use crate::attribution::connection::Interfaces;
-use crate::attribution::kernel::{HostKernel, KernelError};
-use crate::attribution::level::{Lack, emulated, lacking};
+use crate::attribution::engine_attestor::EngineWord;
+use crate::attribution::ingress::Interfaces;
+use crate::attribution::kernel_attestor::{HostKernel, KernelError};
+use crate::attribution::prerequisites::{Lack, emulated, lacking};
 use crate::clock::Clock;
 use crate::config::{Attach, CredentialSource, DOCKER_RUN, Nested, Proof, Settings};
 use crate::containers::Level;
@@ -60,11 +60,11 @@ use crate::credentials::offline::Offline;
 use crate::credentials::sts::Sts;
 use crate::descriptors;
 use crate::instance::Surroundings;
-use crate::interception::apply::Interception;
+use crate::interception::reconcile::Interception;
 use crate::interception::{HostError, LINK};
 use crate::logging::report_lines_left_out;
 use crate::orders::Stops;
-use crate::protocol::imds::credentials_document;
+use crate::protocol::request::credentials_document;
 use crate::server::{self, IMDS_PORT, Service};
 
 /// The address of the metadata service.
@@ -254,9 +254,9 @@ pub async fn run(
     }
     let clock = Clock::system();
     let mut shutdown = std::pin::pin!(shutdown);
-    let tokens = state::token_authority(&settings.state_dir, &clock)?;
-    let signer = Arc::new(state::signer(&settings.state_dir)?);
-    let orders = Arc::new(state::orders(&settings.state_dir)?);
+    let tokens = state_dir::token_authority(&settings.state_dir, &clock)?;
+    let signer = Arc::new(state_dir::signer(&settings.state_dir)?);
+    let orders = Arc::new(state_dir::orders(&settings.state_dir)?);
     let kept = Kept::here(&settings);
     let level = level(&settings, kept).await?;
     let ec2 = kept.and_then(|kept| kept.ec2());
@@ -269,7 +269,7 @@ pub async fn run(
     // Where it listens outside of containers, and what it puts up there.
     let (listener, plan) = match kept {
         Some(kept) if !between => (None, Some(kept.plan(true))),
-        None if on_network => (Some(network::listen()?), None),
+        None if on_network => (Some(network_mode::listen()?), None),
         kept => {
             let (listener, listening) = inherited.listen(IMDS_ADDRESS.into()).map_err(AppError::Listen)?;
             let plan = match kept {
@@ -287,7 +287,7 @@ pub async fn run(
 
     let sts = match settings.source {
         CredentialSource::Sts => {
-            let bases = base::bases(&settings, &clock);
+            let bases = base_identity::bases(&settings, &clock);
             Some((Sts::new(bases.clone(), clock.clone()), bases))
         }
         CredentialSource::Offline => None,
@@ -320,7 +320,7 @@ pub async fn run(
         clock: clock.clone(),
         broker: broker.clone(),
         changed,
-        wanted: base::Wanted::default(),
+        wanted: base_identity::Wanted::default(),
         sts: sts.as_ref().map(|(sts, _)| sts.clone()),
     });
     let settings = resolver.settings.load_full();
@@ -477,8 +477,8 @@ pub async fn run(
     }
     if let Some(service) = ec2 {
         // Before anybody is looked at: nobody is to see one instance first and then another.
-        let pause = of_host::learn(&service, &resolver).await;
-        tasks.spawn(of_host::keep(service, resolver.clone(), pause));
+        let pause = host_metadata::learn(&service, &resolver).await;
+        tasks.spawn(host_metadata::keep(service, resolver.clone(), pause));
     }
     tasks.spawn(Watcher::new(ports, index.clone(), misses, clock.clone()).run());
     match listener {
@@ -497,7 +497,7 @@ pub async fn run(
     tasks.spawn(resolver::reload(reloads, resolver.clone()));
     if let Some((sts, bases)) = sts {
         tasks.spawn(bases.clone().watch_files());
-        tasks.spawn(base::learn(sts, bases, resolver.clone(), index.clone()));
+        tasks.spawn(base_identity::learn(sts, bases, resolver.clone(), index.clone()));
     }
     info!(
         version = env!("CARGO_PKG_VERSION"), attach = resolver.attach(), proof = resolver.proof(), listening = observer.listening(), engine,

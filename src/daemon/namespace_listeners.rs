@@ -1,5 +1,5 @@
 //! The link of each served network namespace, and the listener at its near end: what [`crate::attribution::attachment`] needs from
-//! the kernel, made with [`crate::interception::link`].
+//! the kernel, made with [`crate::interception::container_link`].
 
 use std::io;
 use std::net::IpAddr;
@@ -19,8 +19,8 @@ use crate::containers::NamespaceId;
 use crate::containers::index::Index;
 use crate::descriptors;
 use crate::interception::HostError;
-use crate::interception::link;
-use crate::interception::private::PrivateNetwork;
+use crate::interception::container_link;
+use crate::interception::private_netns::PrivateNetwork;
 use crate::server::{self, Service};
 
 /// Where the private namespace is pinned, in the state directory.
@@ -31,7 +31,7 @@ pub(super) const PIN: &str = "netns";
 /// # Errors
 /// What could not be removed.
 pub fn clear(state_dir: &Path) -> Result<Vec<String>, HostError> {
-    link::clear(&state_dir.join(PIN), IMDS_ADDRESS, IMDS_ADDRESS_IPV6)
+    container_link::clear(&state_dir.join(PIN), IMDS_ADDRESS, IMDS_ADDRESS_IPV6)
 }
 
 /// The listeners of a daemon that proves callers by the kernel.
@@ -84,8 +84,8 @@ impl HostNamespaceListeners {
         self.closes.store(true, Ordering::Release);
         systemd::forget_namespace();
         leave_namespaces(index).await;
-        let removed =
-            link::remove_links(network).map_err(|error| HostError::failed(&"remove the links of containers", error));
+        let removed = container_link::remove_links(network)
+            .map_err(|error| HostError::failed(&"remove the links of containers", error));
         removed.and(network.unpin())
     }
 
@@ -97,15 +97,15 @@ impl HostNamespaceListeners {
 
 impl NamespaceListeners for HostNamespaceListeners {
     fn watch(&self) -> io::Result<OwnedFd> {
-        link::watch().and_then(descriptors::for_link)
+        container_link::watch().and_then(descriptors::for_link)
     }
 
     fn connect(&self, namespace: NamespaceId) -> io::Result<Connected> {
-        let options = link::Options {
+        let options = container_link::Options {
             ipv6: self.ipv6,
             nested: self.nested,
         };
-        let connected = link::connect(self.network()?, namespace.0, options)?;
+        let connected = container_link::connect(self.network()?, namespace.0, options)?;
         Ok(Connected {
             near: connected.near,
             is_new: connected.is_new,
@@ -115,17 +115,17 @@ impl NamespaceListeners for HostNamespaceListeners {
     }
 
     fn check(&self, namespace: NamespaceId) -> io::Result<()> {
-        link::check(self.network()?, namespace.0)
+        container_link::check(self.network()?, namespace.0)
     }
 
     fn is_local(&self, address: IpAddr) -> io::Result<bool> {
-        link::is_local(address)
+        container_link::is_local(address)
     }
 
     fn disconnect(&self, namespace: NamespaceId) -> io::Result<()> {
         match self.closes.load(Ordering::Acquire) {
-            true => link::leave(self.network()?),
-            false => link::disconnect(self.network()?, namespace.0),
+            true => container_link::leave(self.network()?),
+            false => container_link::disconnect(self.network()?, namespace.0),
         }
     }
 

@@ -7,8 +7,8 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
-use super::kept::Kept;
-use super::{NOTHING_OF_HOST, base};
+use super::host_mode::Kept;
+use super::{NOTHING_OF_HOST, base_identity};
 use crate::clock::Clock;
 use crate::config::{Attach, CredentialSource, RELOADED, Settings};
 use crate::containers::watcher::{Hold, Instances};
@@ -17,7 +17,7 @@ use crate::credentials::broker::{Broker, LINGER, LINGER_NEVER_STARTED, Lease};
 use crate::credentials::sts::Sts;
 use crate::credentials::{Session, offline};
 use crate::instance::{At, FALLBACK_REGION, Instance, Surroundings, resolve_sparingly};
-use crate::metadata::catalogue::REGION;
+use crate::metadata::tree::REGION;
 use crate::orders::Orders;
 
 /// Settings, and what was learnt since.
@@ -34,7 +34,7 @@ pub(super) struct Resolver {
     pub(super) broker: Arc<Broker>,
     pub(super) changed: watch::Sender<u64>,
     /// Profiles whose base credentials somebody's role depends on.
-    pub(super) wanted: base::Wanted,
+    pub(super) wanted: base_identity::Wanted,
     /// Where real credentials come from.
     pub(super) sts: Option<Sts>,
 }

@@ -10,7 +10,7 @@ use tracing::info;
 
 use crate::clock::Clock;
 use crate::containers::ContainerId;
-use crate::interception::apply::Interception;
+use crate::interception::reconcile::Interception;
 use crate::interception::{HostError, Plan};
 use crate::logging::printable;
 

@@ -4,7 +4,7 @@
 //! server, status and check read its result and decide nothing themselves.
 
 mod image_labels;
-mod session;
+mod role;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,14 +13,14 @@ use std::time::{Duration, SystemTime};
 use hyper::header::HeaderValue;
 use serde::{Deserialize, Serialize};
 
-use self::session::{Case, Verdict};
+use self::role::{Case, Verdict};
 use crate::config::{HttpEndpoint, HttpTokens, Settings};
 use crate::containers::compose;
 use crate::containers::labels::{self, ContainerSpec};
 use crate::containers::{Attachments, Definition};
 use crate::credentials::{RoleArn, Session, offline, partition_of, region_in};
-use crate::metadata::catalogue::{self, Facts, Link, View};
 use crate::metadata::events::{self, Event, Kind};
+use crate::metadata::tree::{self, Facts, Link, View};
 use crate::metadata::zones;
 
 /// Region of last resort; `status` warns that it is a guess.
@@ -280,7 +280,7 @@ pub fn resolve(
         .collect();
     let overrides = overrides(&spec, settings, around);
     let given = |path: &str| overrides.get(path).cloned();
-    let region = given(catalogue::REGION)
+    let region = given(tree::REGION)
         .or_else(|| settings.region.clone())
         .or_else(|| around.base.region.clone());
     // Where nothing names one, it follows the role, as far as that is written out.
@@ -292,14 +292,14 @@ pub fn resolve(
         })
     });
     let partition = partition_of(&region);
-    let zone = given(catalogue::ZONE).unwrap_or_else(|| format!("{region}{ZONE_LETTER}"));
+    let zone = given(tree::ZONE).unwrap_or_else(|| format!("{region}{ZONE_LETTER}"));
     if zones::region_of(&zone).is_some_and(|its| its != region) {
         problems.push(format!("availability zone {zone} is not in region {region}"));
     }
     let links = links(attachments, &given);
     // Those of the configuration are for every container, whichever links it has.
     let paths = spec.metadata.keys().chain(&spec.ambiguous_metadata);
-    let strange = paths.filter(|path| catalogue::of_no_link(path, &links));
+    let strange = paths.filter(|path| tree::of_no_link(path, &links));
     problems.extend(strange.map(|path| format!("{path}: no link of the container has this MAC address")));
     let case = Case {
         container,
@@ -320,8 +320,8 @@ pub fn resolve(
         labels_in_order,
     } = match problems.first() {
         // A label that was not understood may have been a restriction.
-        Some(problem) => session::refuse(&case, problem),
-        None => session::decide(&case),
+        Some(problem) => role::refuse(&case, problem),
+        None => role::decide(&case),
     };
     problems.extend(note);
     // Labels that were understood, and that a rule does not allow for example, hide no restriction of the options.
@@ -389,8 +389,8 @@ pub fn resolve(
 /// configuration, the host.
 fn overrides(spec: &ContainerSpec, settings: &Settings, around: &Surroundings) -> BTreeMap<String, String> {
     let own = [
-        (catalogue::REGION, &spec.region),
-        (catalogue::ZONE, &spec.availability_zone),
+        (tree::REGION, &spec.region),
+        (tree::ZONE, &spec.availability_zone),
         ("meta-data/instance-type", &spec.instance_type),
         (INSTANCE_ID, &spec.instance_id),
         ("meta-data/ami-id", &spec.ami_id),
@@ -403,22 +403,22 @@ fn overrides(spec: &ContainerSpec, settings: &Settings, around: &Surroundings) -
     configured.extend(settings.metadata.clone());
     let mut all = BTreeMap::clone(&around.instance);
     // The region of the configuration overrides the host's, and that of a zone of the configuration.
-    let zoned = configured.contains_key(catalogue::ZONE);
+    let zoned = configured.contains_key(tree::ZONE);
     if let (Some(region), true) = (&settings.region, zoned || !all.is_empty()) {
         configured
-            .entry(catalogue::REGION.to_owned())
+            .entry(tree::REGION.to_owned())
             .or_insert_with(|| region.clone());
     }
     for mut layer in [configured, labels] {
         // A zone without a region is in the region that its name begins with.
-        let region = layer.get(catalogue::ZONE).and_then(|zone| zones::region_of(zone));
+        let region = layer.get(tree::ZONE).and_then(|zone| zones::region_of(zone));
         if let Some(region) = region.map(str::to_owned) {
-            layer.entry(catalogue::REGION.to_owned()).or_insert(region);
+            layer.entry(tree::REGION.to_owned()).or_insert(region);
         }
         // Whose region is another's, its zone is not.
         if layer
-            .get(catalogue::REGION)
-            .is_some_and(|region| all.get(catalogue::REGION) != Some(region))
+            .get(tree::REGION)
+            .is_some_and(|region| all.get(tree::REGION) != Some(region))
         {
             all.retain(|path, _| !path.starts_with("meta-data/placement/availability-zone"));
         }

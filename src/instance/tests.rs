@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::CredentialSource;
-use crate::containers::pairs::Pairs;
+use crate::containers::label_sources::Pairs;
 use crate::containers::{ContainerId, Endpoint, Environment, NetworkId, NetworkMode};
 use crate::metadata::Node;
 use std::time::Duration;
@@ -246,7 +246,7 @@ fn a_bad_label_costs_the_role_and_says_why() {
         assert!(matches!(instance.role, Role::Refused(_)), "{labels:?}");
         assert_eq!(instance.problems.len(), 1);
         assert!(instance.problems[0].contains(why), "{:?}", instance.problems);
-        assert_eq!(instance.view.get(crate::metadata::catalogue::ROLE_LIST), None);
+        assert_eq!(instance.view.get(crate::metadata::tree::ROLE_LIST), None);
         assert!(instance.endpoint && instance.tokens_required);
     }
 }
@@ -310,7 +310,7 @@ fn the_region_follows_from_the_zone() {
         let instance = instance(&labels, &settings);
         assert_eq!(instance.problems, [""; 0], "{labels:?}");
         assert_eq!(value(&instance, "meta-data/placement/region"), region);
-        assert_eq!(value(&instance, catalogue::ZONE), zone);
+        assert_eq!(value(&instance, tree::ZONE), zone);
         assert_eq!(instance.role.session().unwrap().region(), region, "{labels:?}");
     }
     // Both in the configuration, and they contradict each other.
@@ -480,7 +480,7 @@ fn what_the_host_is_is_seen_where_nothing_else_is_given() {
         ("meta-data/mac", "0e:49:61:0f:c3:11"),
         ("meta-data/network/interfaces/macs/{mac}/vpc-id", "vpc-0"),
         (ZONE, "eu-central-1b"),
-        (catalogue::REGION, "eu-central-1"),
+        (tree::REGION, "eu-central-1"),
         ("meta-data/tags/instance/Name", "big"),
     ];
     let around = Surroundings {

@@ -1,8 +1,8 @@
 //! How 169.254.169.254 gets to the processes that call it: on the host by links, addresses, routes and rules, and in each
-//! served network namespace over a [`link`] of its own to the [`private`] one.
+//! served network namespace over a [`container_link`] of its own to the [`private_netns`] one.
 //!
 //! On the host, a [`Plan`] is the target state, as data: links, addresses, routes and port rules. [`Observed`] is the present
-//! state. [`diff`] and [`teardown`] compute the steps between them; only [`apply`] performs them.
+//! state. [`diff`] and [`teardown`] compute the steps between them; only [`reconcile`] performs them.
 //!
 //! Three promises hold between any two steps, and after a crash at any of them: the rules exist before the address, so no
 //! publisher of port 80 ever answers for it; the parts that a crash leaves behind refuse connections; and parts of other
@@ -10,13 +10,13 @@
 //!
 //! A host that has a metadata service of its own ([`cloud`]) keeps it: only what the host forwards to it is rejected.
 
-pub mod apply;
 pub mod cloud;
-mod kernel;
-pub mod link;
-pub mod private;
+pub mod container_link;
+mod netlink;
+mod nft;
+pub mod private_netns;
+pub mod reconcile;
 mod sysctl;
-mod tables;
 
 use std::fmt;
 use std::io;

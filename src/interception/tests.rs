@@ -302,7 +302,7 @@ fn several_failures_are_all_told() {
 #[test]
 fn an_interception_may_live_in_a_task() {
     fn sendable<T: Send>(_: &T) {}
-    async fn keep(mut up: apply::Interception) {
+    async fn keep(mut up: reconcile::Interception) {
         while up.changed().await.is_ok() && up.verify().is_ok() {}
     }
     // Only the types count: there is nothing to run it on here.

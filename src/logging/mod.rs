@@ -1,6 +1,6 @@
 //! What the daemon says of itself: the log, and how foreign text gets into it.
 
-mod limit;
+mod rate_limit;
 
 use std::io;
 
@@ -9,8 +9,8 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-use self::limit::LineLimit;
-pub use self::limit::{lines_left_out, report_lines_left_out};
+use self::rate_limit::LineLimit;
+pub use self::rate_limit::{lines_left_out, report_lines_left_out};
 use crate::clock::Clock;
 
 /// Environment variable of the log level: `error`, `warn`, `info` (default), `debug`, `trace`.

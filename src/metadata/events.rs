@@ -9,8 +9,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use super::catalogue::made_id;
 use super::document_line;
+use super::tree::made_id;
 use crate::clock::rfc3339_seconds;
 
 /// What happens.
@@ -262,7 +262,7 @@ fn moment(seconds: u64) -> SystemTime {
 
 #[cfg(test)]
 mod tests {
-    use super::super::catalogue::known;
+    use super::super::tree::known;
     use super::*;
     use proptest::prelude::*;
 

@@ -1,10 +1,10 @@
 //! What EC2 would know about a container: its tree of metadata, built once per change at the most, never per request.
 
-pub mod catalogue;
+pub mod aemm;
+pub mod crawl;
 pub mod events;
-pub mod file;
-pub mod identity;
-pub mod real;
+pub mod identity_document;
+pub mod tree;
 pub mod zones;
 
 use std::collections::{BTreeMap, HashMap};
@@ -23,7 +23,7 @@ pub enum Node {
     /// The credentials document of the role.
     Credentials,
     /// A signature of an identity document.
-    Signed(identity::Form, Bytes),
+    Signed(identity_document::Form, Bytes),
     /// User data: bytes as they were given.
     UserData(Bytes),
 }

@@ -1,6 +1,6 @@
 //! How EC2 says it: replies, and the one table from refusal to status.
 
-pub mod imds;
+pub mod request;
 pub mod token;
 
 use std::time::Duration;

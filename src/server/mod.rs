@@ -3,9 +3,9 @@
 //!
 //! A client that leaves ends its own request and nothing else: what it waited for belongs to the broker and the watcher.
 
+mod admission;
 mod http;
 mod linger;
-mod unproven;
 
 use std::collections::VecDeque;
 use std::future::pending;
@@ -27,25 +27,25 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tracing::{debug, info, trace, warn};
 
+use self::admission::{Sender, Unproven};
 use self::http::Ended;
-use self::unproven::{Sender, Unproven};
 #[cfg(target_os = "linux")]
-use crate::attribution::connection::{Interface, Interfaces, ingress};
+use crate::attribution::ingress::{Interface, Interfaces, ingress};
 #[cfg(target_os = "linux")]
-use crate::attribution::socket::DiagSocket;
+use crate::attribution::sock_diag::DiagSocket;
 use crate::attribution::{Caller, Connection, First, Refusal, Via, identify_at_once, identify_later, verify_peer};
 use crate::clock::Clock;
+use crate::containers::connection_slots::{Full, Slot};
 use crate::containers::index::Index;
-use crate::containers::slots::{Full, Slot};
 use crate::containers::{ContainerId, Level, Life, NamespaceId};
 use crate::credentials::broker::{Broker, NoCredentials, ProviderError, Published};
 use crate::descriptors::{self, Budget};
 use crate::instance::{Instance, Role};
 use crate::logging::printable;
 use crate::metadata::Node;
-use crate::metadata::catalogue::{IAM, ROLE_LIST};
-use crate::metadata::identity::Signer;
-use crate::protocol::imds::{self, Call, parse, version_list};
+use crate::metadata::identity_document::Signer;
+use crate::metadata::tree::{IAM, ROLE_LIST};
+use crate::protocol::request::{self, Call, parse, version_list};
 use crate::protocol::token::TokenAuthority;
 use crate::protocol::{Refused, Reply, TOKEN_HEADER};
 
@@ -743,13 +743,13 @@ impl Session {
         Some(left)
     }
 
-    async fn value(&self, place: &imds::Place, mut instance: Arc<Instance>, deadline: Instant) -> Reply {
+    async fn value(&self, place: &request::Place, mut instance: Arc<Instance>, deadline: Instant) -> Reply {
         let path = match place {
-            imds::Place::Versions => {
+            request::Place::Versions => {
                 return Reply::value(self.service.versions.clone(), instance.last_modified.clone());
             }
-            imds::Place::Below(path) => path,
-            imds::Place::Nowhere => return Reply::refused(Refused::NotFound),
+            request::Place::Below(path) => path,
+            request::Place::Nowhere => return Reply::refused(Refused::NotFound),
         };
         if path.starts_with(IAM) {
             instance = self.decided(instance, deadline).await;
@@ -773,7 +773,7 @@ impl Session {
                 Ok(published) => Reply::value(published.body.0.clone(), modified),
                 Err(why) if self.as_ec2(&why) => {
                     let role = path.rsplit('/').next().unwrap_or_default();
-                    let document = imds::denied_document(role, self.service.clock.wall());
+                    let document = request::denied_document(role, self.service.clock.wall());
                     hinted(Reply::value(document, modified), &why, container)
                 }
                 Err(why) => no_role(&said(&why), container),

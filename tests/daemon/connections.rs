@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use imds_router::containers::Life;
-use imds_router::containers::slots::{KEPT_LIMIT, LIMIT, WAITING_LIMIT};
+use imds_router::containers::connection_slots::{KEPT_LIMIT, LIMIT, WAITING_LIMIT};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 

@@ -5,7 +5,7 @@ use std::sync::{LazyLock, Mutex};
 use std::time::SystemTime;
 
 use imds_router::config::{self, Settings, Sources};
-use imds_router::containers::images::Image;
+use imds_router::containers::image_labels::Image;
 use imds_router::containers::watcher::{Event, Row, split_environment};
 use imds_router::containers::{Attachments, ContainerId, Definition, Environment, NetworkMode};
 use imds_router::credentials::Session;

@@ -12,10 +12,10 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Du
 
 use imds_router::attribution::Connection;
 use imds_router::config::Settings;
+use imds_router::metadata::crawl;
 use imds_router::metadata::events::{Event, Kind, Run};
-use imds_router::metadata::real;
 use imds_router::orders::{StopError, to_stop};
-use imds_router::protocol::imds::VERSIONS;
+use imds_router::protocol::request::VERSIONS;
 use imds_router::server::{self, Wire};
 
 use crate::conformance::Reply;
@@ -42,8 +42,8 @@ async fn host() -> BTreeMap<String, String> {
         let answer = value.or(Some(listing).filter(|listing| !listing.is_empty()));
         async move { Ok::<_, Infallible>(answer) }
     };
-    let Ok(found) = real::gather(get).await;
-    real::for_another(&found)
+    let Ok(found) = crawl::gather(get).await;
+    crawl::for_another(&found)
 }
 
 #[tokio::test(start_paused = true)]

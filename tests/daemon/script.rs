@@ -14,11 +14,11 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Du
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
 
-use imds_router::attribution::address::EngineWord;
+use imds_router::attribution::engine_attestor::EngineWord;
 use imds_router::attribution::{Connection, Via};
 use imds_router::clock::Clock;
 use imds_router::config::{CredentialSource, Settings};
-use imds_router::containers::images::{Image, ImageStore, InUse};
+use imds_router::containers::image_labels::{Image, ImageStore, InUse};
 use imds_router::containers::index::{EngineState, Index};
 use imds_router::containers::watcher::{
     Birth, ContainerEngine, EngineError, Event, Events, Hold, Inspection, Instances, Kernel, Listed, Network, Ports,
@@ -31,9 +31,9 @@ use imds_router::containers::{
 use imds_router::credentials::broker::{Broker, CredentialProvider, Lease, Limits, Provided, ProviderError};
 use imds_router::credentials::{Credentials, RoleArn, Secret, Session};
 use imds_router::instance::{At, Instance, Ordered, Surroundings, resolve_sparingly};
-use imds_router::metadata::identity::Signer;
+use imds_router::metadata::identity_document::Signer;
 use imds_router::orders::{Orders, Stops};
-use imds_router::protocol::imds::credentials_document;
+use imds_router::protocol::request::credentials_document;
 use imds_router::protocol::token::{TokenAuthority, TokenKey};
 use imds_router::server::{self, Service};
 

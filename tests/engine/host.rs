@@ -4,7 +4,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 use std::time::{Duration, Instant};
 
-use imds_router::interception::apply::{Interception, clear, install, pending};
+use imds_router::interception::reconcile::{Interception, clear, install, pending};
 use imds_router::interception::{HostError, Part, Plan, Step};
 use libtest_mimic::{Failed, Trial};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};

@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpStream};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
-use imds_router::interception::link::{self, Connected, Options, SOURCES};
-use imds_router::interception::private::PrivateNetwork;
+use imds_router::interception::container_link::{self, Connected, Options, SOURCES};
+use imds_router::interception::private_netns::PrivateNetwork;
 use libtest_mimic::{Failed, Trial};
 use socket2::{Domain, Socket, Type};
 use tempfile::TempDir;
@@ -81,12 +81,12 @@ impl Private {
     fn connect_with(&self, namespace: &Namespace, nested: bool) -> io::Result<Connected> {
         let (network, number) = (self.network.clone(), number(namespace));
         let options = Options { ipv6: true, nested };
-        namespace.enter(move || link::connect(&network, number, options))
+        namespace.enter(move || container_link::connect(&network, number, options))
     }
 
     fn check(&self, namespace: &Namespace) -> io::Result<()> {
         let (network, number) = (self.network.clone(), number(namespace));
-        namespace.enter(move || link::check(&network, number))
+        namespace.enter(move || container_link::check(&network, number))
     }
 }
 
@@ -162,7 +162,7 @@ fn adds_no_address_and_leaves_nothing() -> Outcome {
     let again = private.connect(&container)?;
     assert!(!again.is_new && again.added.is_empty(), "{again:?}");
     let (network, number) = (private.network.clone(), number(&container));
-    container.enter(move || link::disconnect(&network, number))?;
+    container.enter(move || container_link::disconnect(&network, number))?;
     assert_eq!(container.listing(), listing);
     Ok(())
 }
@@ -201,15 +201,15 @@ fn serves_a_namespace_with_its_own_port_80() -> Outcome {
 /// A clean stop.
 fn removes_all_links_at_once() -> Outcome {
     let private = Private::new();
-    link::remove_links(&private.network)?;
+    container_link::remove_links(&private.network)?;
     let containers = [container("10.1.0.2/24"), container("10.2.0.2/24")];
     let before: Vec<_> = containers.iter().map(Namespace::listing).collect();
     for container in &containers {
         private.connect(container)?;
         let network = private.network.clone();
-        container.enter(move || link::leave(&network))?;
+        container.enter(move || container_link::leave(&network))?;
     }
-    link::remove_links(&private.network)?;
+    container_link::remove_links(&private.network)?;
     let after: Vec<_> = containers.iter().map(Namespace::listing).collect();
     assert_eq!(after, before);
     Ok(())
@@ -227,12 +227,15 @@ fn clears_what_a_crash_left() -> Outcome {
         .spawn()?;
     let inside = format!("/proc/{}/ns/net", sleep.id());
     eventually(|| std::fs::metadata(&inside).is_ok_and(|it| it.ino() == number(&container)));
-    let removed = link::clear(&pin, ADDRESS, ADDRESS_IPV6);
+    let removed = container_link::clear(&pin, ADDRESS, ADDRESS_IPV6);
     sleep.kill()?;
     sleep.wait()?;
     assert_eq!(removed?.len(), 2);
     assert_eq!(container.listing(), before);
-    assert_eq!(link::clear(&pin, ADDRESS, ADDRESS_IPV6)?, Vec::<String>::new());
+    assert_eq!(
+        container_link::clear(&pin, ADDRESS, ADDRESS_IPV6)?,
+        Vec::<String>::new()
+    );
     Ok(())
 }
 
@@ -411,7 +414,7 @@ fn forwards_nothing_from_neighbors_to_the_link() -> Outcome {
         );
         drop(listener);
         let (network, number) = (private.network.clone(), number(&victim));
-        victim.enter(move || link::disconnect(&network, number))?;
+        victim.enter(move || container_link::disconnect(&network, number))?;
         if is_bridge {
             // A namespace that is removed keeps its links for a moment.
             victim.run("ip", &["link", "del", "veth1"]);

@@ -9,16 +9,16 @@ use arc_swap::ArcSwapOption;
 use futures_util::future::BoxFuture;
 
 use super::resolver::Resolver;
-use super::{IMDS_ADDRESS, base, client_settings, metrics, probe};
+use super::{IMDS_ADDRESS, base_identity, client_settings, metrics, self_probe};
 use crate::admin::{
     self, BaseStatus, ClockStatus, ConnectionStatus, ContainerStatus, CredentialStatus, EngineStatus, Explanation,
     Judgement, Observatory, RefusalStatus, RequestStatus, Status,
 };
 use crate::clock::{Clock, rfc3339_seconds};
 use crate::config::{Attach, CredentialSource};
+use crate::containers::connection_slots::{self, ConnectionSlots};
 use crate::containers::docker::Lag;
 use crate::containers::index::EngineState;
-use crate::containers::slots::{self, ConnectionSlots};
 use crate::containers::watcher::Instances as _;
 use crate::containers::{ContainerId, Level, NetworkMode, Record};
 use crate::credentials::Session;
@@ -133,7 +133,7 @@ impl Observatory for Observer {
         let around = self.resolver.around.load();
         Some(match record.instance.role.session().map(|session| &**session) {
             Some(Session::Role(session)) => {
-                base::trust(session, around.base(session.profile.as_deref()).arn.as_deref())
+                base_identity::trust(session, around.base(session.profile.as_deref()).arn.as_deref())
             }
             _ => Vec::new(),
         })
@@ -243,7 +243,7 @@ impl Observatory for Observer {
 
     fn login(&self, profile: Option<&str>, handover: &admin::Handover) -> Result<String, String> {
         match &self.resolver.sts {
-            Some(sts) => base::login(sts, profile, handover),
+            Some(sts) => base_identity::login(sts, profile, handover),
             None => Err("this daemon is offline: it has no base credentials".to_owned()),
         }
     }
@@ -259,7 +259,7 @@ impl Observatory for Observer {
             }
             // Where the host keeps its own service, that is who would answer.
             let at = self.listening.filter(|_| self.resolver.kept.is_none());
-            probe::probe(&self.service, at.map(|it| it.ip())).await?;
+            self_probe::probe(&self.service, at.map(|it| it.ip())).await?;
             Ok(self.reach())
         })
     }
@@ -287,7 +287,7 @@ impl Observer {
 
     /// The call to the engine that fails, if one does.
     fn failing(&self) -> Option<String> {
-        self.service.index.failing().as_deref().map(probe::failing)
+        self.service.index.failing().as_deref().map(self_probe::failing)
     }
 
     /// How many containers reach the service, as of the last change of each one's link. A container that breaks its own link
@@ -346,7 +346,7 @@ impl Observer {
                 // The daemon's own base has its profile's name, if it was given one.
                 let own = profile == self.resolver.settings.load().profile;
                 let base = around.base(profile.as_deref().filter(|_| !own));
-                base::status(profile, state, base.arn.clone())
+                base_identity::status(profile, state, base.arn.clone())
             })
             .collect()
     }
@@ -599,7 +599,7 @@ impl Observer {
             credentials: session.map(|session| self.credentials(session)),
             connections: ConnectionStatus {
                 open: record.life.as_ref().map_or(0, |life| life.connections.open()),
-                limit: slots::LIMIT,
+                limit: connection_slots::LIMIT,
             },
             last_request: record
                 .life
@@ -707,7 +707,7 @@ fn connections(slots: &ConnectionSlots) -> String {
     };
     format!(
         "{open} of {} open; at the limit the idlest one is closed{so_far}",
-        slots::LIMIT
+        connection_slots::LIMIT
     )
 }
 
@@ -720,7 +720,7 @@ mod tests {
         let slots = Arc::new(ConnectionSlots::default());
         let now = Clock::system().now();
         let mut open = Vec::new();
-        for _ in 0..slots::LIMIT {
+        for _ in 0..connection_slots::LIMIT {
             open.push(slots.take(now, usize::MAX).await.unwrap());
         }
         assert_eq!(

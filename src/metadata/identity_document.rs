@@ -17,8 +17,8 @@ use x509_cert::der::asn1::{ObjectIdentifier, OctetString, SetOfVec};
 use x509_cert::der::{Any, Decode as _, DecodePem as _, Encode as _};
 use x509_cert::spki::AlgorithmIdentifierOwned;
 
-use super::catalogue::{Facts, REGION, ZONE};
 use super::quoted;
+use super::tree::{Facts, REGION, ZONE};
 use crate::clock::rfc3339_seconds;
 
 /// Version of the document's format, as EC2 writes it.
@@ -217,12 +217,12 @@ fn architecture() -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use super::super::catalogue::tests::facts;
-    use super::super::{Node, catalogue};
+    use super::super::tree::tests::facts;
+    use super::super::{Node, tree};
     use super::*;
 
     fn tree() -> impl Fn(&str) -> Bytes {
-        let view = catalogue::View::of(facts());
+        let view = tree::View::of(facts());
         move |name| match view.get(&format!("dynamic/instance-identity/{name}")) {
             Some(Node::Text(text)) => text.clone(),
             other => panic!("{name}: {other:?}"),

@@ -11,7 +11,7 @@ use netlink_bindings::nftables::{
 use netlink_bindings::utils::Pusher;
 use rustix::io::Errno;
 
-use super::kernel::{AF_INET, AF_INET6, Kernel, is};
+use super::netlink::{AF_INET, AF_INET6, Kernel, is};
 use super::{Action, Chain, End, Family, HostError, Observed, Packets, Part, Plan, Rule, Step, Table, TableSeen};
 
 /// The subsystem that a batch is for (linux/netfilter/nfnetlink.h).

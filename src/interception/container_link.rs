@@ -32,11 +32,11 @@ use rustix::net::{bind, netlink};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::HostError;
-use super::kernel::{
+use super::netlink::{
     IPPROTO_TCP, LOOPBACK_INDEX, RT_SCOPE_HOST, RT_SCOPE_LINK, RT_SCOPE_UNIVERSE, RT_TABLE_MAIN, ask, ask_for_list,
     family, is, link_name, netlink_socket, set_link_up,
 };
-use super::private::{self, PrivateNetwork, on_a_thread};
+use super::private_netns::{self, PrivateNetwork, on_a_thread};
 use super::{LINK, LOOPBACK, PROTOCOL, sysctl, whole};
 use crate::descriptors;
 
@@ -357,7 +357,7 @@ pub fn remove_links(network: &PrivateNetwork) -> io::Result<()> {
 /// # Errors
 /// What could not be removed.
 pub fn clear(pin: &Path, ipv4: Ipv4Addr, ipv6: Ipv6Addr) -> Result<Vec<String>, HostError> {
-    if !private::is_pinned(pin) {
+    if !private_netns::is_pinned(pin) {
         return Ok(Vec::new());
     }
     let network = PrivateNetwork::open(pin, ipv4, ipv6)?;

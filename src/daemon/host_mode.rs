@@ -10,8 +10,8 @@ use super::interception::{give_up, intercept, knows_ipv6};
 use super::{IMDS_ADDRESS, IMDS_ADDRESS_IPV6};
 use crate::clock::Clock;
 use crate::config::{HostService, Settings};
-use crate::interception::apply::{Interception, clear};
 use crate::interception::cloud::{Cloud, and_rejecting_ports, services};
+use crate::interception::reconcile::{Interception, clear};
 use crate::interception::{HostError, Plan};
 
 /// The host's own service is kept.

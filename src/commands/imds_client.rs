@@ -10,7 +10,7 @@ use tokio::time::{sleep, timeout_at};
 use super::{Failure, Said, usage};
 use crate::clock::Clock;
 use crate::logging;
-use crate::metadata::{file, real};
+use crate::metadata::{aemm, crawl};
 
 /// The longest that `get` waits for one answer.
 const GET_TIMEOUT: Duration = Duration::from_secs(5);
@@ -146,9 +146,9 @@ pub(super) async fn record(path: &std::path::Path, with_user_data: bool) -> Resu
             .await?
             .map(|value| String::from_utf8_lossy(&value).into_owned()))
     };
-    let found = real::gather(text).await?;
+    let found = crawl::gather(text).await?;
     let user_data = if with_user_data { get("user-data").await? } else { None };
-    let text = file::write(&found, user_data.as_deref());
+    let text = aemm::write(&found, user_data.as_deref());
     let mut options = std::fs::OpenOptions::new();
     options.write(true).create_new(true);
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);

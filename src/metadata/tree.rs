@@ -14,7 +14,7 @@ use std::time::SystemTime;
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 
-use super::identity::{self, Form};
+use super::identity_document::{self, Form};
 use super::{InstanceView, Node, document, zones};
 use crate::clock::rfc3339_seconds;
 use crate::credentials::{RoleArn, domain_of};
@@ -583,7 +583,7 @@ fn view(facts: &Facts) -> InstanceView {
         }
     }
     values.extend(facts.events.clone());
-    let identity = Bytes::from(identity::document(&|path| values.get(path).cloned(), facts));
+    let identity = Bytes::from(identity_document::document(&|path| values.get(path).cloned(), facts));
     let keys = listed_keys(&values, facts);
     let mut leaves: BTreeMap<String, Node> = values
         .into_iter()

@@ -13,11 +13,11 @@
 
 use std::time::Duration;
 
+use super::label_sources::Pairs;
 use super::labels::{Class, ContainerSpec, LabelError};
-use super::pairs::Pairs;
 use super::{Environment, Labels};
 use crate::config::Settings;
-use crate::credentials::{Secret, inputs};
+use crate::credentials::{Secret, session_inputs};
 
 /// iam-docker's label.
 pub const IAM_DOCKER: &str = "com.swipely.iam-docker.iam-profile";
@@ -105,7 +105,7 @@ fn variables(environment: &Labels, spec: &mut ContainerSpec, errors: &mut Vec<La
     spec.labelled = true;
     spec.role = Some(value.to_owned());
     if let Some(value) = get(IAM_EXTERNAL_ID).filter(|_| spec.inputs.external_id.is_none()) {
-        match inputs::is_external_id(value) {
+        match session_inputs::is_external_id(value) {
             true => spec.inputs.external_id = Some(Secret::new(value)),
             false => errors.push(bad(
                 IAM_EXTERNAL_ID,
@@ -115,7 +115,7 @@ fn variables(environment: &Labels, spec: &mut ContainerSpec, errors: &mut Vec<La
         }
     }
     if let Some(value) = get(IAM_POLICY).filter(|_| spec.inputs.policy.is_none()) {
-        match inputs::is_policy(value) {
+        match session_inputs::is_policy(value) {
             true => spec.inputs.policy = Some(value.to_owned()),
             false => errors.push(bad(
                 IAM_POLICY,
@@ -145,13 +145,13 @@ fn imds_server(labels: &Labels, prefix: &str, spec: &mut ContainerSpec, errors: 
             }
             "external-id" => {
                 spec.inputs.external_id = Some(Secret::new(value));
-                inputs::is_external_id(value)
+                session_inputs::is_external_id(value)
                     .then_some(())
                     .ok_or("2 to 1224 characters: letters, digits and _+=,.@:/-")
             }
             "session-duration" => {
                 let duration = value.parse().ok().map(Duration::from_secs);
-                let duration = duration.filter(|it| inputs::DURATION.contains(it));
+                let duration = duration.filter(|it| session_inputs::DURATION.contains(it));
                 duration
                     .map(|it| spec.inputs.duration = Some(it))
                     .ok_or("seconds, from 900 to 43200")

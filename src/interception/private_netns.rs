@@ -21,7 +21,7 @@ use rustix::mount::{UnmountFlags, mount_bind, unmount};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 
 use super::HostError;
-use super::kernel::{IFA_F_NODAD, LOOPBACK_INDEX, RT_SCOPE_LINK, ask, family, is, set_link_up};
+use super::netlink::{IFA_F_NODAD, LOOPBACK_INDEX, RT_SCOPE_LINK, ask, family, is, set_link_up};
 use super::{IMDS_PORT, sysctl, whole};
 
 /// The namespace that the calling thread is in (namespaces(7)).

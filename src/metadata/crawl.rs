@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 
-use super::catalogue::{self, MACS, PUBLIC_KEYS, PathError};
+use super::tree::{self, MACS, PUBLIC_KEYS, PathError};
 
 /// The most directories and values that are asked for: no instance has so many.
 const MOST_PATHS: usize = 10_000;
@@ -31,13 +31,13 @@ where
         for line in listing.lines() {
             let Some(path) = listed(&directory, line) else { continue };
             asked += 1;
-            match catalogue::known(&path, ANY_VALUE) {
+            match tree::known(&path, ANY_VALUE) {
                 _ if asked > MOST_PATHS => return Ok(found),
                 Err(PathError::Directory) => directories.push(path),
                 Ok(()) => {
                     let value = get(path.clone()).await?.unwrap_or_default();
                     let value = value.trim_end_matches('\n');
-                    if catalogue::known(&path, value).is_ok() {
+                    if tree::known(&path, value).is_ok() {
                         found.insert(path, value.to_owned());
                     }
                 }
@@ -71,7 +71,7 @@ pub fn for_another(found: &BTreeMap<String, String>) -> BTreeMap<String, String>
     let values = values.map(|(path, value)| {
         let of_link = path.strip_prefix(MACS).and_then(|rest| rest.split_once('/'));
         let path = match of_link {
-            Some((_, rest)) => format!("{MACS}{}/{rest}", catalogue::MAC),
+            Some((_, rest)) => format!("{MACS}{}/{rest}", tree::MAC),
             None => path.clone(),
         };
         (path, value.clone())

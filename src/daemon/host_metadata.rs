@@ -13,7 +13,7 @@ use crate::credentials::http;
 use crate::credentials::instance_profile::HostMetadata;
 use crate::instance::Surroundings;
 use crate::logging::{printable, with_causes};
-use crate::metadata::real;
+use crate::metadata::crawl;
 
 /// How often it is asked, and how soon again after a failure.
 const AGAIN: (Duration, Duration) = (Duration::from_secs(3600), Duration::from_secs(15));
@@ -32,12 +32,12 @@ pub(super) async fn gather(service: &str) -> Result<BTreeMap<String, String>, St
                 .map_err(|error| printable(&with_causes(&error), 300))
         }
     };
-    let found = timeout(ALL, real::gather(get)).await;
+    let found = timeout(ALL, crawl::gather(get)).await;
     let found = found.map_err(|_| format!("not all of it within {} s", ALL.as_secs()))??;
     if found.is_empty() {
         return Err("nothing of what EC2 has".to_owned());
     }
-    Ok(real::for_another(&found))
+    Ok(crawl::for_another(&found))
 }
 
 /// Learns of it once, if the settings want it.

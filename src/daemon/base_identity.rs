@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::{info, warn};
 
-use super::kept::Kept;
+use super::host_mode::Kept;
 use super::resolver::Resolver;
 use crate::admin::{BaseStatus, Handover, Trust};
 use crate::clock::{Clock, rfc3339_seconds};

@@ -23,7 +23,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 
-use super::inputs::Inputs;
+use super::session_inputs::Inputs;
 use super::{RoleArn, Secret};
 
 /// A pattern: `*`, `?`, `[abc]`. In roles and images, `*` stays between two `/`, and `**` does not.

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use super::{Base, Role, Surroundings, image_labels};
 use crate::config::{CredentialSource, Settings, fill};
+use crate::containers::label_sources::Origin;
 use crate::containers::labels::ContainerSpec;
-use crate::containers::pairs::Origin;
 use crate::containers::{Attachments, Definition, NetworkMode, compose};
-use crate::credentials::inputs::{CHAINED, Inputs};
-use crate::credentials::naming::{NamedRole, read_role};
-use crate::credentials::policy::{self, Applicant, Attribute, NotAllowed, Wish};
+use crate::credentials::allow_rules::{self, Applicant, Attribute, NotAllowed, Wish};
+use crate::credentials::role_reference::{NamedRole, read_role};
+use crate::credentials::session_inputs::{CHAINED, Inputs};
 use crate::credentials::{ProfileSession, RoleArn, RoleSession, Session, clean_session_name, offline};
 
 /// What decides.
@@ -126,7 +126,7 @@ impl Case<'_> {
         };
         let who = self.applicant();
         if let Some(profile) = &spec.profile {
-            policy::may_name(rules, &who, profile).map_err(|why| verdict.not_allowed(why))?;
+            allow_rules::may_name(rules, &who, profile).map_err(|why| verdict.not_allowed(why))?;
             verdict.profile = Some(profile.clone());
         }
         let profile = spec.profile.as_deref();
@@ -169,7 +169,7 @@ impl Case<'_> {
             inputs: &inputs,
             default_duration: self.settings.duration,
         };
-        let rule = policy::decide(rules, &who, &wish).map_err(|why| verdict.not_allowed(why))?;
+        let rule = allow_rules::decide(rules, &who, &wish).map_err(|why| verdict.not_allowed(why))?;
         verdict.rule = rule.map(ToString::to_string);
         let abroad = |role: &&RoleArn| base.partition().is_some_and(|partition| partition != role.partition());
         if let (Some(abroad), Some(arn)) = (chain.iter().chain([&role]).find(abroad), &base.arn) {
@@ -233,7 +233,7 @@ impl Case<'_> {
             inputs: &self.spec.inputs,
             default_duration: self.settings.duration,
         };
-        let rule = policy::decide(&self.settings.allow, &self.applicant(), &wish);
+        let rule = allow_rules::decide(&self.settings.allow, &self.applicant(), &wish);
         let rule = rule.map_err(|why| verdict.not_allowed(why))?;
         verdict.rule = rule.map(ToString::to_string);
         let account = self.account(base).ok_or_else(|| {
@@ -253,7 +253,7 @@ impl Case<'_> {
     }
 
     /// As long as the label or the configuration says, and never longer than the rule.
-    fn duration(&self, rule: Option<&policy::Rule>) -> std::time::Duration {
+    fn duration(&self, rule: Option<&allow_rules::Rule>) -> std::time::Duration {
         let by_default = self.settings.duration;
         let asked = match self.spec.inputs.duration {
             Some(asked) if self.spec.duration_only_restricts => asked.min(by_default),

@@ -11,10 +11,10 @@ use super::{
     Attach, CredentialSource, DEFAULT_ADMIN_SOCKET, DEFAULT_DMI_DIR, HostService, HttpEndpoint, HttpTokens, Nested,
     Proof, Settings, decode_base64, hop_limit, is_region, is_user_data, parse_duration, template_fits,
 };
-use crate::credentials::policy::{Glob, Pair, Rule};
-use crate::credentials::{inputs, is_account_id};
+use crate::credentials::allow_rules::{Glob, Pair, Rule};
+use crate::credentials::{is_account_id, session_inputs};
 use crate::files;
-use crate::metadata::file::MOST_USER_DATA;
+use crate::metadata::aemm::MOST_USER_DATA;
 
 /// One configuration key.
 pub struct Key {
@@ -432,7 +432,7 @@ pub const KEYS: &[Key] = &[
         expected: "a duration from 15m to 12h (STS's own bounds)",
         about: "How long a session is asked for.",
         read: |s, v| {
-            v.duration(*inputs::DURATION.start(), *inputs::DURATION.end())
+            v.duration(*session_inputs::DURATION.start(), *session_inputs::DURATION.end())
                 .map(|it| s.duration = it)
         },
     },
@@ -602,14 +602,14 @@ pub(super) const RULE_KEYS: &[RuleKey] = &[
         expected: "1 to 10 policy ARNs such as \"arn:aws:iam::aws:policy/ReadOnlyAccess\"",
         read: |rule, v| {
             let arns: Vec<_> = v.texts()?.iter().map(String::as_str).collect();
-            inputs::policy_arns(&arns).map(|arns| rule.session_policy_arns = arns)
+            session_inputs::policy_arns(&arns).map(|arns| rule.session_policy_arns = arns)
         },
     },
     RuleKey {
         name: "session_policy",
         expected: "an IAM policy in JSON with a Statement, of at most 2048 characters",
         read: |rule, v| {
-            let policy = v.text().filter(|it| inputs::is_policy(it));
+            let policy = v.text().filter(|it| session_inputs::is_policy(it));
             policy.map(|it| rule.session_policy = Some(it.to_owned()))
         },
     },
@@ -617,7 +617,7 @@ pub(super) const RULE_KEYS: &[RuleKey] = &[
         name: "max_duration",
         expected: "a duration from 15m to 12h (STS's own bounds)",
         read: |rule, v| {
-            let duration = v.duration(*inputs::DURATION.start(), *inputs::DURATION.end());
+            let duration = v.duration(*session_inputs::DURATION.start(), *session_inputs::DURATION.end());
             duration.map(|it| rule.max_duration = Some(it))
         },
     },

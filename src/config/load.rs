@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 use toml::de::{DeTable, DeValue};
 
-use super::keys::{Form, KEYS, Key, RULE_KEYS, TABLES, Typed, is_public_key};
+use super::schema::{Form, KEYS, Key, RULE_KEYS, TABLES, Typed, is_public_key};
 use super::{Settings, metadata_path};
-use crate::credentials::policy::Rule;
+use crate::credentials::allow_rules::Rule;
 use crate::credentials::{MAX_ROLE_NAME, RoleArn, long_role_name};
 use crate::files;
-use crate::metadata::file;
+use crate::metadata::aemm;
 
 /// Where the configuration is read from when `--config` does not say.
 pub const DEFAULT_FILE: &str = "/etc/imds-router/config.toml";
@@ -214,7 +214,7 @@ pub fn load(sources: &Sources) -> Result<Settings, ConfigError> {
     if let (Some(path), Some(origin)) = (&settings.metadata_file, read.origins.remove("metadata.file")) {
         let text = files::read_text(path, MAX_BYTES).map_err(|error| error.to_string());
         settings.from_file = text
-            .and_then(|text| file::read(&text))
+            .and_then(|text| aemm::read(&text))
             .map_err(|what| ConfigError::MetadataFile {
                 origin,
                 path: path.clone(),

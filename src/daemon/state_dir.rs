@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use tracing::warn;
 
-use super::{AppError, durable};
+use super::{AppError, durable_files};
 use crate::clock::Clock;
 use crate::files;
-use crate::metadata::identity::Signer;
+use crate::metadata::identity_document::Signer;
 use crate::orders::Orders;
 use crate::protocol::token::{TokenAuthority, TokenKey};
 
@@ -76,7 +76,7 @@ pub(super) fn orders(state_dir: &Path) -> Result<Orders, AppError> {
         bytes => bytes.unwrap_or_default(),
     };
     let written = path.clone();
-    let keep = move |bytes: &[u8]| durable::write(&written, bytes);
+    let keep = move |bytes: &[u8]| durable_files::write(&written, bytes);
     Orders::new(&bytes, Box::new(keep)).map_err(|error| damaged(error.to_string()))
 }
 
@@ -94,7 +94,7 @@ fn key<T>(
         }
     }
     let bytes = create().map_err(|source| failed(path, "a key cannot be created", source))?;
-    durable::write(path, &bytes).map_err(|source| failed(path, "cannot be written", source))?;
+    durable_files::write(path, &bytes).map_err(|source| failed(path, "cannot be written", source))?;
     read(&bytes).map_err(|why| failed(path, "the new key cannot be used", io::Error::other(why)))
 }
 
@@ -117,7 +117,7 @@ fn aside(path: &Path) -> PathBuf {
 
 fn set_aside(path: &Path, why: &str, consequence: &str) -> Result<(), AppError> {
     let aside = aside(path);
-    durable::rename(path, &aside).map_err(|source| failed(path, "is damaged and cannot be renamed", source))?;
+    durable_files::rename(path, &aside).map_err(|source| failed(path, "is damaged and cannot be renamed", source))?;
     warn!(
         path = %path.display(), why, kept_as = %aside.display(),
         "a file in the state directory is damaged; {consequence}"
@@ -159,7 +159,7 @@ mod tests {
 
     use super::*;
     use crate::containers::ContainerId;
-    use crate::daemon::durable::tests::Recorder;
+    use crate::daemon::durable_files::tests::Recorder;
     use crate::logging::with_causes;
 
     #[test]

@@ -12,7 +12,7 @@ use rustix::net::{RecvFlags, recv};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::kernel::{Bell, Kernel};
+use super::netlink::{Bell, Kernel};
 use super::{Family, GUARD_TABLE, HostError, Part, Plan, RULES_TABLE, Step, diff, teardown};
 
 /// Changes come in bursts (one deletion of a link is four messages): this long after the first, one look sees all.

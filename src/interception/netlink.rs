@@ -1,4 +1,4 @@
-//! What the kernel is asked and told, by netlink; tables are in [`super::tables`].
+//! What the kernel is asked and told, by netlink; tables are in [`super::nft`].
 //!
 //! The sockets belong to the namespace that their thread sat in when [`Kernel::open`] made them; from then on any
 //! thread may use them.
@@ -18,7 +18,7 @@ use rt_rule::{FibRuleHdr, FibRulePortRange, FrAct};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, Protocol, SocketFlags, SocketType, bind, netlink, socket_with};
 
-use super::tables::of;
+use super::nft::of;
 use super::{AddressSeen, Family, HostError, LINK, LOOPBACK, LinkSeen, Observed, PROTOCOL, Part, Plan, Step, whole};
 
 /// linux/socket.h

@@ -12,8 +12,8 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::catalogue::{self, MACS, PathError};
-use super::real::is_of_another_link;
+use super::crawl::is_of_another_link;
+use super::tree::{self, MACS, PathError};
 
 /// What a file gives.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -134,10 +134,10 @@ pub fn read(text: &str) -> Result<Given, String> {
             (None, None) => format!("meta-data/{key}"),
         };
         match value {
-            _ if NO_VALUES.contains(&key.as_str()) || key.starts_with("iam-") || path.starts_with(catalogue::IAM) => {}
+            _ if NO_VALUES.contains(&key.as_str()) || key.starts_with("iam-") || path.starts_with(tree::IAM) => {}
             Value::Object(tags) if key == "tags-instance" => {
                 for (tag, value) in tags {
-                    insert(&mut given, key, format!("{}{tag}", catalogue::TAGS), value)?;
+                    insert(&mut given, key, format!("{}{tag}", tree::TAGS), value)?;
                 }
             }
             value => insert(&mut given, key, path, value)?,
@@ -175,7 +175,7 @@ pub fn write(found: &BTreeMap<String, String>, user_data: Option<&[u8]>) -> Stri
     let mut file = File::default();
     for (path, value) in found {
         let value = value.trim_end_matches('\n');
-        if is_of_another_link(path, found) || catalogue::known(path, value).is_err() {
+        if is_of_another_link(path, found) || tree::known(path, value).is_err() {
             continue;
         }
         let (section, key) = match path.strip_prefix("meta-data/") {
@@ -201,7 +201,7 @@ fn insert(given: &mut Given, key: &str, path: String, value: &Value) -> Result<(
         Value::String(text) => text.clone(),
         other => other.to_string(),
     };
-    match catalogue::known(&path, &value) {
+    match tree::known(&path, &value) {
         Ok(()) => {
             given.values.insert(path, value);
             Ok(())
@@ -216,7 +216,7 @@ fn below_version(path: &str) -> String {
     let path = path.trim_matches('/');
     let path = path.split_once('/').map_or(path, |(_, below)| below);
     match path.strip_prefix(MACS).and_then(|rest| rest.split_once('/')) {
-        Some((_, rest)) => format!("{MACS}{}/{rest}", catalogue::MAC),
+        Some((_, rest)) => format!("{MACS}{}/{rest}", tree::MAC),
         None => path.to_owned(),
     }
 }
@@ -304,7 +304,7 @@ mod tests {
     #[test]
     fn every_path_of_aemm_is_one_of_the_table() {
         for (key, path) in PATHS {
-            assert_eq!(catalogue::known(&format!("meta-data/{path}"), "x"), Ok(()), "{key}");
+            assert_eq!(tree::known(&format!("meta-data/{path}"), "x"), Ok(()), "{key}");
         }
     }
 
