@@ -384,7 +384,7 @@ fn the_check_itself_finds_what_is_wrong() {
     );
     assert_eq!(
         broken[4],
-        "src/logging/mod.rs, line 7: telemetry → host::apply: not on the map; telemetry may see clock (tests/house.rs, MAP)"
+        "src/logging/mod.rs, line 7: logging → interception::reconcile: not on the map; logging may see clock (tests/house.rs, MAP)"
     );
     let words = check_words(&file);
     assert_eq!(words.len(), 2, "{words:?}");
