@@ -13,7 +13,7 @@ use tracing::{info, warn};
 use crate::clock::Clock;
 use crate::containers::index::Index;
 use crate::containers::watcher::ContainerEngine;
-use crate::containers::{ContainerId, Life, Record};
+use crate::containers::{ContainerId, ContainerRun, Record};
 use crate::instance::Ordered;
 use crate::metadata::events::{Event, Kind, Run};
 
@@ -21,7 +21,7 @@ use crate::metadata::events::{Event, Kind, Run};
 pub type Keep = Box<dyn Fn(&[u8]) -> std::io::Result<()> + Send + Sync>;
 
 /// Orders, by container.
-pub struct Orders {
+pub struct RuntimeOverrides {
     all: Mutex<BTreeMap<String, Ordered>>,
     /// Held while a change is written, which may take seconds: readers of `all` do not wait for it.
     writing: Mutex<()>,
@@ -46,7 +46,7 @@ pub enum OrderError {
     Write(#[from] serde_json::Error),
 }
 
-impl Orders {
+impl RuntimeOverrides {
     /// What was kept before; `keep` writes it from now on. Nothing was kept: `kept` is empty.
     ///
     /// # Errors
@@ -140,7 +140,7 @@ pub fn to_stop(record: &Record, kind: Kind, permitted: bool) -> Result<Run, Stop
     life.map(|life| run_of(life)).ok_or(StopError::NotRunning)
 }
 
-fn run_of(life: &Life) -> Run {
+fn run_of(life: &ContainerRun) -> Run {
     Run {
         cgroup: life.cgroup.0,
         started: life.started.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
@@ -151,9 +151,9 @@ fn run_of(life: &Life) -> Run {
 const RETRY: Duration = Duration::from_secs(5);
 
 /// Stops containers when their events say so.
-pub struct Stops {
+pub struct StopScheduler {
     /// What is ordered.
-    pub orders: Arc<Orders>,
+    pub orders: Arc<RuntimeOverrides>,
     /// Who runs.
     pub index: Arc<Index>,
     /// Who stops them.
@@ -176,7 +176,7 @@ enum Due {
     Never(&'static str),
 }
 
-impl Stops {
+impl StopScheduler {
     /// Until the task is dropped, or nobody can order anything any more.
     pub async fn run(mut self) {
         let mut index = self.index.changes();
@@ -274,7 +274,7 @@ mod tests {
             let waited = may_finish.lock().unwrap().recv_timeout(Duration::from_secs(20));
             waited.map_err(std::io::Error::other)
         });
-        let orders = Arc::new(Orders::new(&[], keep).unwrap());
+        let orders = Arc::new(RuntimeOverrides::new(&[], keep).unwrap());
         let (writer, written) = (orders.clone(), id.clone());
         let writing = std::thread::spawn(move || {
             let ordered = writer.order(&written, |_| true, |it| it.options.hop_limit = Some(1));
@@ -299,13 +299,13 @@ mod tests {
                 Ok(())
             })
         };
-        let orders = Orders::new(&[], keep(&file)).unwrap();
+        let orders = RuntimeOverrides::new(&[], keep(&file)).unwrap();
         for digit in ["a", "b"] {
             orders
                 .order(&id(digit), |_| true, |it| it.options.hop_limit = Some(1))
                 .unwrap();
         }
-        let again = Orders::new(&file.lock().unwrap().clone(), keep(&file)).unwrap();
+        let again = RuntimeOverrides::new(&file.lock().unwrap().clone(), keep(&file)).unwrap();
         assert_eq!(again.of(&id("a")).unwrap().options.hop_limit, Some(1));
         assert_eq!(again.of(&id("c")), None);
         // `b` is no more.
@@ -313,7 +313,7 @@ mod tests {
             .order(&id("a"), |it| *it == id("a"), |it| it.options.hop_limit = Some(2))
             .unwrap();
         assert_eq!(again.of(&id("b")), None);
-        let full = Orders::new(
+        let full = RuntimeOverrides::new(
             &file.lock().unwrap().clone(),
             Box::new(|_| Err(std::io::Error::other("full"))),
         )
@@ -323,6 +323,6 @@ mod tests {
                 .is_err()
         );
         assert_eq!(full.of(&id("a")).unwrap().options.hop_limit, Some(2));
-        assert!(Orders::new(b"nonsense", keep(&file)).is_err());
+        assert!(RuntimeOverrides::new(b"nonsense", keep(&file)).is_err());
     }
 }

@@ -11,17 +11,17 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use hyper::Request;
 use hyper::http::request::Parts;
-use imds_router::attribution::sock_diag::{Found, read_answer};
+use imds_router::attribution::sock_diag::{FoundSocket, read_answer};
 use imds_router::clock::Clock;
 use imds_router::config::{HttpTokens, Settings};
 use imds_router::containers::label_sources::{Origin, Pairs};
 use imds_router::containers::labels::{self, ContainerSpec, LabelError};
 use imds_router::containers::{CgroupId, ContainerId, Open};
-use imds_router::credentials::allow_rules::{Applicant, Attribute, Glob, NotAllowed, Pair, Rule, Wish, decide};
+use imds_router::credentials::allow_rules::{Attribute, Glob, NotAllowed, Pair, Requester, RoleRequest, Rule, decide};
 use imds_router::credentials::session_inputs::Inputs;
 use imds_router::credentials::{RoleArn, Secret};
 use imds_router::metadata::aemm;
-use imds_router::orders::Orders;
+use imds_router::orders::RuntimeOverrides;
 use imds_router::protocol::request::{Call, Place, parse};
 use imds_router::protocol::token::{LENGTH, TTL_SECONDS, TokenAuthority, TokenKey};
 use proptest::collection::{btree_map, btree_set, vec};
@@ -484,7 +484,7 @@ fn decided<'r>(rules: &'r [Rule], asked: &Asked) -> Result<Option<&'r Rule>, Not
         .labels
         .iter()
         .map(|(key, value)| (key.as_str(), attribute(value.as_str())));
-    let who = Applicant {
+    let who = Requester {
         container: &asked.container,
         image: &asked.image,
         image_id: "sha256:0",
@@ -496,7 +496,7 @@ fn decided<'r>(rules: &'r [Rule], asked: &Asked) -> Result<Option<&'r Rule>, Not
             .map(|names| names.iter().map(String::as_str).collect()),
         labels: labels.collect(),
     };
-    let wish = Wish {
+    let wish = RoleRequest {
         role: asked.role.as_ref(),
         profile: asked.profile.as_deref(),
         chain: &asked.chain,
@@ -675,7 +675,7 @@ proptest! {
 
     #[test]
     fn no_bytes_are_more_than_one_socket_or_an_error(bytes in damaged_answers()) {
-        if let Ok(Some(Some(Found { open, state, .. }))) = read_answer(&bytes, 1) {
+        if let Ok(Some(Some(FoundSocket { open, state, .. }))) = read_answer(&bytes, 1) {
             prop_assert!(bytes.len() >= 16 + 72, "a socket in {} bytes", bytes.len());
             prop_assert!(open != Open::Active || [1, 4, 5].contains(&state));
         }
@@ -719,10 +719,10 @@ proptest! {
             *keep.lock().unwrap() = bytes.to_vec();
             Ok(())
         });
-        let Ok(orders) = Orders::new(&file, keep) else { return Ok(()) };
+        let Ok(orders) = RuntimeOverrides::new(&file, keep) else { return Ok(()) };
         let ordered = orders.order(&owner, |_| true, |it| it.options.hop_limit = Some(hop_limit)).unwrap();
         prop_assert_eq!(ordered.options.hop_limit, Some(hop_limit));
-        let again = Orders::new(&written.lock().unwrap(), Box::new(|_| Ok(()))).unwrap();
+        let again = RuntimeOverrides::new(&written.lock().unwrap(), Box::new(|_| Ok(()))).unwrap();
         prop_assert_eq!(again.of(&owner), Some(ordered));
     }
 
@@ -789,7 +789,7 @@ fn inputs_are_neither_all_accepted_nor_all_rejected() {
         ),
         (
             "overrides",
-            share(damaged(), |it| Orders::new(&it, Box::new(|_| Ok(()))).is_ok()),
+            share(damaged(), |it| RuntimeOverrides::new(&it, Box::new(|_| Ok(()))).is_ok()),
         ),
         (
             "metadata files",

@@ -404,7 +404,7 @@ fn the_check_itself_finds_what_is_wrong() {
     };
     let (broken, _) = house.check_map(&file);
     assert_eq!(broken.len(), 1, "{broken:?}");
-    assert!(broken[0].contains("line 1: wire → config"), "{broken:?}");
+    assert!(broken[0].contains("line 1: protocol → config"), "{broken:?}");
 }
 
 struct House {

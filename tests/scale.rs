@@ -17,17 +17,17 @@ use imds_router::config::Settings;
 use imds_router::containers::image_labels::{Image, ImageStore, InUse};
 use imds_router::containers::index::{EngineState, Index};
 use imds_router::containers::watcher::{
-    Birth, ContainerEngine, EngineError, Event, Events, Hold, Inspection, Instances, Kernel, Listed, Network, Ports,
-    Row, Run, Watcher,
+    ContainerEngine, ContainerSummary, EngineError, Event, Events, Hold, Inspection, Instances, Kernel, Listed,
+    Network, Ports, Reconciler, Run, RunStart,
 };
 use imds_router::containers::{
-    Attachments, CgroupId, ContainerId, Definition, Endpoint, Environment, NamespaceId, NetworkId, NetworkMode,
-    SocketEvidence, Witness,
+    CgroupId, ContainerId, Definition, Endpoint, Environment, NamespaceId, NetworkEndpoints, NetworkId, NetworkMode,
+    RunHandle, SocketEvidence,
 };
 use imds_router::credentials::Session;
 use imds_router::credentials::broker::{Broker, Lease, Limits};
 use imds_router::credentials::offline::Offline;
-use imds_router::instance::{Instance, Surroundings, resolve_sparingly};
+use imds_router::instance::{Instance, RuntimeFacts, resolve_sparingly};
 use imds_router::protocol::request::credentials_document;
 use tokio::sync::{mpsc, watch};
 
@@ -125,8 +125,8 @@ impl Scripted {
         future::ready(Ok(answer(&mut self.0.lock().unwrap()))).boxed()
     }
 
-    fn row(&self, number: u32) -> Row {
-        Row {
+    fn row(&self, number: u32) -> ContainerSummary {
+        ContainerSummary {
             id: id(number),
             name: format!("container-{number}"),
             labels: BTreeMap::from([("imds.role".to_owned(), format!("role-{}", number % ROLES))]),
@@ -163,7 +163,7 @@ impl ContainerEngine for Scripted {
         })
     }
 
-    fn container(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Row>, EngineError>> {
+    fn container(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<ContainerSummary>, EngineError>> {
         let (this, number) = (self.clone(), number_of(id));
         self.say(move |world| world.has(number).then(|| this.row(number)))
     }
@@ -220,23 +220,23 @@ impl ImageStore for Scripted {
 }
 
 impl Kernel for Scripted {
-    fn birth(&self, id: &ContainerId, _: Option<&Run>, _: Option<&NetworkMode>) -> Result<Birth, String> {
+    fn run_start(&self, id: &ContainerId, _: Option<&Run>, _: Option<&NetworkMode>) -> Result<RunStart, String> {
         let number = number_of(id);
         let world = self.0.lock().unwrap();
         if !world.has(number) {
             return Err("not there yet".to_owned());
         }
         let cgroup = CgroupId(u64::from(number) + 10);
-        Ok(Birth {
+        Ok(RunStart {
             cgroup,
             pid: number,
             started: SystemTime::UNIX_EPOCH,
-            witness: Arc::new(Witnessed(NamespaceId(cgroup.0))),
+            handle: Arc::new(Witnessed(NamespaceId(cgroup.0))),
         })
     }
 }
 
-impl Witness for Witnessed {
+impl RunHandle for Witnessed {
     fn alive(&self) -> bool {
         true
     }
@@ -250,7 +250,7 @@ impl Witness for Witnessed {
         Ok(None)
     }
 
-    fn holds(&self, _: CgroupId) -> std::io::Result<bool> {
+    fn owns_cgroup(&self, _: CgroupId) -> std::io::Result<bool> {
         Ok(false)
     }
 
@@ -277,7 +277,7 @@ impl Witness for Witnessed {
 
 struct Resolver {
     settings: Arc<Settings>,
-    around: Arc<Surroundings>,
+    facts: Arc<RuntimeFacts>,
     broker: Arc<Broker>,
 }
 
@@ -292,8 +292,13 @@ impl Hold for Held {
 }
 
 impl Instances for Resolver {
-    fn resolve(&self, container: &Arc<Definition>, attachments: &Arc<Attachments>, started: SystemTime) -> Instance {
-        resolve_sparingly(container, attachments, started, &self.settings, &self.around)
+    fn resolve(
+        &self,
+        container: &Arc<Definition>,
+        attachments: &Arc<NetworkEndpoints>,
+        started: SystemTime,
+    ) -> Instance {
+        resolve_sparingly(container, attachments, started, &self.settings, &self.facts)
     }
 
     fn hold(&self, session: &Arc<Session>) -> Box<dyn Hold> {
@@ -345,14 +350,14 @@ impl Host {
             kernel: Arc::new(engine.clone()),
             instances: Arc::new(Resolver {
                 settings: Arc::new(settings),
-                around: Arc::default(),
+                facts: Arc::default(),
                 broker,
             }),
             images: Arc::new(engine.clone()),
             changed: changes,
         };
         let started = Instant::now();
-        tokio::spawn(Watcher::new(ports, index.clone(), misses, clock).run());
+        tokio::spawn(Reconciler::new(ports, index.clone(), misses, clock).run());
         let mut changes = index.changes();
         while *index.engine() != EngineState::Synchronised {
             changes.changed().await.unwrap();

@@ -49,7 +49,7 @@ pub enum AskError {
     },
     /// It did not do what was asked for.
     #[error("not done: {0}")]
-    NotDone(String),
+    ApiError(String),
     /// It does not serve.
     #[error("not ready: {0}\nhint: imds-router doctor says what is wrong on this host")]
     NotReady(String),
@@ -174,7 +174,7 @@ async fn order<T: serde::de::DeserializeOwned>(
         StatusCode::NOT_FOUND => Err(AskError::NoContainer {
             container: container.to_owned(),
         }),
-        _ => Err(AskError::NotDone(printable(&String::from_utf8_lossy(&said), 400))),
+        _ => Err(AskError::ApiError(printable(&String::from_utf8_lossy(&said), 400))),
     }
 }
 
@@ -227,10 +227,10 @@ async fn send(socket: &Path, method: Method, path: &str, body: Bytes) -> Result<
 
 /// connect(2): a Unix socket whose backlog is full gives `EAGAIN` at once, as with a daemon that is stopped.
 async fn connect(socket: &Path) -> io::Result<UnixStream> {
-    const AGAIN: Duration = Duration::from_millis(50);
+    const RETRY_INTERVAL: Duration = Duration::from_millis(50);
     loop {
         match UnixStream::connect(socket).await {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => tokio::time::sleep(AGAIN).await,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => tokio::time::sleep(RETRY_INTERVAL).await,
             connected => return connected,
         }
     }

@@ -229,14 +229,14 @@ pub struct Explanation {
     /// Name.
     pub name: String,
     /// In the order in which a request meets them; the first that is not `ok` decides.
-    pub steps: Vec<Judgement>,
+    pub steps: Vec<ExplainStep>,
     /// Connections that were refused and may have been this container's, the newest last.
     pub refused: Vec<RefusalStatus>,
 }
 
 /// One step.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub struct Judgement {
+pub struct ExplainStep {
     /// What is looked at.
     pub step: String,
     /// Whether a request gets past it.
@@ -324,7 +324,7 @@ pub struct EventStatus {
 
 /// Why something is not done.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum NotDone {
+pub enum ApiError {
     /// There is no such container, or several.
     NoContainer,
     /// What was asked for makes no sense: 400.
@@ -334,7 +334,7 @@ pub enum NotDone {
 }
 
 /// Makes the answers.
-pub trait Observatory: Send + Sync + 'static {
+pub trait AdminApi: Send + Sync + 'static {
     /// Everything at this moment.
     fn status(&self) -> Status;
     /// One container: by name, by the beginning of its id, or by compose service. `None`: there is none, or several.
@@ -346,12 +346,12 @@ pub trait Observatory: Send + Sync + 'static {
     ///
     /// # Errors
     /// Why not.
-    fn modify(&self, container: &str, modify: &Modify) -> Result<Options, NotDone>;
+    fn modify(&self, container: &str, modify: &Modify) -> Result<Options, ApiError>;
     /// Has something happen to a container, or calls it off; answers all that is to happen to it.
     ///
     /// # Errors
     /// Why not.
-    fn trigger(&self, container: &str, trigger: &Trigger) -> Result<Vec<EventStatus>, NotDone>;
+    fn trigger(&self, container: &str, trigger: &Trigger) -> Result<Vec<EventStatus>, ApiError>;
     /// What is to happen to a container. `None`: there is no such container, or several.
     fn events(&self, container: &str) -> Option<Vec<EventStatus>>;
     /// The certificate that instance identities are signed by, in PEM.

@@ -21,11 +21,11 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tracing::warn;
 
-use super::{Handover, NotDone, Observatory};
+use super::{AdminApi, ApiError, Handover};
 use crate::descriptors;
 
 /// Answers on the socket until the task is dropped.
-pub async fn serve(listener: UnixListener, observatory: Arc<dyn Observatory>) {
+pub async fn serve(listener: UnixListener, observatory: Arc<dyn AdminApi>) {
     let mut open = Open::default();
     let mut spare = Spare::default();
     loop {
@@ -106,7 +106,7 @@ where
 }
 
 /// Answers what Prometheus and health checks ask, and nothing else, until the task is dropped.
-pub async fn serve_metrics(listener: TcpListener, observatory: Arc<dyn Observatory>) {
+pub async fn serve_metrics(listener: TcpListener, observatory: Arc<dyn AdminApi>) {
     let mut open = Open::default();
     let mut spare = Spare::default();
     loop {
@@ -126,8 +126,8 @@ pub async fn serve_metrics(listener: TcpListener, observatory: Arc<dyn Observato
 /// One connection.
 async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
-    observatory: Arc<dyn Observatory>,
-    answer: impl for<'a> Fn(Request<Incoming>, &'a dyn Observatory) -> BoxFuture<'a, Response<Full<Bytes>>>,
+    observatory: Arc<dyn AdminApi>,
+    answer: impl for<'a> Fn(Request<Incoming>, &'a dyn AdminApi) -> BoxFuture<'a, Response<Full<Bytes>>>,
 ) {
     let observatory = observatory.as_ref();
     let service = service_fn(|request: Request<Incoming>| {
@@ -151,9 +151,9 @@ fn reply(status: StatusCode, content_type: &'static str, body: Vec<u8>) -> Respo
 }
 
 /// The largest body of a request.
-const MOST_BYTES: usize = 64 * 1024;
+const MAX_BYTES: usize = 64 * 1024;
 
-async fn answer(request: Request<Incoming>, observatory: &dyn Observatory) -> Response<Full<Bytes>> {
+async fn answer(request: Request<Incoming>, observatory: &dyn AdminApi) -> Response<Full<Bytes>> {
     let (parts, body) = request.into_parts();
     let path = percent_encoding::percent_decode_str(parts.uri.path())
         .decode_utf8_lossy()
@@ -180,11 +180,11 @@ async fn answer(request: Request<Incoming>, observatory: &dyn Observatory) -> Re
             .events(container)
             .map_or_else(absent, |it| json(serde_json::to_vec_pretty(&it))),
         (&Method::POST, "modify", Some(container)) => {
-            let asked = serde_json::from_slice(&whole(body).await).map_err(|error| NotDone::Wrong(error.to_string()));
+            let asked = serde_json::from_slice(&whole(body).await).map_err(|error| ApiError::Wrong(error.to_string()));
             done(asked.and_then(|modify| observatory.modify(container, &modify)))
         }
         (&Method::POST, "trigger", Some(container)) => {
-            let asked = serde_json::from_slice(&whole(body).await).map_err(|error| NotDone::Wrong(error.to_string()));
+            let asked = serde_json::from_slice(&whole(body).await).map_err(|error| ApiError::Wrong(error.to_string()));
             done(asked.and_then(|trigger| observatory.trigger(container, &trigger)))
         }
         (&Method::GET, "livez", None) => text(StatusCode::OK, "alive".to_owned()),
@@ -225,16 +225,16 @@ fn text(status: StatusCode, text: String) -> Answered {
 
 /// A body, or nothing where it is too large or breaks off.
 async fn whole(body: Incoming) -> Bytes {
-    let body = Limited::new(body, MOST_BYTES).collect().await;
+    let body = Limited::new(body, MAX_BYTES).collect().await;
     body.map(|body| body.to_bytes()).unwrap_or_default()
 }
 
-fn done<T: Serialize>(done: Result<T, NotDone>) -> Answered {
+fn done<T: Serialize>(done: Result<T, ApiError>) -> Answered {
     match done {
         Ok(done) => json(serde_json::to_vec_pretty(&done)),
-        Err(NotDone::NoContainer) => (StatusCode::NOT_FOUND, JSON, b"{}".to_vec()),
-        Err(NotDone::Wrong(why)) => text(StatusCode::BAD_REQUEST, why),
-        Err(NotDone::Failed(why)) => text(StatusCode::INTERNAL_SERVER_ERROR, why),
+        Err(ApiError::NoContainer) => (StatusCode::NOT_FOUND, JSON, b"{}".to_vec()),
+        Err(ApiError::Wrong(why)) => text(StatusCode::BAD_REQUEST, why),
+        Err(ApiError::Failed(why)) => text(StatusCode::INTERNAL_SERVER_ERROR, why),
     }
 }
 
@@ -245,7 +245,7 @@ mod tests {
     /// Knows no container, and is not ready.
     struct Nothing;
 
-    impl Observatory for Nothing {
+    impl AdminApi for Nothing {
         fn status(&self) -> crate::admin::Status {
             unimplemented!("no test asks for it")
         }
@@ -255,10 +255,10 @@ mod tests {
         fn trust(&self, _: &str) -> Option<Vec<crate::admin::Trust>> {
             None
         }
-        fn modify(&self, _: &str, _: &crate::admin::Modify) -> Result<crate::admin::Options, NotDone> {
-            Err(NotDone::Failed("no".to_owned()))
+        fn modify(&self, _: &str, _: &crate::admin::Modify) -> Result<crate::admin::Options, ApiError> {
+            Err(ApiError::Failed("no".to_owned()))
         }
-        fn trigger(&self, _: &str, _: &crate::admin::Trigger) -> Result<Vec<crate::admin::EventStatus>, NotDone> {
+        fn trigger(&self, _: &str, _: &crate::admin::Trigger) -> Result<Vec<crate::admin::EventStatus>, ApiError> {
             Ok(Vec::new())
         }
         fn events(&self, _: &str) -> Option<Vec<crate::admin::EventStatus>> {

@@ -354,7 +354,7 @@ pub fn alive(pidfd: &OwnedFd) -> bool {
 ///
 /// # Errors
 /// When a directory cannot be read because no descriptor is left.
-pub fn holds(directory: &Path, own: CgroupId, cgroup: CgroupId) -> io::Result<bool> {
+pub fn owns_cgroup(directory: &Path, own: CgroupId, cgroup: CgroupId) -> io::Result<bool> {
     if own == cgroup {
         return Ok(true);
     }
@@ -495,8 +495,8 @@ mod tests {
         let first = host.cgroups().first_process(&id(), None, None).unwrap();
         assert!(first.directory.ends_with(id().as_str()));
         let nested = fs::metadata(host.dir.path().join("c").join(path)).unwrap().ino();
-        assert!(holds(&first.directory, first.cgroup, CgroupId(nested)).unwrap());
-        assert!(!holds(&first.directory, first.cgroup, CgroupId(nested + 100_000)).unwrap());
+        assert!(owns_cgroup(&first.directory, first.cgroup, CgroupId(nested)).unwrap());
+        assert!(!owns_cgroup(&first.directory, first.cgroup, CgroupId(nested + 100_000)).unwrap());
     }
 
     #[test]

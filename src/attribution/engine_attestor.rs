@@ -14,17 +14,17 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 
 use crate::clock::Clock;
-use crate::containers::watcher::{Birth, Kernel, Run};
-use crate::containers::{CgroupId, ContainerId, Level, NamespaceId, NetworkMode, SocketEvidence, Witness};
+use crate::containers::watcher::{Kernel, Run, RunStart};
+use crate::containers::{CgroupId, ContainerId, NamespaceId, NetworkMode, ProofLevel, RunHandle, SocketEvidence};
 
 /// Lives as the engine tells them. They end when it says so, or when it is away: addresses may move then.
-pub struct EngineWord {
+pub struct EngineAttestor {
     clock: Clock,
     /// A life ends when its sender is dropped.
     lives: DashMap<ContainerId, (CgroupId, watch::Sender<()>)>,
 }
 
-impl EngineWord {
+impl EngineAttestor {
     /// Nobody lives yet.
     pub fn new(clock: Clock) -> Self {
         Self {
@@ -34,8 +34,8 @@ impl EngineWord {
     }
 }
 
-impl Kernel for EngineWord {
-    fn birth(&self, id: &ContainerId, run: Option<&Run>, mode: Option<&NetworkMode>) -> Result<Birth, String> {
+impl Kernel for EngineAttestor {
+    fn run_start(&self, id: &ContainerId, run: Option<&Run>, mode: Option<&NetworkMode>) -> Result<RunStart, String> {
         let run = run.ok_or("the engine has not said yet that it runs")?;
         match mode {
             Some(NetworkMode::Own) => {}
@@ -56,11 +56,11 @@ impl Kernel for EngineWord {
         if entry.0 != life {
             *entry = (life, watch::Sender::new(()));
         }
-        Ok(Birth {
+        Ok(RunStart {
             cgroup: life,
             pid: run.pid,
             started: started(&run.started).unwrap_or_else(|| self.clock.wall()),
-            witness: std::sync::Arc::new(EngineWitness {
+            handle: std::sync::Arc::new(EngineRunHandle {
                 life,
                 runs: entry.1.subscribe(),
             }),
@@ -80,14 +80,14 @@ fn started(text: &str) -> Option<SystemTime> {
     text.parse::<jiff::Timestamp>().ok().map(SystemTime::from)
 }
 
-struct EngineWitness {
+struct EngineRunHandle {
     life: CgroupId,
     runs: watch::Receiver<()>,
 }
 
-impl Witness for EngineWitness {
-    fn level(&self) -> Level {
-        Level::Address
+impl RunHandle for EngineRunHandle {
+    fn level(&self) -> ProofLevel {
+        ProofLevel::Address
     }
 
     fn alive(&self) -> bool {
@@ -103,7 +103,7 @@ impl Witness for EngineWitness {
         Ok(None)
     }
 
-    fn holds(&self, _: CgroupId) -> io::Result<bool> {
+    fn owns_cgroup(&self, _: CgroupId) -> io::Result<bool> {
         Ok(false)
     }
 
@@ -147,28 +147,32 @@ mod tests {
 
     #[tokio::test]
     async fn a_life_is_what_the_engine_says_and_ends_when_it_says_so() {
-        let engine = EngineWord::new(Clock::system());
+        let engine = EngineAttestor::new(Clock::system());
         let own = Some(&NetworkMode::Own);
-        assert!(engine.birth(&id(), None, own).is_err());
-        assert!(engine.birth(&id(), Some(&run(7)), Some(&NetworkMode::Host)).is_err());
-        let first = engine.birth(&id(), Some(&run(7)), own).unwrap();
-        assert!(first.witness.alive() && first.witness.level() == Level::Address);
+        assert!(engine.run_start(&id(), None, own).is_err());
+        assert!(
+            engine
+                .run_start(&id(), Some(&run(7)), Some(&NetworkMode::Host))
+                .is_err()
+        );
+        let first = engine.run_start(&id(), Some(&run(7)), own).unwrap();
+        assert!(first.handle.alive() && first.handle.level() == ProofLevel::Address);
         // Told twice, it is the same life; another run is another.
-        let again = engine.birth(&id(), Some(&run(7)), own).unwrap();
-        assert!(first.cgroup == again.cgroup && first.witness.alive());
-        let next = engine.birth(&id(), Some(&run(8)), own).unwrap();
-        assert!(next.cgroup != first.cgroup && !first.witness.alive() && next.witness.alive());
-        first.witness.ended().await;
+        let again = engine.run_start(&id(), Some(&run(7)), own).unwrap();
+        assert!(first.cgroup == again.cgroup && first.handle.alive());
+        let next = engine.run_start(&id(), Some(&run(8)), own).unwrap();
+        assert!(next.cgroup != first.cgroup && !first.handle.alive() && next.handle.alive());
+        first.handle.ended().await;
         engine.engine_says_ended(&id());
-        assert!(!next.witness.alive());
-        next.witness.ended().await;
+        assert!(!next.handle.alive());
+        next.handle.ended().await;
     }
 
     #[test]
     fn without_the_engine_nobody_lives() {
-        let engine = EngineWord::new(Clock::system());
-        let birth = engine.birth(&id(), Some(&run(7)), Some(&NetworkMode::Own)).unwrap();
+        let engine = EngineAttestor::new(Clock::system());
+        let run_start = engine.run_start(&id(), Some(&run(7)), Some(&NetworkMode::Own)).unwrap();
         engine.engine_lost();
-        assert!(!birth.witness.alive());
+        assert!(!run_start.handle.alive());
     }
 }

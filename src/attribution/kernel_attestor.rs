@@ -1,4 +1,4 @@
-//! The real kernel behind [`Kernel`] and [`Witness`].
+//! The real kernel behind [`Kernel`] and [`RunHandle`].
 
 use std::collections::HashSet;
 use std::future::Future;
@@ -23,8 +23,8 @@ use super::cgroup_watch;
 use super::netns::open_in;
 use super::sock_diag::DiagSocket;
 use crate::clock::Clock;
-use crate::containers::watcher::{Birth, Kernel, Run};
-use crate::containers::{CgroupId, ContainerId, NamespaceId, NetworkMode, Open, SocketEvidence, Witness};
+use crate::containers::watcher::{Kernel, Run, RunStart};
+use crate::containers::{CgroupId, ContainerId, NamespaceId, NetworkMode, Open, RunHandle, SocketEvidence};
 use crate::descriptors;
 use crate::logging::with_causes;
 
@@ -156,7 +156,7 @@ impl Kernel for HostKernel {
         })
     }
 
-    fn birth(&self, id: &ContainerId, run: Option<&Run>, mode: Option<&NetworkMode>) -> Result<Birth, String> {
+    fn run_start(&self, id: &ContainerId, run: Option<&Run>, mode: Option<&NetworkMode>) -> Result<RunStart, String> {
         let first = self.cgroups.first_process(id, run.map(|run| run.pid), mode)?;
         let namespace = self.namespace(&first).map_err(|error| {
             descriptors::note(LINKS, &error);
@@ -177,11 +177,11 @@ impl Kernel for HostKernel {
         )]
         let pidfd = AsyncFd::with_interest(pidfd, Interest::READABLE)
             .map_err(|error| format!("its first process cannot be watched: {error}"))?;
-        Ok(Birth {
+        Ok(RunStart {
             cgroup,
             pid,
             started,
-            witness: Arc::new(KernelWitness {
+            handle: Arc::new(KernelRunHandle {
                 directory,
                 cgroup,
                 pidfd: Arc::new(pidfd),
@@ -203,7 +203,7 @@ struct Namespace {
     attachment: Arc<Attachment>,
 }
 
-struct KernelWitness {
+struct KernelRunHandle {
     directory: PathBuf,
     cgroup: CgroupId,
     pidfd: Member,
@@ -212,7 +212,7 @@ struct KernelWitness {
     attached: AtomicBool,
 }
 
-impl Drop for KernelWitness {
+impl Drop for KernelRunHandle {
     fn drop(&mut self) {
         if self.attached.load(Ordering::Acquire) {
             self.namespace.attachment.forget(self.cgroup);
@@ -220,7 +220,7 @@ impl Drop for KernelWitness {
     }
 }
 
-impl Witness for KernelWitness {
+impl RunHandle for KernelRunHandle {
     fn alive(&self) -> bool {
         cgroup::alive(self.pidfd.get_ref())
     }
@@ -259,8 +259,8 @@ impl Witness for KernelWitness {
         self.namespace.attachment.is_local(&self.pidfd, address)
     }
 
-    fn holds(&self, cgroup: CgroupId) -> io::Result<bool> {
-        cgroup::holds(&self.directory, self.cgroup, cgroup)
+    fn owns_cgroup(&self, cgroup: CgroupId) -> io::Result<bool> {
+        cgroup::owns_cgroup(&self.directory, self.cgroup, cgroup)
     }
 
     fn namespace(&self) -> NamespaceId {

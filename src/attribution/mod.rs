@@ -3,7 +3,7 @@
 //! # Threat note
 //! The evidence, who controls it, and what it proves:
 //!
-//! * **The link that the connection came over** ([`Via::Namespace`]). Each served network namespace has a link of its own to
+//! * **The link that the connection came over** ([`AcceptedFrom::Namespace`]). Each served network namespace has a link of its own to
 //!   the private namespace, with a listener that is bound to it. Only the kernel moves packets onto that link, and only those
 //!   that processes of the namespace send. It says which namespace calls, whatever the addresses say. No packet crosses a
 //!   bridge, so a neighbor can neither send nor divert one.
@@ -19,10 +19,10 @@
 //!   verified init process of the namespace, or one below. It tells containers that share a namespace apart, and excludes host
 //!   processes that entered the namespace.
 //! * **The run.** The init process's pidfd, checked on every request.
-//! * **The source address** ([`Via::Bridge`]). Any container with `NET_RAW`, Docker's default, can send with the address and MAC
+//! * **The source address** ([`AcceptedFrom::Bridge`]). Any container with `NET_RAW`, Docker's default, can send with the address and MAC
 //!   of a neighbor, and can make a neighbor accept a connection with addresses of its choice. Over a bridge nothing is therefore
 //!   proven: with full proof such a connection is refused.
-//! * **The engine** ([`Level::Address`], off by default). Where the kernel cannot be queried (missing rights, a remote engine,
+//! * **The engine** ([`ProofLevel::Address`], off by default). Where the kernel cannot be queried (missing rights, a remote engine,
 //!   cgroup v1 alone), the operator may accept the source address. The spoofing trials show that this is not safe.
 //!
 //! Who controls what: the engine and its users choose names, labels and addresses. A container with `NET_RAW` chooses every
@@ -65,7 +65,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::containers::index::{EngineState, Index};
-use crate::containers::{CgroupId, ContainerId, Level, Life, NamespaceId, NetworkMode, Open, Record, SocketEvidence};
+use crate::containers::{
+    CgroupId, ContainerId, ContainerRun, NamespaceId, NetworkMode, Open, ProofLevel, Record, SocketEvidence,
+};
 use crate::descriptors;
 
 /// States in which the container's socket is the other end of the connection: `TCP_ESTABLISHED`, `TCP_FIN_WAIT1` and `TCP_FIN_WAIT2`
@@ -85,14 +87,14 @@ pub struct Connection {
     /// Where the client sent it: port 80 of the metadata address, whatever port we listen on.
     pub server: SocketAddr,
     /// Where it was accepted.
-    pub via: Via,
+    pub via: AcceptedFrom,
     /// Whether a container inside the container of that namespace counts as it (`[serve] nested`).
     pub nested: bool,
 }
 
 /// Where a connection was accepted: it decides who may have made it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Via {
+pub enum AcceptedFrom {
     /// From inside a network namespace: over the link of a namespace that containers are in, or in the host's own. Nothing
     /// else comes that way.
     Namespace(NamespaceId),
@@ -109,14 +111,14 @@ pub enum Via {
 /// ```
 #[derive(Clone, Debug)]
 pub struct Caller {
-    life: Arc<Life>,
+    life: Arc<ContainerRun>,
     /// The socket that proved it, by its cookie. `None`: something else did.
     socket: Option<u64>,
 }
 
 impl Caller {
     /// Whose life.
-    pub fn life(&self) -> &Arc<Life> {
+    pub fn life(&self) -> &Arc<ContainerRun> {
         &self.life
     }
 }
@@ -360,7 +362,9 @@ pub fn identify_at_once(index: &Index, connection: Connection) -> First {
         Refusal::Unacknowledged { .. } => false,
         Refusal::OverBridge { .. } => true,
         // Over a bridge the address may have moved: the engine is asked about it.
-        refusal => matches!(connection.via, Via::Namespace(_)) && synchronised && !awaits(index, connection, refusal),
+        refusal => {
+            matches!(connection.via, AcceptedFrom::Namespace(_)) && synchronised && !awaits(index, connection, refusal)
+        }
     };
     match is_final {
         true => First::Refused(refusal),
@@ -390,8 +394,8 @@ pub async fn identify_later(index: &Index, connection: Connection, deadline: Ins
     let mut changes = index.changes();
     let mut looked = std::pin::pin!(index.look_again(address));
     // In a namespace addresses tell nothing: there is nothing to ask the engine, unless it has not described the container yet.
-    let is_undefined = || matches!(connection.via, Via::Namespace(namespace) if index.is_undefined(namespace));
-    let mut has_looked = matches!(connection.via, Via::Namespace(_)) && !is_undefined();
+    let is_undefined = || matches!(connection.via, AcceptedFrom::Namespace(namespace) if index.is_undefined(namespace));
+    let mut has_looked = matches!(connection.via, AcceptedFrom::Namespace(_)) && !is_undefined();
     let mut attempts = 0;
     loop {
         changes.mark_unchanged();
@@ -441,14 +445,14 @@ pub async fn identify_later(index: &Index, connection: Connection, deadline: Ins
 fn awaits(index: &Index, connection: Connection, refusal: &Refusal) -> bool {
     match connection.via {
         // A container that is about to have a link of its own: its next attempt then comes over that.
-        Via::Bridge(_) => match refusal {
+        AcceptedFrom::Bridge(_) => match refusal {
             Refusal::NoLife { .. } => true,
             Refusal::NotAttached { container, .. } => index.get(container).is_some_and(|record| attaches_soon(&record)),
             _ => false,
         },
         // Its engine has not told yet whose it is.
-        Via::Namespace(namespace) if index.is_undefined(namespace) => true,
-        Via::Namespace(namespace) => {
+        AcceptedFrom::Namespace(namespace) if index.is_undefined(namespace) => true,
+        AcceptedFrom::Namespace(namespace) => {
             // Who joins this namespace is born into it: the host's, or that of a container which lives in it.
             let members = index.within(namespace);
             let unborn = |record: &Record| record.life.is_none() && record.no_life.is_none();
@@ -466,7 +470,7 @@ fn awaits(index: &Index, connection: Connection, refusal: &Refusal) -> bool {
 
 /// Whether a container's link to the service is being made.
 fn attaches_soon(record: &Record) -> bool {
-    let has_link = |life: &Arc<Life>| life.witness.is_attached();
+    let has_link = |life: &Arc<ContainerRun>| life.handle.is_attached();
     record.attaches && record.not_attached.is_none() && !record.life.as_ref().is_some_and(has_link)
 }
 
@@ -483,15 +487,15 @@ fn why_not_attached(record: &Record) -> String {
 fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
     let address = connection.client.ip();
     let (candidates, mut refusal) = match connection.via {
-        Via::Namespace(namespace) => (index.within(namespace), Refusal::Host(address)),
-        Via::Bridge(_) => {
+        AcceptedFrom::Namespace(namespace) => (index.within(namespace), Refusal::Host(address)),
+        AcceptedFrom::Bridge(_) => {
             let mut candidates = index.at(address);
             // Others may live in the namespace of who holds the address.
             let sharers = candidates
                 .iter()
                 .filter_map(|record| record.life.as_ref())
                 .flat_map(|life| {
-                    let namespace = life.witness.namespace();
+                    let namespace = life.handle.namespace();
                     index.within(namespace)
                 });
             let sharers: Vec<_> = sharers.collect();
@@ -535,8 +539,8 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
         };
         // Packets on a bridge prove nothing, and neither does a socket that seems to belong to them: a neighbor can have the
         // container accept a connection with the same addresses and ports. A container is answered over its own link only.
-        if matches!(connection.via, Via::Bridge(_)) && life.witness.level() == Level::Full {
-            refusal = match life.witness.is_attached() {
+        if matches!(connection.via, AcceptedFrom::Bridge(_)) && life.handle.level() == ProofLevel::Full {
+            refusal = match life.handle.is_attached() {
                 true => Refusal::OverBridge { container },
                 false => Refusal::NotAttached {
                     container,
@@ -546,7 +550,7 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
             };
             continue;
         }
-        if life.witness.level() == Level::Address {
+        if life.handle.level() == ProofLevel::Address {
             match by_address(index, connection, &container) {
                 Ok(()) if proven.is_none() => proven = Some(Caller { life, socket: None }),
                 Ok(()) => return Err(Refusal::Ambiguous),
@@ -554,12 +558,12 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
             }
             continue;
         }
-        let namespace = life.witness.namespace();
+        let namespace = life.handle.namespace();
         let at = asked
             .iter()
             .position(|(known, _)| *known == namespace)
             .unwrap_or_else(|| {
-                asked.push((namespace, life.witness.socket(connection.client, connection.server)));
+                asked.push((namespace, life.handle.socket(connection.client, connection.server)));
                 asked.len() - 1
             });
         match &asked[at].1 {
@@ -573,7 +577,7 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
                     state: socket.state,
                 };
             }
-            Ok(Some(socket)) => match life.witness.holds(socket.cgroup) {
+            Ok(Some(socket)) => match life.handle.owns_cgroup(socket.cgroup) {
                 Ok(true) => match opened(&life, connection, *socket) {
                     Ok(()) if proven.is_some() => return Err(Refusal::Ambiguous),
                     Ok(()) => {
@@ -603,7 +607,7 @@ fn prove(index: &Index, connection: Connection) -> Result<Caller, Refusal> {
 
 /// Whether the container opened the connection of its socket. A sender that uses the address and port of the service as its
 /// own can make any server of the container accept one.
-fn opened(life: &Life, connection: Connection, socket: SocketEvidence) -> Result<(), Refusal> {
+fn opened(life: &ContainerRun, connection: Connection, socket: SocketEvidence) -> Result<(), Refusal> {
     let container = life.container.clone();
     if socket.listener {
         return Err(Refusal::ListenerAtPort {
@@ -617,7 +621,7 @@ fn opened(life: &Life, connection: Connection, socket: SocketEvidence) -> Result
         Open::Earlier => Err(Refusal::EarlierSocket { container }),
         // The kernel reads the state before it locks the socket. If the socket was closed in between, the acknowledgment of its
         // FIN looks like that of a SYN. A state that is still the same excludes that.
-        Open::Active => match life.witness.socket_now(connection.client, connection.server) {
+        Open::Active => match life.handle.socket_now(connection.client, connection.server) {
             Ok(Some(again)) if again == (socket.state, socket.cookie) => Ok(()),
             Ok(Some(_)) => Err(Refusal::Unacknowledged { container }),
             Ok(None) => Err(Refusal::SocketGone { container }),
@@ -645,7 +649,7 @@ fn unasked(container: ContainerId, error: &std::io::Error) -> Refusal {
 pub fn verify_peer(caller: &Caller, connection: Connection) -> Result<(), Refusal> {
     let Some(proven) = caller.socket else { return Ok(()) };
     let container = || caller.life.container.clone();
-    match caller.life.witness.socket_now(connection.client, connection.server) {
+    match caller.life.handle.socket_now(connection.client, connection.server) {
         Ok(Some((_, cookie))) if cookie != proven => Err(Refusal::SocketGone { container: container() }),
         Ok(Some((state, _))) if !CONNECTED.contains(&state) => Err(Refusal::NotEstablished {
             container: container(),
@@ -661,8 +665,8 @@ pub fn verify_peer(caller: &Caller, connection: Connection) -> Result<(), Refusa
 /// in the place of an inner container's. A neighbor on a bridge can send a packet to the service through the namespace, too.
 /// That keeps its source address, which is not local to the namespace; the kernel drops packets from outside that have a local
 /// one, and would deliver the answers to them locally.
-fn is_translated(life: &Life, address: IpAddr) -> bool {
-    life.witness.is_local(address).unwrap_or(false)
+fn is_translated(life: &ContainerRun, address: IpAddr) -> bool {
+    life.handle.is_local(address).unwrap_or(false)
 }
 
 /// A container inside a container: the outer one, if it is alone in its namespace.
@@ -696,11 +700,11 @@ fn by_address(index: &Index, connection: Connection, container: &ContainerId) ->
         NetworkMode::Host | NetworkMode::Own => false,
     };
     match connection.via {
-        Via::Bridge(_) if index.joining().iter().any(shares) => Err(Refusal::Shared {
+        AcceptedFrom::Bridge(_) if index.joining().iter().any(shares) => Err(Refusal::Shared {
             container: container.clone(),
         }),
-        Via::Bridge(_) => Ok(()),
+        AcceptedFrom::Bridge(_) => Ok(()),
         // Who is in the host's network is told apart by the kernel alone.
-        Via::Namespace(_) => Err(Refusal::Host(connection.client.ip())),
+        AcceptedFrom::Namespace(_) => Err(Refusal::Host(connection.client.ip())),
     }
 }

@@ -9,7 +9,7 @@ use super::cgroup::{CgroupError, Cgroups};
 
 /// Something without which the kernel cannot be asked who made a connection.
 #[derive(Debug, thiserror::Error)]
-pub enum Lack {
+pub enum MissingPrerequisite {
     /// Rights.
     #[error("{} missing: network namespaces of containers cannot be entered", .0.join(", "))]
     Capabilities(Vec<&'static str>),
@@ -53,7 +53,7 @@ const NEEDED: [(CapabilitySet, &str); 3] = [
 ];
 
 /// What is lacking here. An engine that does not answer yet lacks nothing: it may come.
-pub async fn lacking(engine: &str) -> Vec<Lack> {
+pub async fn missing_prerequisites(engine: &str) -> Vec<MissingPrerequisite> {
     let mut lacks = Vec::new();
     let have = capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
     let missing: Vec<_> = NEEDED
@@ -62,10 +62,10 @@ pub async fn lacking(engine: &str) -> Vec<Lack> {
         .map(|(_, name)| *name)
         .collect();
     if !missing.is_empty() {
-        lacks.push(Lack::Capabilities(missing));
+        lacks.push(MissingPrerequisite::Capabilities(missing));
     }
     if let Err(error) = Cgroups::find() {
-        lacks.push(Lack::Cgroups(error));
+        lacks.push(MissingPrerequisite::Cgroups(error));
     }
     if let Some(path) = engine.strip_prefix("unix://") {
         lacks.extend(of_peer(Path::new(path)).await);
@@ -75,29 +75,29 @@ pub async fn lacking(engine: &str) -> Vec<Lack> {
 
 /// Whether this program is run by an emulator, where the engine's machine is of this architecture, in Docker's words. The
 /// emulator itself would say that all is well.
-pub fn emulated(engines: &str) -> Option<Lack> {
+pub fn emulated(engines: &str) -> Option<MissingPrerequisite> {
     let ours = match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
         // Docker has other words for these, too, and nobody emulates them.
         _ => return None,
     };
-    (engines != ours).then(|| Lack::Emulated {
+    (engines != ours).then(|| MissingPrerequisite::Emulated {
         ours,
         engines: engines.to_owned(),
     })
 }
 
 /// What the process that listens on the engine's socket tells of where this process sits.
-async fn of_peer(socket: &Path) -> Option<Lack> {
+async fn of_peer(socket: &Path) -> Option<MissingPrerequisite> {
     let peer = tokio::net::UnixStream::connect(socket).await.ok()?.peer_cred().ok()?;
     // 0: not visible from here (unix(7), pid_namespaces(7)).
     let Some(pid) = peer.pid().filter(|pid| *pid > 0) else {
-        return Some(Lack::Processes);
+        return Some(MissingPrerequisite::Processes);
     };
     let network = |process: &str| std::fs::metadata(format!("/proc/{process}/ns/net")).map(|it| it.ino());
     match (network(&pid.to_string()), network("self")) {
-        (Ok(theirs), Ok(ours)) if theirs != ours => Some(Lack::Network),
+        (Ok(theirs), Ok(ours)) if theirs != ours => Some(MissingPrerequisite::Network),
         // Without the right to look that is what is lacking, and said already.
         _ => None,
     }

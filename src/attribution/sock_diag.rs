@@ -86,7 +86,12 @@ impl DiagSocket {
         Ok(found.map(|found| (found.state, found.cookie)))
     }
 
-    fn exact(&self, (client, server): (SocketAddr, SocketAddr), link: &str, asked: Asked) -> io::Result<Option<Found>> {
+    fn exact(
+        &self,
+        (client, server): (SocketAddr, SocketAddr),
+        link: &str,
+        asked: Asked,
+    ) -> io::Result<Option<FoundSocket>> {
         // An exact look-up falls back to a listener of the port: that is not this connection.
         let at = |interface| {
             let found = self.ask(client, server, interface, asked)?;
@@ -139,7 +144,7 @@ impl DiagSocket {
     }
 
     /// All sockets of these ports, 0 for any, whatever their addresses.
-    fn dump(&self, local: SocketAddr, remote: SocketAddr, mut each: impl FnMut(Found)) -> io::Result<()> {
+    fn dump(&self, local: SocketAddr, remote: SocketAddr, mut each: impl FnMut(FoundSocket)) -> io::Result<()> {
         let mut guard = self.diag.lock().unwrap_or_else(PoisonError::into_inner);
         let (socket, sequence) = &mut *guard;
         *sequence = sequence.wrapping_add(1);
@@ -182,7 +187,13 @@ impl DiagSocket {
         Ok(found.is_some_and(|found| found.state == LISTEN))
     }
 
-    fn ask(&self, local: SocketAddr, remote: SocketAddr, interface: u32, asked: Asked) -> io::Result<Option<Found>> {
+    fn ask(
+        &self,
+        local: SocketAddr,
+        remote: SocketAddr,
+        interface: u32,
+        asked: Asked,
+    ) -> io::Result<Option<FoundSocket>> {
         let mut guard = self.diag.lock().unwrap_or_else(PoisonError::into_inner);
         let (socket, sequence) = &mut *guard;
         *sequence = sequence.wrapping_add(1);
@@ -207,7 +218,7 @@ impl DiagSocket {
 ///
 /// # Errors
 /// The error that the kernel has returned, or `InvalidData` for bytes that are not an answer of `inet_diag`.
-pub fn read_answer(bytes: &[u8], sequence: u32) -> io::Result<Option<Option<Found>>> {
+pub fn read_answer(bytes: &[u8], sequence: u32) -> io::Result<Option<Option<FoundSocket>>> {
     let message = NetlinkMessage::<SockDiagMessage>::deserialize(bytes)
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
     match message.header.sequence_number == sequence {
@@ -226,7 +237,7 @@ enum Asked {
 
 /// A socket that the kernel has found.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Found {
+pub struct FoundSocket {
     /// Its own end.
     pub local: SocketAddr,
     /// The other end; port 0: a listener.
@@ -282,7 +293,7 @@ fn request(
     bytes
 }
 
-fn answer(payload: NetlinkPayload<SockDiagMessage>) -> io::Result<Option<Found>> {
+fn answer(payload: NetlinkPayload<SockDiagMessage>) -> io::Result<Option<FoundSocket>> {
     match payload {
         NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => {
             let id = &response.header.socket_id;
@@ -295,7 +306,7 @@ fn answer(payload: NetlinkPayload<SockDiagMessage>) -> io::Result<Option<Found>>
                 Nla::TcpInfo(info) => open(state, info),
                 _ => None,
             });
-            Ok(Some(Found {
+            Ok(Some(FoundSocket {
                 local: SocketAddr::new(canonical(id.source_address), id.source_port),
                 remote: SocketAddr::new(canonical(id.destination_address), id.destination_port),
                 state,

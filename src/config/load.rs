@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use toml::de::{DeTable, DeValue};
 
-use super::schema::{Form, KEYS, Key, RULE_KEYS, TABLES, Typed, is_public_key};
+use super::schema::{KEYS, Key, RULE_KEYS, RawType, RawValue, TABLES, is_public_key};
 use super::{Settings, metadata_path};
 use crate::credentials::allow_rules::Rule;
 use crate::credentials::{MAX_ROLE_NAME, RoleArn, long_role_name};
@@ -75,7 +75,7 @@ pub enum ConfigError {
         /// What was typed.
         key: String,
         /// `; did you mean …?`, or nothing.
-        nearest: Nearest,
+        nearest: Suggestion,
     },
     /// The file of values.
     #[error("{origin}: metadata.file = {path:?}: {what}")]
@@ -127,9 +127,9 @@ pub enum ConfigError {
 
 /// The nearest name to one that does not exist, as the end of a message.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Nearest(pub Option<String>);
+pub struct Suggestion(pub Option<String>);
 
-impl Nearest {
+impl Suggestion {
     /// Looks for the name nearest to `typed`.
     pub fn among<'a>(typed: &str, names: impl IntoIterator<Item = &'a str>) -> Self {
         // Jaro-Winkler below 0.7 is a different word, not a typo.
@@ -143,7 +143,7 @@ impl Nearest {
     }
 }
 
-impl fmt::Display for Nearest {
+impl fmt::Display for Suggestion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
             Some(name) => write!(f, "; did you mean {name}?"),
@@ -193,12 +193,12 @@ pub fn load(sources: &Sources) -> Result<Settings, ConfigError> {
                 ConfigError::UnknownKey {
                     origin: Origin::Variable(name.clone()),
                     key: name.clone(),
-                    nearest: Nearest::among(name, names.iter().map(String::as_str)),
+                    nearest: Suggestion::among(name, names.iter().map(String::as_str)),
                 }
             })?;
             let typed = match key.path {
-                "imds.hosts" => Typed(value.split(',').map(|it| it.trim().to_owned()).collect(), Form::Text),
-                _ => Typed::of(value),
+                "imds.hosts" => RawValue(value.split(',').map(|it| it.trim().to_owned()).collect(), RawType::Text),
+                _ => RawValue::of(value),
             };
             set(&mut read, key, &typed, Origin::Variable(name.clone()))?;
         }
@@ -207,7 +207,7 @@ pub fn load(sources: &Sources) -> Result<Settings, ConfigError> {
     for (flag, path, value) in &sources.flags {
         // A flag that names no key is a mistake of this program, not of its user; the test of the table holds it.
         if let Some(key) = KEYS.iter().find(|key| key.path == *path) {
-            set(&mut read, key, &Typed::of(value), Origin::Flag((*flag).to_owned()))?;
+            set(&mut read, key, &RawValue::of(value), Origin::Flag((*flag).to_owned()))?;
         }
     }
     let mut settings = read.settings;
@@ -239,7 +239,7 @@ struct Reading {
 /// Keys of which only one can count in one place: a file, the variables, or the flags.
 const EXCLUSIVE: &[&[&str]] = &[&["imds.user_data", "imds.user_data_base64", "imds.user_data_file"]];
 
-fn set(read: &mut Reading, key: &Key, value: &Typed, origin: Origin) -> Result<(), ConfigError> {
+fn set(read: &mut Reading, key: &Key, value: &RawValue, origin: Origin) -> Result<(), ConfigError> {
     let keys = EXCLUSIVE.iter().find(|keys| keys.contains(&key.path));
     for other in keys
         .into_iter()
@@ -279,7 +279,7 @@ fn read_docker_host(read: &mut Reading, variables: &[(String, String)]) -> Resul
         .find(|(name, value)| name == VARIABLE && !value.is_empty());
     let key = KEYS.iter().find(|key| key.path == "docker.host");
     match (variable, key, &read.settings.docker_host) {
-        (Some((name, value)), Some(key), None) => set(read, key, &Typed::of(value), Origin::Variable(name.clone())),
+        (Some((name, value)), Some(key), None) => set(read, key, &RawValue::of(value), Origin::Variable(name.clone())),
         _ => Ok(()),
     }
 }
@@ -366,7 +366,7 @@ fn read_key(read: &mut Reading, path: &str, value: &DeValue<'_>, origin: Origin)
         return Err(ConfigError::UnknownKey {
             origin,
             key: path.to_owned(),
-            nearest: Nearest::among(path, names),
+            nearest: Suggestion::among(path, names),
         });
     };
     set(read, key, &typed(value), origin)
@@ -404,7 +404,7 @@ fn read_rule(
         let name = name.get_ref().as_ref();
         let path = format!("{ALLOW}.{name}");
         let Some(key) = RULE_KEYS.iter().find(|key| key.name == name) else {
-            let mut nearest = Nearest::among(name, RULE_KEYS.iter().map(|key| key.name));
+            let mut nearest = Suggestion::among(name, RULE_KEYS.iter().map(|key| key.name));
             nearest.0 = nearest.0.map(|name| format!("{ALLOW}.{name}"));
             return Err(ConfigError::UnknownKey {
                 origin,
@@ -429,24 +429,24 @@ fn read_rule(
     Ok(())
 }
 
-fn typed(value: &DeValue<'_>) -> Typed {
-    let number = |text: String| Typed(vec![text], Form::Number);
+fn typed(value: &DeValue<'_>) -> RawValue {
+    let number = |text: String| RawValue(vec![text], RawType::Number);
     match value {
         DeValue::Array(items) => {
             let items: Vec<_> = items.iter().map(|item| typed(item.get_ref())).collect();
-            let texts = items.iter().all(|it| it.1 == Form::Text);
-            Typed(
+            let texts = items.iter().all(|it| it.1 == RawType::Text);
+            RawValue(
                 items.into_iter().flat_map(|it| it.0).collect(),
-                if texts { Form::List } else { Form::Other },
+                if texts { RawType::List } else { RawType::Other },
             )
         }
-        DeValue::String(text) => Typed(vec![text.to_string()], Form::Text),
-        DeValue::Boolean(value) => Typed(vec![value.to_string()], Form::Boolean),
+        DeValue::String(text) => RawValue(vec![text.to_string()], RawType::Text),
+        DeValue::Boolean(value) => RawValue(vec![value.to_string()], RawType::Boolean),
         DeValue::Integer(value) => number(value.to_string()),
         DeValue::Float(value) => number(value.to_string()),
-        DeValue::Datetime(value) => Typed(vec![value.to_string()], Form::Other),
+        DeValue::Datetime(value) => RawValue(vec![value.to_string()], RawType::Other),
         // Nothing takes a table; no text makes every reader say what it expected.
-        DeValue::Table(_) => Typed(Vec::new(), Form::Table),
+        DeValue::Table(_) => RawValue(Vec::new(), RawType::Table),
     }
 }
 
@@ -685,7 +685,7 @@ mod tests {
     fn every_documented_default_that_can_be_typed_is_the_default() {
         for key in KEYS {
             let mut settings = Settings::default();
-            if (key.read)(&mut settings, &Typed::of(key.default)).is_some()
+            if (key.read)(&mut settings, &RawValue::of(key.default)).is_some()
                 && !matches!(
                     key.path,
                     "credentials.profile"
@@ -960,7 +960,7 @@ profile = "dev"
             let mut new = old.clone();
             let set = values
                 .iter()
-                .any(|value| (key.read)(&mut new, &Typed::of(value)).is_some() && new != old);
+                .any(|value| (key.read)(&mut new, &RawValue::of(value)).is_some() && new != old);
             let (settings, whole) = old.reloaded(&new);
             let says = |path: &str| {
                 RELOADED

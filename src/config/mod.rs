@@ -16,7 +16,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 
-pub use self::load::{ConfigError, DEFAULT_FILE, ENV_PREFIX, Nearest, Origin, Sources, load, variable};
+pub use self::load::{ConfigError, DEFAULT_FILE, ENV_PREFIX, Origin, Sources, Suggestion, load, variable};
 pub use self::schema::{KEYS, Key};
 use crate::credentials::RoleArn;
 use crate::credentials::allow_rules::Rule;
@@ -372,7 +372,7 @@ pub fn metadata_path(path: &str, value: &str) -> Result<String, String> {
         Ok(()) => Ok(whole),
         Err(error @ PathError::Unknown) => {
             let paths = tree::paths().filter_map(|known| known.strip_prefix("meta-data/"));
-            Err(format!("{error}{}", Nearest::among(path, paths)))
+            Err(format!("{error}{}", Suggestion::among(path, paths)))
         }
         Err(error) => Err(error.to_string()),
     }

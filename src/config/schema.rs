@@ -26,15 +26,15 @@ pub struct Key {
     pub expected: &'static str,
     /// What it means.
     pub about: &'static str,
-    pub(super) read: fn(&mut Settings, &Typed) -> Option<()>,
+    pub(super) read: fn(&mut Settings, &RawValue) -> Option<()>,
 }
 
 /// A value as typed: one item, or several in a list.
 #[derive(Clone)]
-pub(super) struct Typed(pub(super) Vec<String>, pub(super) Form);
+pub(super) struct RawValue(pub(super) Vec<String>, pub(super) RawType);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Form {
+pub(super) enum RawType {
     /// A variable or a flag: they have no types.
     Untyped,
     /// In quotes.
@@ -49,24 +49,24 @@ pub(super) enum Form {
     Other,
 }
 
-impl Typed {
+impl RawValue {
     pub(super) fn of(text: &str) -> Self {
-        Self(vec![text.to_owned()], Form::Untyped)
+        Self(vec![text.to_owned()], RawType::Untyped)
     }
 
     /// How to type this value so that `read` takes it, as the end of a message.
     pub(super) fn other_form(&self, read: impl Fn(&Self) -> bool) -> &'static str {
         let as_form = |form| read(&Self(self.0.clone(), form));
         match self.1 {
-            Form::Text if as_form(Form::Number) || as_form(Form::Boolean) => ", without quotes",
-            Form::Number | Form::Boolean if as_form(Form::Text) => ", in quotes",
+            RawType::Text if as_form(RawType::Number) || as_form(RawType::Boolean) => ", without quotes",
+            RawType::Number | RawType::Boolean if as_form(RawType::Text) => ", in quotes",
             _ => "",
         }
     }
 
     /// As a message shows it.
     pub(super) fn shown(&self) -> String {
-        if self.1 == Form::Table {
+        if self.1 == RawType::Table {
             "a table".to_owned()
         } else {
             self.0.join(",")
@@ -79,23 +79,23 @@ impl Typed {
     }
 
     pub(super) fn text(&self) -> Option<&str> {
-        self.one_as(Form::Text)
+        self.one_as(RawType::Text)
     }
 
     fn number(&self) -> Option<&str> {
-        self.one_as(Form::Number)
+        self.one_as(RawType::Number)
     }
 
-    fn one_as(&self, form: Form) -> Option<&str> {
+    fn one_as(&self, form: RawType) -> Option<&str> {
         match self.0.as_slice() {
-            [one] if !one.is_empty() && [form, Form::Untyped].contains(&self.1) => Some(one),
+            [one] if !one.is_empty() && [form, RawType::Untyped].contains(&self.1) => Some(one),
             _ => None,
         }
     }
 
     /// One or more texts.
     fn texts(&self) -> Option<&[String]> {
-        let fits = [Form::Text, Form::List, Form::Untyped].contains(&self.1);
+        let fits = [RawType::Text, RawType::List, RawType::Untyped].contains(&self.1);
         fits.then_some(self.0.as_slice())
     }
 
@@ -105,7 +105,7 @@ impl Typed {
     }
 
     fn boolean(&self) -> Option<bool> {
-        self.one_as(Form::Boolean)?.parse().ok()
+        self.one_as(RawType::Boolean)?.parse().ok()
     }
 
     fn globs(&self, into: &mut Vec<Glob>) -> Option<()> {
@@ -519,7 +519,7 @@ pub const KEYS: &[Key] = &[
 pub(super) struct RuleKey {
     pub(super) name: &'static str,
     pub(super) expected: &'static str,
-    pub(super) read: fn(&mut Rule, &Typed) -> Option<()>,
+    pub(super) read: fn(&mut Rule, &RawValue) -> Option<()>,
 }
 
 const GLOBS: &str = "a pattern such as \"web-*\", or a list of them";
@@ -647,7 +647,7 @@ fn is_engine(text: &str) -> bool {
     })
 }
 
-fn absolute(value: &Typed) -> Option<PathBuf> {
+fn absolute(value: &RawValue) -> Option<PathBuf> {
     value.text().map(PathBuf::from).filter(|path| path.is_absolute())
 }
 

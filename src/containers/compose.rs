@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::label_sources::Pairs;
-use super::{Attachments, ContainerId, Definition, Endpoint, NetworkId, NetworkMode};
+use super::{ContainerId, Definition, Endpoint, NetworkEndpoints, NetworkId, NetworkMode};
 
 /// Labels that compose writes (docker/compose, `pkg/api/labels.go`).
 pub const PROJECT: &str = "com.docker.compose.project";
@@ -88,7 +88,7 @@ pub struct Container {
     /// As the engine would report it.
     pub definition: Definition,
     /// Its networks.
-    pub attachments: Attachments,
+    pub attachments: NetworkEndpoints,
     /// Names of the labels below `deploy:` that the container does not have: a swarm writes them on the service only.
     pub labels_of_deploy: Vec<String>,
 }
@@ -214,7 +214,7 @@ impl Service {
             };
             (NetworkId::from(network.as_str()), endpoint)
         });
-        let attachments = Attachments(endpoints.collect());
+        let attachments = NetworkEndpoints(endpoints.collect());
         let id = ContainerId::parse(&"0".repeat(ContainerId::DIGITS)).expect("zeros are digits");
         let name = format!("{}-1", in_project("-", service));
         let definition = Definition {

@@ -27,7 +27,7 @@ use tracing::debug;
 
 use super::docker_http::{self, Line};
 use super::image_labels::Image;
-use super::watcher::{ContainerEngine, EngineError, Event, Events, Inspection, Listed, Network, Row, Run};
+use super::watcher::{ContainerEngine, ContainerSummary, EngineError, Event, Events, Inspection, Listed, Network, Run};
 use super::{ContainerId, Endpoint, Environment, NetworkId, NetworkMode};
 use crate::clock::Clock;
 use crate::logging::{printable, with_causes};
@@ -295,7 +295,7 @@ impl ContainerEngine for Engine {
         async move { list(&*connected?, None).await }.boxed()
     }
 
-    fn container(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Row>, EngineError>> {
+    fn container(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<ContainerSummary>, EngineError>> {
         let (connected, id) = (self.connected(), id.clone());
         async move {
             let listed = list(&*connected?, Some(&id)).await?;
@@ -498,7 +498,7 @@ async fn list(connected: &Connected, id: Option<&ContainerId>) -> Result<Listed,
 }
 
 enum Described {
-    As(Box<Row>),
+    As(Box<ContainerSummary>),
     Not(ContainerId, EngineError),
     /// It was removed meanwhile.
     Gone,
@@ -539,11 +539,11 @@ async fn describe(connected: &Connected, kind: &EngineKind, row: &RawValue) -> D
     Described::As(Box::new(read_row(id, row, mode.as_deref(), &kind.images)))
 }
 
-fn read_row(id: ContainerId, row: ListedRow, mode: Option<&str>, images: &ImagesOfEngine) -> Row {
+fn read_row(id: ContainerId, row: ListedRow, mode: Option<&str>, images: &ImagesOfEngine) -> ContainerSummary {
     let image_id = row.image_id.unwrap_or_default();
     let names = row.names.unwrap_or_default();
     let names = names.iter().map(|name| name.trim_start_matches('/'));
-    Row {
+    ContainerSummary {
         name: names.min_by_key(|name| name.len()).unwrap_or(id.short()).to_owned(),
         labels: row.labels.unwrap_or_default(),
         image: row.image.unwrap_or_default(),

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::index::Failing;
-use super::lookups::Subject;
+use super::lookups::LookupKey;
 
 /// The pauses between two attempts, the first and the longest. In between, the pause is a fifth of the time since the first
 /// failure: after an outage of some seconds, the next attempt follows within a second.
@@ -35,12 +35,12 @@ struct Failure {
 /// The look-ups that failed at their last attempt.
 #[derive(Default)]
 pub(super) struct Failures {
-    all: HashMap<Subject, Failure>,
+    all: HashMap<LookupKey, Failure>,
 }
 
 impl Failures {
     /// Notes an attempt that failed, and plans the next one. Returns whether it is the first in a row, or has another error.
-    pub(super) fn note(&mut self, subject: &Subject, error: String, (now, wall): (Instant, SystemTime)) -> bool {
+    pub(super) fn note(&mut self, subject: &LookupKey, error: String, (now, wall): (Instant, SystemTime)) -> bool {
         let is_mentioned = self
             .all
             .iter()
@@ -73,7 +73,7 @@ impl Failures {
     }
 
     /// The look-up was successful, or its object does not exist any more. Returns whether it failed before.
-    pub(super) fn end(&mut self, subject: &Subject) -> bool {
+    pub(super) fn end(&mut self, subject: &LookupKey) -> bool {
         let Some(failure) = self.all.remove(subject) else {
             return false;
         };
@@ -98,18 +98,18 @@ impl Failures {
     }
 
     /// Whether the look-up failed and its next attempt is planned.
-    pub(super) fn is_planned(&self, subject: &Subject) -> bool {
+    pub(super) fn is_planned(&self, subject: &LookupKey) -> bool {
         self.all.get(subject).is_some_and(|failure| failure.due.is_some())
     }
 
     /// The look-ups that failed and whose next attempt is planned.
-    pub(super) fn planned(&self) -> impl Iterator<Item = &Subject> {
+    pub(super) fn planned(&self) -> impl Iterator<Item = &LookupKey> {
         let planned = self.all.iter().filter(|(_, failure)| failure.due.is_some());
         planned.map(|(subject, _)| subject)
     }
 
     /// Takes the look-ups whose next attempt is due.
-    pub(super) fn take_due(&mut self, now: Instant) -> Vec<Subject> {
+    pub(super) fn take_due(&mut self, now: Instant) -> Vec<LookupKey> {
         let due = self
             .all
             .iter_mut()
@@ -130,13 +130,13 @@ impl Failures {
     }
 
     /// The error of the last attempt.
-    pub(super) fn error(&self, subject: &Subject) -> Option<&str> {
+    pub(super) fn error(&self, subject: &LookupKey) -> Option<&str> {
         self.all.get(subject).map(|failure| failure.error.as_str())
     }
 
     /// How long the engine may take to answer the next attempt.
-    pub(super) fn limit(&self, subject: &Subject) -> Duration {
-        if matches!(subject, Subject::Inspect(_)) {
+    pub(super) fn limit(&self, subject: &LookupKey) -> Duration {
+        if matches!(subject, LookupKey::Inspect(_)) {
             return INSPECTION;
         }
         let failures = self.all.get(subject).map_or(0, |failure| failure.count);
@@ -145,7 +145,7 @@ impl Failures {
 
     /// The failure on which most depends, for `status`.
     pub(super) fn worst(&self) -> Option<Failing> {
-        let first = |(subject, failure): &(&Subject, &Failure)| (subject.rank(), failure.since.0);
+        let first = |(subject, failure): &(&LookupKey, &Failure)| (subject.rank(), failure.since.0);
         let (subject, failure) = self.all.iter().min_by_key(first)?;
         Some(Failing {
             call: subject.to_string(),
@@ -167,7 +167,7 @@ mod tests {
         let mut failures = Failures::default();
         let (mut now, mut count) = (start, 0);
         while now - start < outage {
-            failures.note(&Subject::Rows, "no".to_owned(), (now, wall));
+            failures.note(&LookupKey::Rows, "no".to_owned(), (now, wall));
             count += 1;
             while failures.take_due(now).is_empty() {
                 now += Duration::from_millis(5);
@@ -190,12 +190,12 @@ mod tests {
     fn a_waiting_caller_brings_the_next_attempt_forward_but_not_without_limit() {
         let (start, wall) = (Clock::system().now(), SystemTime::UNIX_EPOCH);
         let mut failures = Failures::default();
-        failures.note(&Subject::Rows, "no".to_owned(), (start, wall));
+        failures.note(&LookupKey::Rows, "no".to_owned(), (start, wall));
         let later = start + Duration::from_secs(60);
-        failures.note(&Subject::Rows, "no".to_owned(), (later, wall));
+        failures.note(&LookupKey::Rows, "no".to_owned(), (later, wall));
         failures.hurry();
         assert!(failures.take_due(later + HURRY - Duration::from_millis(1)).is_empty());
-        assert_eq!(failures.take_due(later + HURRY), [Subject::Rows]);
+        assert_eq!(failures.take_due(later + HURRY), [LookupKey::Rows]);
         // It is under way: nothing is planned, and nothing to bring forward.
         failures.hurry();
         assert!(failures.take_due(later + Duration::from_secs(60)).is_empty());
@@ -205,16 +205,16 @@ mod tests {
     fn status_tells_the_failure_on_which_most_depends() {
         let (now, wall) = (Clock::system().now(), SystemTime::UNIX_EPOCH);
         let mut failures = Failures::default();
-        failures.note(&Subject::Image("sha256:ab".to_owned()), "500".to_owned(), (now, wall));
-        failures.note(&Subject::Rows, "502".to_owned(), (now + Duration::from_secs(1), wall));
+        failures.note(&LookupKey::Image("sha256:ab".to_owned()), "500".to_owned(), (now, wall));
+        failures.note(&LookupKey::Rows, "502".to_owned(), (now + Duration::from_secs(1), wall));
         let worst = failures.worst().unwrap();
         assert_eq!(
             (worst.call.as_str(), worst.error.as_str(), worst.others),
             ("list of containers", "502", 1)
         );
-        assert!(failures.end(&Subject::Rows));
+        assert!(failures.end(&LookupKey::Rows));
         assert_eq!(failures.worst().unwrap().call, "inspection of an image (sha256:ab)");
-        assert!(!failures.end(&Subject::Rows));
+        assert!(!failures.end(&LookupKey::Rows));
     }
 
     #[test]
@@ -223,8 +223,8 @@ mod tests {
         let mut failures = Failures::default();
         let limits: Vec<_> = (0..5)
             .map(|_| {
-                let limit = failures.limit(&Subject::Rows).as_secs();
-                failures.note(&Subject::Rows, "no answer".to_owned(), (now, wall));
+                let limit = failures.limit(&LookupKey::Rows).as_secs();
+                failures.note(&LookupKey::Rows, "no answer".to_owned(), (now, wall));
                 limit
             })
             .collect();

@@ -286,7 +286,7 @@ impl Index {
 }
 
 fn namespace(record: &Record) -> Option<NamespaceId> {
-    record.life.as_ref().map(|life| life.witness.namespace())
+    record.life.as_ref().map(|life| life.handle.namespace())
 }
 
 fn link<K: Eq + Hash>(map: &DashMap<K, Vec<ContainerId>>, key: K, id: &ContainerId) {

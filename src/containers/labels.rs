@@ -11,7 +11,7 @@ use bytes::Bytes;
 use super::label_sources::Pairs;
 use super::{Labels, legacy_labels};
 use crate::config::{
-    HttpEndpoint, HttpTokens, Nearest, Settings, decode_base64, hop_limit, is_region, is_user_data, metadata_path,
+    HttpEndpoint, HttpTokens, Settings, Suggestion, decode_base64, hop_limit, is_region, is_user_data, metadata_path,
     parse_duration, template_fits,
 };
 use crate::credentials::Secret;
@@ -92,7 +92,7 @@ pub enum LabelError {
         /// The label.
         label: String,
         /// The nearest name.
-        nearest: Nearest,
+        nearest: Suggestion,
     },
     /// A label whose value it does not take.
     #[error("label {label}={value:?}: expected {expected}")]
@@ -637,7 +637,7 @@ fn parse(labels: &Labels, variables: Option<&Labels>, settings: &Settings) -> (C
             if settings.unknown_labels_are_errors {
                 errors.push(LabelError::Unknown {
                     label: label.clone(),
-                    nearest: Nearest(Some(format!("{prefix}{name}"))),
+                    nearest: Suggestion(Some(format!("{prefix}{name}"))),
                 });
             }
             continue;
@@ -689,7 +689,7 @@ fn parse(labels: &Labels, variables: Option<&Labels>, settings: &Settings) -> (C
                 expected: known.expected.to_owned(),
             }),
             None if settings.unknown_labels_are_errors => {
-                let mut nearest = Nearest::among(name, LABELS.iter().map(|known| known.name));
+                let mut nearest = Suggestion::among(name, LABELS.iter().map(|known| known.name));
                 nearest.0 = nearest.0.map(|name| format!("{prefix}{name}"));
                 errors.push(LabelError::Unknown {
                     label: label.clone(),

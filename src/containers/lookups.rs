@@ -10,7 +10,7 @@ use futures_util::stream::StreamExt as _;
 use tokio::time::timeout;
 
 use super::image_labels::{Image, KnownImages};
-use super::watcher::{ContainerEngine, EngineError, Inspection, Network, Row, blocking};
+use super::watcher::{ContainerEngine, ContainerSummary, EngineError, Inspection, Network, blocking};
 use super::{ContainerId, NetworkId};
 
 /// Images that are asked for at once.
@@ -20,7 +20,7 @@ const IMAGES_WAIT: Duration = Duration::from_secs(2);
 
 /// The object of a look-up.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub(super) enum Subject {
+pub(super) enum LookupKey {
     /// The list of all containers.
     Rows,
     /// The list of all networks.
@@ -32,7 +32,7 @@ pub(super) enum Subject {
     Image(String),
 }
 
-impl Subject {
+impl LookupKey {
     pub(super) fn is_list(&self) -> bool {
         matches!(self, Self::Rows | Self::Networks)
     }
@@ -59,7 +59,7 @@ impl Subject {
     }
 }
 
-impl fmt::Display for Subject {
+impl fmt::Display for LookupKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Rows | Self::Networks => f.write_str(self.call()),
@@ -71,7 +71,7 @@ impl fmt::Display for Subject {
 }
 
 /// A row, and its image: `None` if that does not exist any more, or why it could not be read.
-pub(super) type ReadRow = (Row, Result<Option<Arc<Image>>, EngineError>);
+pub(super) type ReadRow = (ContainerSummary, Result<Option<Arc<Image>>, EngineError>);
 
 /// The list of all containers, with their images.
 pub(super) struct ReadRows {
@@ -83,7 +83,7 @@ pub(super) struct ReadRows {
 }
 
 /// The answer to a look-up. `None`: its object does not exist.
-pub(super) enum Found {
+pub(super) enum LookupResult {
     Rows(ReadRows),
     Networks(Vec<NetworkId>),
     Container(Option<Box<ReadRow>>),
@@ -92,7 +92,7 @@ pub(super) enum Found {
     Image(Option<Arc<Image>>),
 }
 
-impl Found {
+impl LookupResult {
     /// Why the answer may lack something.
     pub(super) fn incomplete(&self) -> Option<EngineError> {
         match self {
@@ -112,31 +112,33 @@ pub(super) struct Lookup {
 }
 
 impl Lookup {
-    pub(super) async fn make(&self, subject: &Subject) -> Result<Found, EngineError> {
+    pub(super) async fn make(&self, subject: &LookupKey) -> Result<LookupResult, EngineError> {
         let (engine, limit) = (&self.engine, self.limit);
         Ok(match subject {
-            Subject::Rows => {
+            LookupKey::Rows => {
                 let listed = answer_within(limit, engine.containers()).await?;
-                Found::Rows(ReadRows {
+                LookupResult::Rows(ReadRows {
                     read: self.with_images(listed.rows).await,
                     undescribed: listed.undescribed,
                     incomplete: listed.incomplete,
                 })
             }
-            Subject::Networks => Found::Networks(answer_within(limit, engine.networks()).await?),
-            Subject::Container(id) => {
+            LookupKey::Networks => LookupResult::Networks(answer_within(limit, engine.networks()).await?),
+            LookupKey::Container(id) => {
                 let row = answer_within(limit, engine.container(id)).await?;
                 let read = self.with_images(row.into_iter().collect()).await;
-                Found::Container(read.into_iter().next().map(Box::new))
+                LookupResult::Container(read.into_iter().next().map(Box::new))
             }
-            Subject::Inspect(id) => Found::Inspect(answer_within(limit, engine.inspect(id)).await?),
-            Subject::Network(id) => Found::Network(answer_within(limit, engine.network(id)).await?),
-            Subject::Image(id) => Found::Image(answer_within(limit, read_image(&**engine, &self.images, id)).await?),
+            LookupKey::Inspect(id) => LookupResult::Inspect(answer_within(limit, engine.inspect(id)).await?),
+            LookupKey::Network(id) => LookupResult::Network(answer_within(limit, engine.network(id)).await?),
+            LookupKey::Image(id) => {
+                LookupResult::Image(answer_within(limit, read_image(&**engine, &self.images, id)).await?)
+            }
         })
     }
 
     /// Rows with their images, if these make a difference.
-    async fn with_images(&self, rows: Vec<Row>) -> Vec<ReadRow> {
+    async fn with_images(&self, rows: Vec<ContainerSummary>) -> Vec<ReadRow> {
         let late = tokio::time::sleep(IMAGES_WAIT).shared();
         let read = futures_util::stream::iter(rows).map(|row| async {
             if self.image_labels_count || !row.image_is_certain {

@@ -201,9 +201,9 @@ pub type Labels = LiteMap<String, String>;
 
 /// All networks of a container, by id: one, as a rule, and there are as many of these as containers.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Attachments(pub LiteMap<NetworkId, Endpoint>);
+pub struct NetworkEndpoints(pub LiteMap<NetworkId, Endpoint>);
 
-impl Attachments {
+impl NetworkEndpoints {
     /// All addresses on all networks.
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.0.values().flat_map(Endpoint::addresses)
@@ -263,7 +263,7 @@ pub enum Open {
 
 /// Whose word there is on a life.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub enum Level {
+pub enum ProofLevel {
     /// The engine's: who is at which address.
     Address,
     /// The kernel's: who made which connection.
@@ -272,10 +272,10 @@ pub enum Level {
 
 /// What the kernel holds of one life: asked, never believed from anybody else. Implemented by [`crate::attribution`] on the
 /// real kernel and by tests on a script.
-pub trait Witness: Send + Sync + 'static {
+pub trait RunHandle: Send + Sync + 'static {
     /// Whose word it is.
-    fn level(&self) -> Level {
-        Level::Full
+    fn level(&self) -> ProofLevel {
+        ProofLevel::Full
     }
 
     /// Whether the container's first process still runs. Cheap: it is asked on every request.
@@ -312,7 +312,7 @@ pub trait Witness: Send + Sync + 'static {
     ///
     /// # Errors
     /// When its directory cannot be read.
-    fn holds(&self, cgroup: CgroupId) -> std::io::Result<bool>;
+    fn owns_cgroup(&self, cgroup: CgroupId) -> std::io::Result<bool>;
 
     /// The container's network namespace; several containers may share one, or have the host's.
     fn namespace(&self) -> NamespaceId;
@@ -349,7 +349,7 @@ pub trait Witness: Send + Sync + 'static {
 
 /// One run of one container, from the start of its first process to its end. Connections, tokens and the instance
 /// belong to a life, never to an address or a name.
-pub struct Life {
+pub struct ContainerRun {
     /// Whose life it is.
     pub container: ContainerId,
     /// The kernel's id of it.
@@ -359,7 +359,7 @@ pub struct Life {
     /// When the first process started.
     pub started: SystemTime,
     /// The kernel's side of it.
-    pub witness: Arc<dyn Witness>,
+    pub handle: Arc<dyn RunHandle>,
     /// What this container is to see; replaced whole on any change.
     pub instance: ArcSwap<Instance>,
     /// Its open connections, and their limit.
@@ -368,14 +368,14 @@ pub struct Life {
     pub last: LastRequest,
 }
 
-impl Life {
+impl ContainerRun {
     /// Whether it still is: asked of the kernel.
     pub fn alive(&self) -> bool {
-        self.witness.alive()
+        self.handle.alive()
     }
 }
 
-impl fmt::Debug for Life {
+impl fmt::Debug for ContainerRun {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Life")
             .field("container", &self.container)
@@ -414,9 +414,9 @@ pub struct Record {
     /// What the engine says of it.
     pub definition: Arc<Definition>,
     /// Its networks.
-    pub attachments: Arc<Attachments>,
+    pub attachments: Arc<NetworkEndpoints>,
     /// Its present run, if the kernel knows of one.
-    pub life: Option<Arc<Life>>,
+    pub life: Option<Arc<ContainerRun>>,
     /// Why there is no life although the engine says that it runs.
     pub no_life: Option<String>,
     /// The error of a call to the engine about this container, which the daemon repeats until it is answered.

@@ -23,11 +23,11 @@ use super::failures::Failures;
 use super::image_labels::{Image, ImageStore, Images, InUse};
 use super::index::{EngineState, Index, Miss};
 use super::label_sources::Pairs;
-use super::lookups::{self, Found, Lookup, ReadRow, ReadRows, Subject};
+use super::lookups::{self, Lookup, LookupKey, LookupResult, ReadRow, ReadRows};
 use super::subscription::Subscription;
 use super::{
-    Attachments, CgroupId, ContainerId, Definition, Endpoint, Environment, LastRequest, Life, NetworkId, NetworkMode,
-    Record, Witness, compose,
+    CgroupId, ContainerId, ContainerRun, Definition, Endpoint, Environment, LastRequest, NetworkEndpoints, NetworkId,
+    NetworkMode, Record, RunHandle, compose,
 };
 use crate::clock::Clock;
 use crate::credentials::Session;
@@ -44,7 +44,7 @@ pub trait ContainerEngine: Send + Sync + 'static {
     /// All containers, whatever their state.
     fn containers(&self) -> BoxFuture<'static, Result<Listed, EngineError>>;
     /// One container, by its row of the list: does not block while it starts.
-    fn container(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Row>, EngineError>>;
+    fn container(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<ContainerSummary>, EngineError>>;
     /// What only an inspect tells; blocks while the container starts, so nothing waits for it.
     fn inspect(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Inspection>, EngineError>>;
     /// What an image brings. `None`: it cannot be read any more.
@@ -89,15 +89,15 @@ pub enum Event {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Listed {
     /// The containers that were described.
-    pub rows: Vec<Row>,
+    pub rows: Vec<ContainerSummary>,
     /// Containers that the list names, and why they could not be described.
     pub undescribed: Vec<(ContainerId, EngineError)>,
     /// Why the list may lack containers.
     pub incomplete: Option<EngineError>,
 }
 
-impl From<Vec<Row>> for Listed {
-    fn from(rows: Vec<Row>) -> Self {
+impl From<Vec<ContainerSummary>> for Listed {
+    fn from(rows: Vec<ContainerSummary>) -> Self {
         Self {
             rows,
             ..Self::default()
@@ -107,7 +107,7 @@ impl From<Vec<Row>> for Listed {
 
 /// A container in the engine's list.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Row {
+pub struct ContainerSummary {
     /// Id.
     pub id: ContainerId,
     /// Name, without the slash.
@@ -134,7 +134,7 @@ pub fn split_environment(all: &Environment, image: Option<&Image>, image_counts:
     }
 }
 
-impl Row {
+impl ContainerSummary {
     /// The definition of the container (`image`: `None` if it cannot be read). `image_counts`: its labels count like those of the
     /// container.
     pub fn define(self, image: Option<&Image>, image_counts: bool) -> Definition {
@@ -198,7 +198,7 @@ pub trait Kernel: Send + Sync + 'static {
     ///
     /// # Errors
     /// Why it is not there, or not yet; the text is shown in `status`.
-    fn birth(&self, id: &ContainerId, run: Option<&Run>, mode: Option<&NetworkMode>) -> Result<Birth, String>;
+    fn run_start(&self, id: &ContainerId, run: Option<&Run>, mode: Option<&NetworkMode>) -> Result<RunStart, String>;
 
     /// Containers whose cgroups appear from now on. For engines that announce them late.
     fn appearing(&self) -> BoxStream<'static, ContainerId> {
@@ -213,7 +213,7 @@ pub trait Kernel: Send + Sync + 'static {
 }
 
 /// A life, as the kernel found it.
-pub struct Birth {
+pub struct RunStart {
     /// The container's cgroup.
     pub cgroup: CgroupId,
     /// Its first process.
@@ -221,13 +221,18 @@ pub struct Birth {
     /// When that started.
     pub started: SystemTime,
     /// The kernel's side.
-    pub witness: Arc<dyn Witness>,
+    pub handle: Arc<dyn RunHandle>,
 }
 
 /// What the rest of the daemon makes of a container.
 pub trait Instances: Send + Sync + 'static {
     /// [`crate::instance::resolve`] with the settings in force.
-    fn resolve(&self, container: &Arc<Definition>, attachments: &Arc<Attachments>, started: SystemTime) -> Instance;
+    fn resolve(
+        &self,
+        container: &Arc<Definition>,
+        attachments: &Arc<NetworkEndpoints>,
+        started: SystemTime,
+    ) -> Instance;
     /// Has credentials kept fresh until the hold is dropped.
     fn hold(&self, session: &Arc<Session>) -> Box<dyn Hold>;
     /// Whether the service is to listen inside the containers' own network namespaces.
@@ -246,7 +251,7 @@ pub trait Hold: Send {
 
 /// Look-ups in flight at once; and, apart from them, inspects: those of containers that are starting block, and nothing may
 /// wait for them.
-const FLIGHTS: usize = 16;
+const MAX_LOOKUPS: usize = 16;
 /// First processes that are looked for at once.
 const BIRTHS: usize = 32;
 /// How often the kernel is asked for a container that must be starting now: its first process is there at least 135 ms
@@ -271,19 +276,19 @@ const WAITERS: usize = 512;
 struct Known {
     definition: Option<Arc<Definition>>,
     /// Its row of the list, if its image could not be read yet.
-    waits_for_image: Option<Row>,
+    waits_for_image: Option<ContainerSummary>,
     /// How many lists had been asked for when the engine last named it.
     named: u64,
     running: bool,
-    attachments: Arc<Attachments>,
+    attachments: Arc<NetworkEndpoints>,
     hostname: Option<String>,
     /// What its image brings, if that can be read.
     image: Option<Arc<Image>>,
     /// All its variables, once an inspect has told them.
     environment: Option<Environment>,
     run: Option<Run>,
-    birth: Option<Birth>,
-    life: Option<Arc<Life>>,
+    run_start: Option<RunStart>,
+    life: Option<Arc<ContainerRun>>,
     no_life: Option<String>,
     attach: AttachState,
     not_attached: Option<String>,
@@ -301,10 +306,13 @@ struct KnownNetwork {
 
 impl Known {
     /// The present run, as the kernel sees it: its cgroup and the rest.
-    fn run(&self) -> Option<(CgroupId, Arc<dyn Witness>)> {
-        let birth = self.birth.as_ref().map(|birth| (birth.cgroup, &birth.witness));
-        let life = self.life.as_ref().map(|life| (life.cgroup, &life.witness));
-        birth.or(life).map(|(cgroup, witness)| (cgroup, witness.clone()))
+    fn run(&self) -> Option<(CgroupId, Arc<dyn RunHandle>)> {
+        let run_start = self
+            .run_start
+            .as_ref()
+            .map(|run_start| (run_start.cgroup, &run_start.handle));
+        let life = self.life.as_ref().map(|life| (life.cgroup, &life.handle));
+        run_start.or(life).map(|(cgroup, handle)| (cgroup, handle.clone()))
     }
 }
 
@@ -342,11 +350,11 @@ struct Awaited {
 struct Waiter {
     miss: Miss,
     /// Look-ups that may still tell something of its address.
-    pending: HashSet<Subject>,
+    pending: HashSet<LookupKey>,
 }
 
 /// The one writer.
-pub struct Watcher {
+pub struct Reconciler {
     engine: Arc<dyn ContainerEngine>,
     kernel: Arc<dyn Kernel>,
     instances: Arc<dyn Instances>,
@@ -365,15 +373,15 @@ pub struct Watcher {
     is_away_said: bool,
 
     /// In flight; `true`: overtaken by an event, to be made again.
-    flights: HashMap<Subject, bool>,
-    queue: VecDeque<Subject>,
-    inspects: VecDeque<Subject>,
-    queued: HashSet<Subject>,
+    flights: HashMap<LookupKey, bool>,
+    queue: VecDeque<LookupKey>,
+    inspects: VecDeque<LookupKey>,
+    queued: HashSet<LookupKey>,
     inspecting: usize,
-    answers: FuturesUnordered<BoxFuture<'static, (Subject, Result<Found, EngineError>)>>,
+    answers: FuturesUnordered<BoxFuture<'static, (LookupKey, Result<LookupResult, EngineError>)>>,
     failures: Failures,
     /// What is left until the snapshot is whole.
-    synchronising: Option<HashSet<Subject>>,
+    synchronising: Option<HashSet<LookupKey>>,
     /// Lists of containers that were asked for so far, and when the last one was.
     lists: (u64, Option<Instant>),
     /// Containers that were removed after the last list was asked for, which may still name them. No ID is used again.
@@ -384,7 +392,7 @@ pub struct Watcher {
     awaited: HashMap<ContainerId, Awaited>,
     /// Those whose first process is to be looked for now.
     due: VecDeque<ContainerId>,
-    births: FuturesUnordered<BoxFuture<'static, (ContainerId, Result<Birth, String>)>>,
+    births: FuturesUnordered<BoxFuture<'static, (ContainerId, Result<RunStart, String>)>>,
     ends: FuturesUnordered<BoxFuture<'static, (ContainerId, CgroupId)>>,
     attachings: FuturesUnordered<BoxFuture<'static, Attached>>,
     /// Links that are being removed, and images that are being stored.
@@ -394,11 +402,11 @@ pub struct Watcher {
     waiters: Vec<Waiter>,
 
     /// Whose an instance id is: that of one life.
-    ids: HashMap<String, (ContainerId, Weak<Life>)>,
+    ids: HashMap<String, (ContainerId, Weak<ContainerRun>)>,
     /// When time alone changes an instance.
     timed: HashMap<ContainerId, SystemTime>,
     /// Who would have it as well.
-    twins: HashMap<String, HashSet<ContainerId>>,
+    duplicate_ids: HashMap<String, HashSet<ContainerId>>,
 }
 
 /// What a watcher needs.
@@ -415,7 +423,7 @@ pub struct Ports {
     pub changed: watch::Receiver<u64>,
 }
 
-impl Watcher {
+impl Reconciler {
     /// A watcher that fills `index`.
     pub fn new(ports: Ports, index: Arc<Index>, misses: mpsc::Receiver<Miss>, clock: Clock) -> Self {
         Self {
@@ -452,7 +460,7 @@ impl Watcher {
             waiters: Vec::new(),
             ids: HashMap::new(),
             timed: HashMap::new(),
-            twins: HashMap::new(),
+            duplicate_ids: HashMap::new(),
         }
     }
 
@@ -505,7 +513,7 @@ impl Watcher {
                         appearing = Some(self.kernel.appearing());
                     }
                 }
-                Some((id, birth)) = self.births.next(), if !self.births.is_empty() => self.born(id, birth),
+                Some((id, run_start)) = self.births.next(), if !self.births.is_empty() => self.run_started(id, run_start),
                 Some((id, cgroup)) = self.ends.next(), if !self.ends.is_empty() => self.ended(&id, cgroup),
                 Some(attached) = self.attachings.next(), if !self.attachings.is_empty() => self.attached(attached),
                 Some(()) = self.background.next(), if !self.background.is_empty() => {}
@@ -553,7 +561,7 @@ impl Watcher {
         self.synchronising = None;
         // Callers that wait may be known before their deadlines: the engine may come back.
         for waiter in &mut self.waiters {
-            waiter.pending.insert(Subject::Rows);
+            waiter.pending.insert(LookupKey::Rows);
         }
     }
 
@@ -573,16 +581,16 @@ impl Watcher {
 
     fn resync(&mut self) {
         self.index.set_engine(EngineState::Synchronising);
-        self.synchronising = Some([Subject::Rows, Subject::Networks].into());
-        self.touch(Subject::Rows);
-        self.touch(Subject::Networks);
+        self.synchronising = Some([LookupKey::Rows, LookupKey::Networks].into());
+        self.touch(LookupKey::Rows);
+        self.touch(LookupKey::Networks);
     }
 
     /// The stream of events is new, and may break at once like those before it. Its events do not tell of containers that started
     /// between two streams.
     fn poll(&mut self, now: Instant) {
         if self.lists.1.is_some_and(|last| now - last >= POLL) {
-            self.touch(Subject::Rows);
+            self.touch(LookupKey::Rows);
         }
     }
 
@@ -594,16 +602,16 @@ impl Watcher {
             self.relist = Some(at);
         } else {
             self.relist = None;
-            self.touch(Subject::Rows);
-            self.touch(Subject::Networks);
+            self.touch(LookupKey::Rows);
+            self.touch(LookupKey::Networks);
         }
     }
 
     /// A container's cgroup has appeared, before the engine announces it.
     fn appeared(&mut self, id: ContainerId) {
         debug!(container = %id, "its cgroup has appeared");
-        self.touch(Subject::Container(id.clone()));
-        self.touch(Subject::Inspect(id.clone()));
+        self.touch(LookupKey::Container(id.clone()));
+        self.touch(LookupKey::Inspect(id.clone()));
         self.expect(id);
     }
 
@@ -611,8 +619,8 @@ impl Watcher {
         debug!(?event, "event");
         match event {
             Event::Defined(id) => {
-                self.touch(Subject::Container(id.clone()));
-                self.touch(Subject::Inspect(id.clone()));
+                self.touch(LookupKey::Container(id.clone()));
+                self.touch(LookupKey::Inspect(id.clone()));
                 // Engines since 28 tell of its network only when its first instruction is about to run; its first process
                 // is there long before.
                 self.expect(id);
@@ -625,9 +633,9 @@ impl Watcher {
                     known.run = None;
                     self.publish(&id);
                 } else {
-                    self.touch(Subject::Container(id.clone()));
+                    self.touch(LookupKey::Container(id.clone()));
                 }
-                self.touch(Subject::Inspect(id.clone()));
+                self.touch(LookupKey::Inspect(id.clone()));
                 self.expect(id);
             }
             Event::Died(id) => {
@@ -646,29 +654,29 @@ impl Watcher {
             Event::Removed(id) => {
                 self.overtake(&id);
                 // A list that is under way may still name it.
-                if self.flights.contains_key(&Subject::Rows) {
+                if self.flights.contains_key(&LookupKey::Rows) {
                     self.removed.insert(id.clone());
                 }
                 self.forget(&id);
                 self.keep_images();
             }
             Event::Connected(network, container) => {
-                self.touch(Subject::Network(network));
+                self.touch(LookupKey::Network(network));
                 if let Some(id) = container {
                     if !self.known.contains_key(&id) {
-                        self.touch(Subject::Container(id.clone()));
+                        self.touch(LookupKey::Container(id.clone()));
                     }
                     self.expect(id);
                 }
             }
-            Event::Disconnected(network) => self.touch(Subject::Network(network)),
+            Event::Disconnected(network) => self.touch(LookupKey::Network(network)),
             Event::Unreadable => self.relist(),
         }
     }
 
     /// An event tells more of a container than answers that are under way: they are asked for again.
     fn overtake(&mut self, id: &ContainerId) {
-        for subject in [Subject::Container(id.clone()), Subject::Inspect(id.clone())] {
+        for subject in [LookupKey::Container(id.clone()), LookupKey::Inspect(id.clone())] {
             if let Some(again) = self.flights.get_mut(&subject) {
                 *again = true;
             }
@@ -676,12 +684,12 @@ impl Watcher {
     }
 
     /// Something about `subject` may have changed: look it up, again if that is being done.
-    fn touch(&mut self, subject: Subject) {
+    fn touch(&mut self, subject: LookupKey) {
         if let Some(again) = self.flights.get_mut(&subject) {
             *again = true;
         } else if self.queued.insert(subject.clone()) {
             match subject {
-                Subject::Inspect(_) => self.inspects.push_back(subject),
+                LookupKey::Inspect(_) => self.inspects.push_back(subject),
                 _ => self.queue.push_back(subject),
             }
         }
@@ -689,12 +697,12 @@ impl Watcher {
     }
 
     fn fly(&mut self) {
-        while self.answers.len() - self.inspecting < FLIGHTS
+        while self.answers.len() - self.inspecting < MAX_LOOKUPS
             && let Some(subject) = self.queue.pop_front()
         {
             self.depart(subject);
         }
-        while self.inspecting < FLIGHTS
+        while self.inspecting < MAX_LOOKUPS
             && let Some(subject) = self.inspects.pop_front()
         {
             self.inspecting += 1;
@@ -702,10 +710,10 @@ impl Watcher {
         }
     }
 
-    fn depart(&mut self, subject: Subject) {
+    fn depart(&mut self, subject: LookupKey) {
         self.queued.remove(&subject);
         self.flights.insert(subject.clone(), false);
-        if subject == Subject::Rows {
+        if subject == LookupKey::Rows {
             self.lists = (self.lists.0 + 1, Some(self.clock.now()));
             self.removed.clear();
         }
@@ -719,9 +727,9 @@ impl Watcher {
             .push(async move { (subject.clone(), look_up.make(&subject).await) }.boxed());
     }
 
-    fn answered(&mut self, subject: Subject, found: Result<Found, EngineError>) {
+    fn answered(&mut self, subject: LookupKey, found: Result<LookupResult, EngineError>) {
         let again = self.flights.remove(&subject).unwrap_or(false);
-        if matches!(subject, Subject::Inspect(_)) {
+        if matches!(subject, LookupKey::Inspect(_)) {
             self.inspecting -= 1;
         }
         match found {
@@ -729,7 +737,7 @@ impl Watcher {
                 let incomplete = found.incomplete();
                 let ended = incomplete.is_none() && self.failures.end(&subject);
                 // What an inspect tells of a run that an event has overtaken may be the run before.
-                if !(again && matches!(found, Found::Inspect(_))) {
+                if !(again && matches!(found, LookupResult::Inspect(_))) {
                     self.learn(&subject, found);
                 }
                 if ended {
@@ -748,12 +756,12 @@ impl Watcher {
     }
 
     /// A look-up failed: it is made again.
-    fn failed(&mut self, subject: &Subject, error: EngineError) {
+    fn failed(&mut self, subject: &LookupKey, error: EngineError) {
         let now = (self.clock.now(), self.clock.wall());
         if self.failures.note(subject, error.0, now) {
             self.failures_changed(subject);
         }
-        if let Subject::Network(network) = subject {
+        if let LookupKey::Network(network) = subject {
             self.index.set_unread_network(network, true);
         }
         // Without its lists nothing is known of the engine. The rest is known, but for single containers and networks.
@@ -763,12 +771,12 @@ impl Watcher {
     }
 
     /// Makes visible that a look-up fails, or does not fail any more.
-    fn failures_changed(&mut self, subject: &Subject) {
+    fn failures_changed(&mut self, subject: &LookupKey) {
         self.index.set_failing(self.failures.worst());
         match subject {
-            Subject::Container(id) | Subject::Inspect(id) => self.publish(id),
-            Subject::Image(image) => self.waiting_for(image).iter().for_each(|id| self.publish(id)),
-            Subject::Rows | Subject::Networks | Subject::Network(_) => {}
+            LookupKey::Container(id) | LookupKey::Inspect(id) => self.publish(id),
+            LookupKey::Image(image) => self.waiting_for(image).iter().for_each(|id| self.publish(id)),
+            LookupKey::Rows | LookupKey::Networks | LookupKey::Network(_) => {}
         }
     }
 
@@ -780,7 +788,7 @@ impl Watcher {
     }
 
     /// A look-up has told what it can.
-    fn finished(&mut self, subject: &Subject) {
+    fn finished(&mut self, subject: &LookupKey) {
         self.done_with(subject);
         for mut waiter in std::mem::take(&mut self.waiters) {
             waiter.pending.remove(subject);
@@ -789,7 +797,7 @@ impl Watcher {
     }
 
     /// The snapshot does not wait for that look-up any more.
-    fn done_with(&mut self, subject: &Subject) {
+    fn done_with(&mut self, subject: &LookupKey) {
         let Some(left) = &mut self.synchronising else { return };
         left.remove(subject);
         if left.is_empty() {
@@ -804,10 +812,10 @@ impl Watcher {
         }
     }
 
-    fn learn(&mut self, subject: &Subject, found: Found) {
+    fn learn(&mut self, subject: &LookupKey, found: LookupResult) {
         match (subject, found) {
-            (Subject::Rows, Found::Rows(rows)) => self.learn_rows(rows),
-            (Subject::Networks, Found::Networks(networks)) => {
+            (LookupKey::Rows, LookupResult::Rows(rows)) => self.learn_rows(rows),
+            (LookupKey::Networks, LookupResult::Networks(networks)) => {
                 let gone: Vec<_> = self
                     .networks
                     .keys()
@@ -817,20 +825,20 @@ impl Watcher {
                 gone.iter().for_each(|id| self.attach(id, None));
                 for id in networks {
                     if let Some(left) = &mut self.synchronising {
-                        left.insert(Subject::Network(id.clone()));
+                        left.insert(LookupKey::Network(id.clone()));
                     }
-                    self.touch(Subject::Network(id));
+                    self.touch(LookupKey::Network(id));
                 }
             }
-            (Subject::Container(_), Found::Container(Some(read))) => {
+            (LookupKey::Container(_), LookupResult::Container(Some(read))) => {
                 self.define(*read);
                 self.keep_images();
             }
-            (Subject::Container(id), Found::Container(None)) => {
+            (LookupKey::Container(id), LookupResult::Container(None)) => {
                 self.forget(id);
                 self.keep_images();
             }
-            (Subject::Inspect(id), Found::Inspect(Some(inspection))) => {
+            (LookupKey::Inspect(id), LookupResult::Inspect(Some(inspection))) => {
                 if let Some(known) = self.known.get_mut(id) {
                     known.run = inspection.run;
                     let renamed = inspection.hostname.is_some() && known.hostname != inspection.hostname;
@@ -842,13 +850,13 @@ impl Watcher {
                     }
                 }
             }
-            (Subject::Network(id), Found::Network(network)) => self.attach(&id.clone(), network),
-            (Subject::Image(id), Found::Image(image)) => {
+            (LookupKey::Network(id), LookupResult::Network(network)) => self.attach(&id.clone(), network),
+            (LookupKey::Image(id), LookupResult::Image(image)) => {
                 for container in self.waiting_for(id) {
                     let known = self.known(&container);
                     let (row, running) = (known.waits_for_image.take(), known.running);
                     // Events since the row was read have told whether it runs.
-                    let row = row.map(|row| Row { running, ..row });
+                    let row = row.map(|row| ContainerSummary { running, ..row });
                     row.into_iter().for_each(|row| self.define((row, Ok(image.clone()))));
                 }
                 self.keep_images();
@@ -878,7 +886,7 @@ impl Watcher {
             if let Some(running) = self.running_since_list(&read.0.id) {
                 read.0.running = running;
             }
-            let described = Subject::Container(read.0.id.clone());
+            let described = LookupKey::Container(read.0.id.clone());
             let ended = self.failures.end(&described);
             self.define(read);
             if ended {
@@ -888,7 +896,7 @@ impl Watcher {
         for (id, error) in rows.undescribed {
             self.index.set_undescribed(&id);
             self.known(&id);
-            let subject = Subject::Container(id);
+            let subject = LookupKey::Container(id);
             if !self.failures.is_planned(&subject) {
                 self.failed(&subject, error);
             }
@@ -923,17 +931,17 @@ impl Watcher {
         known.definition = Some(Arc::new(definition));
         let (row, error) = unread.unzip();
         known.waits_for_image = row;
-        let image = Subject::Image(image_id);
+        let image = LookupKey::Image(image_id);
         if let Some(error) = error.filter(|_| !self.failures.is_planned(&image)) {
             self.failed(&image, error);
         }
         let known = self.known(&id);
         // A run that was found earlier may have ended unannounced, before or after the container was described.
-        let unborn = !known.run().is_some_and(|(_, witness)| witness.alive());
+        let unborn = !known.run().is_some_and(|(_, handle)| handle.alive());
         let unnamed = known.environment.is_none();
         self.publish(&id);
         if unnamed || (running && unborn) {
-            self.touch(Subject::Inspect(id.clone()));
+            self.touch(LookupKey::Inspect(id.clone()));
         }
         if running && unborn && !self.awaited.contains_key(&id) {
             self.expect(id);
@@ -972,7 +980,7 @@ impl Watcher {
                 image: None,
                 environment: None,
                 run: None,
-                birth: None,
+                run_start: None,
                 life: None,
                 no_life: None,
                 attach: AttachState::default(),
@@ -1010,12 +1018,12 @@ impl Watcher {
             if known.attachments.0.get(id) == Some(&endpoint) {
                 continue;
             }
-            let mut attachments = Attachments::clone(&known.attachments);
+            let mut attachments = NetworkEndpoints::clone(&known.attachments);
             attachments.0.insert(id.clone(), endpoint);
             // A copy is exactly as long as it has to be.
             known.attachments = Arc::new(attachments.clone());
             if known.definition.is_none() {
-                self.touch(Subject::Container(container));
+                self.touch(LookupKey::Container(container));
             } else {
                 self.publish(&container);
             }
@@ -1032,11 +1040,11 @@ impl Watcher {
         let known = self.known.remove(id);
         self.index.remove(id);
         self.end_failures(id, known.as_deref());
-        if let Some(birth) = known.as_ref().and_then(|known| known.birth.as_ref()) {
+        if let Some(run_start) = known.as_ref().and_then(|known| known.run_start.as_ref()) {
             // It is not a container of this engine.
-            self.index.set_undefined(birth.witness.namespace(), false);
-            let witness = birth.witness.clone();
-            self.background.push(blocking(move || drop(witness.detach())));
+            self.index.set_undefined(run_start.handle.namespace(), false);
+            let handle = run_start.handle.clone();
+            self.background.push(blocking(move || drop(handle.detach())));
         }
         if let Some(known) = known {
             debug!(container = %id, name = known.definition.as_ref().map(|it| &it.name), "forgotten");
@@ -1047,12 +1055,12 @@ impl Watcher {
 
     /// A container is gone: nothing about it is looked up any more.
     fn end_failures(&mut self, id: &ContainerId, known: Option<&Known>) {
-        let mut ended = vec![Subject::Container(id.clone()), Subject::Inspect(id.clone())];
+        let mut ended = vec![LookupKey::Container(id.clone()), LookupKey::Inspect(id.clone())];
         let image = known
             .and_then(|known| known.waits_for_image.as_ref())
             .map(|row| &row.image_id);
         if let Some(image) = image.filter(|image| self.waiting_for(image).is_empty()) {
-            ended.push(Subject::Image(image.clone()));
+            ended.push(LookupKey::Image(image.clone()));
         }
         ended.retain(|subject| self.failures.end(subject));
         ended.iter().for_each(|subject| self.failures_changed(subject));
@@ -1092,8 +1100,8 @@ impl Watcher {
                 .map(|it| it.network_mode.clone());
             let kernel = self.kernel.clone();
             self.births.push(blocking(move || {
-                let birth = kernel.birth(&id, run.as_ref(), mode.as_ref());
-                (id, birth)
+                let run_start = kernel.run_start(&id, run.as_ref(), mode.as_ref());
+                (id, run_start)
             }));
         }
     }
@@ -1129,18 +1137,18 @@ impl Watcher {
         !self.awaited.is_empty() || !attempts || self.relist.is_some()
     }
 
-    fn born(&mut self, id: ContainerId, birth: Result<Birth, String>) {
+    fn run_started(&mut self, id: ContainerId, run_start: Result<RunStart, String>) {
         self.look_for_births();
         let now = self.clock.now();
-        match birth {
-            Ok(birth) => {
+        match run_start {
+            Ok(run_start) => {
                 self.awaited.remove(&id);
                 let known = self.known(&id);
                 known.no_life = None;
-                let is_known = known.run().is_some_and(|(cgroup, _)| cgroup == birth.cgroup);
+                let is_known = known.run().is_some_and(|(cgroup, _)| cgroup == run_start.cgroup);
                 if !is_known {
-                    let (namespace, undefined) = (birth.witness.namespace(), known.definition.is_none());
-                    known.birth = Some(birth);
+                    let (namespace, undefined) = (run_start.handle.namespace(), known.definition.is_none());
+                    known.run_start = Some(run_start);
                     (known.attach, known.not_attached) = (AttachState::default(), None);
                     known.left_alone.clear();
                     // The engine tells about it after its first instruction. It gets a link meanwhile, and its requests wait.
@@ -1183,7 +1191,7 @@ impl Watcher {
     /// Attaches or detaches the namespace of a container's run, if that is not what it is.
     fn sync_attachment(&mut self, id: &ContainerId) {
         let Some(known) = self.known.get_mut(id) else { return };
-        let Some((cgroup, witness)) = known.run() else { return };
+        let Some((cgroup, handle)) = known.run() else { return };
         let attach = &mut known.attach;
         let wanted = attach.wanted;
         if attach.in_flight || wanted == attach.done || self.attach_retries.contains_key(id) {
@@ -1193,8 +1201,8 @@ impl Watcher {
         let id = id.clone();
         self.attachings.push(blocking(move || {
             let done = match wanted {
-                true => witness.attach(),
-                false => witness.detach().map(|()| Vec::new()),
+                true => handle.attach(),
+                false => handle.detach().map(|()| Vec::new()),
             };
             (id, cgroup, wanted, done)
         }));
@@ -1204,7 +1212,7 @@ impl Watcher {
         let now = self.clock.now();
         let Some(known) = self.known.get_mut(&id) else { return };
         // A run that ends meanwhile takes its namespace with it: that is no failure.
-        let run = known.run().filter(|(run, witness)| *run == cgroup && witness.alive());
+        let run = known.run().filter(|(run, handle)| *run == cgroup && handle.alive());
         if run.is_none() {
             return;
         }
@@ -1264,7 +1272,7 @@ impl Watcher {
         if self.ids.get(&instance.id).is_some_and(|(holder, _)| holder == id) {
             self.ids.remove(&instance.id);
         }
-        for twin in self.twins.remove(&instance.id).unwrap_or_default() {
+        for twin in self.duplicate_ids.remove(&instance.id).unwrap_or_default() {
             self.publish(&twin);
         }
     }
@@ -1286,13 +1294,13 @@ impl Watcher {
             let definition = Arc::make_mut(definition);
             (definition.hostname, definition.environment) = (hostname, environment);
         }
-        let started = match (&known.birth, &known.life) {
-            (Some(birth), _) => birth.started,
+        let started = match (&known.run_start, &known.life) {
+            (Some(run_start), _) => run_start.started,
             (None, Some(life)) => life.started,
             (None, None) => known.seen,
         };
         let mut instance = self.instances.resolve(definition, &known.attachments, started);
-        let lives = known.birth.is_some() || known.life.as_ref().is_some_and(|life| life.alive());
+        let lives = known.run_start.is_some() || known.life.as_ref().is_some_and(|life| life.alive());
         let other = self.ids.get(&instance.id).and_then(|(other, life)| {
             let life = life
                 .upgrade()
@@ -1300,13 +1308,16 @@ impl Watcher {
             Some((other.clone(), life.started))
         });
         // Whoever was first stays; a daemon that has been started again may hear of them in another order.
-        let (other, displaced) = match other {
+        let (other, evicted) = match other {
             Some((other, since)) if lives && (started, id) < (since, &other) => (None, Some(other)),
             other => (other, None),
         };
         let is_twin = other.is_some();
         if let Some((other, _)) = other {
-            self.twins.entry(instance.id.clone()).or_default().insert(id.clone());
+            self.duplicate_ids
+                .entry(instance.id.clone())
+                .or_default()
+                .insert(id.clone());
             let problem = format!("instance id {} is that of container {other}, which runs", instance.id);
             instance = instance.refused(problem);
         }
@@ -1326,13 +1337,13 @@ impl Watcher {
         // While it is open whether there is a role, a request waits for that at the link.
         let served = instance.endpoint || instance.endpoint_open;
         let attaches = self.instances.attaches() && served && definition.network_mode != NetworkMode::Host;
-        if let Some(birth) = known.birth.take() {
-            let life = Arc::new(Life {
+        if let Some(run_start) = known.run_start.take() {
+            let life = Arc::new(ContainerRun {
                 container: id.clone(),
-                cgroup: birth.cgroup,
-                pid: birth.pid,
-                started: birth.started,
-                witness: birth.witness,
+                cgroup: run_start.cgroup,
+                pid: run_start.pid,
+                started: run_start.started,
+                handle: run_start.handle,
                 instance: arc_swap::ArcSwap::new(instance.clone()),
                 connections: Arc::default(),
                 last: LastRequest::default(),
@@ -1340,13 +1351,13 @@ impl Watcher {
             let watched = life.clone();
             self.ends.push(
                 async move {
-                    watched.witness.ended().await;
+                    watched.handle.ended().await;
                     (watched.container.clone(), watched.cgroup)
                 }
                 .boxed(),
             );
             debug!(container = %id, name = definition.name, pid = life.pid, cgroup = life.cgroup.0, "lives");
-            self.index.set_undefined(life.witness.namespace(), false);
+            self.index.set_undefined(life.handle.namespace(), false);
             known.life = Some(life);
         }
         if let Some(life) = &known.life {
@@ -1362,8 +1373,8 @@ impl Watcher {
         let image = known
             .waits_for_image
             .as_ref()
-            .map(|row| Subject::Image(row.image_id.clone()));
-        let looked_up = [Subject::Container(id.clone()), Subject::Inspect(id.clone())];
+            .map(|row| LookupKey::Image(row.image_id.clone()));
+        let looked_up = [LookupKey::Container(id.clone()), LookupKey::Inspect(id.clone())];
         let failing = looked_up.iter().chain(&image).find_map(|subject| {
             let error = self.failures.error(subject)?;
             Some(format!("{}: {error}", subject.call()))
@@ -1381,7 +1392,7 @@ impl Watcher {
             instance,
         });
         self.sync_attachment(id);
-        if let Some(other) = displaced {
+        if let Some(other) = evicted {
             self.publish(&other);
         }
     }
@@ -1394,9 +1405,9 @@ impl Watcher {
                 .networks
                 .iter()
                 .filter(|(_, network)| network.may_hold(miss.address));
-            pending.extend(on.map(|(id, _)| Subject::Network(id.clone())));
+            pending.extend(on.map(|(id, _)| LookupKey::Network(id.clone())));
             if pending.is_empty() {
-                pending.insert(Subject::Networks);
+                pending.insert(LookupKey::Networks);
             }
             // One that is in flight was asked just now: its answer serves everybody who waits, so that a flood of unknown
             // callers costs one look-up at a time and network.
@@ -1407,7 +1418,7 @@ impl Watcher {
             }
             self.failures.hurry();
         } else {
-            pending.insert(Subject::Rows);
+            pending.insert(LookupKey::Rows);
         }
         // Nothing else removes those whose callers have left while nothing is answered.
         if self.waiters.len() >= WAITERS {
@@ -1426,21 +1437,21 @@ impl Watcher {
         // The list of networks has become look-ups of each; a network has become definitions of its containers.
         let open = self.flights.keys().chain(&self.queued).chain(self.failures.planned());
         let more = open.filter(|subject| match subject {
-            Subject::Network(id) => self
+            LookupKey::Network(id) => self
                 .networks
                 .get(id)
                 .is_none_or(|network| network.may_hold(waiter.miss.address)),
-            Subject::Container(id) => self.known.get(id).is_some_and(|known| at(known)),
+            LookupKey::Container(id) => self.known.get(id).is_some_and(|known| at(known)),
             _ => false,
         });
         waiter.pending.extend(more.cloned());
-        let open = |subject: &Subject| {
+        let open = |subject: &LookupKey| {
             self.flights.contains_key(subject) || self.queued.contains(subject) || self.failures.is_planned(subject)
         };
         // The rows stand for an engine that is away: they come with it.
         waiter
             .pending
-            .retain(|subject| open(subject) || *subject == Subject::Rows);
+            .retain(|subject| open(subject) || *subject == LookupKey::Rows);
         let born_soon = self
             .awaited
             .keys()

@@ -144,7 +144,7 @@ pub struct Attribute<'a> {
 
 /// The container that asks, as far as rules look at it.
 #[derive(Clone, Debug)]
-pub struct Applicant<'a> {
+pub struct Requester<'a> {
     /// Name.
     pub container: &'a str,
     /// Image as named.
@@ -163,7 +163,7 @@ pub struct Applicant<'a> {
 
 /// What it asks for.
 #[derive(Clone, Copy, Debug)]
-pub struct Wish<'a> {
+pub struct RoleRequest<'a> {
     /// The role; `None`: the profile as it is.
     pub role: Option<&'a RoleArn>,
     /// The profile that a label names.
@@ -205,7 +205,11 @@ enum Covers {
 ///
 /// # Errors
 /// Why it is not granted, with the rule's name.
-pub fn decide<'r>(rules: &'r [Rule], who: &Applicant<'_>, wish: &Wish<'_>) -> Result<Option<&'r Rule>, NotAllowed> {
+pub fn decide<'r>(
+    rules: &'r [Rule],
+    who: &Requester<'_>,
+    wish: &RoleRequest<'_>,
+) -> Result<Option<&'r Rule>, NotAllowed> {
     if rules.is_empty() {
         return Ok(None);
     }
@@ -221,7 +225,7 @@ pub fn decide<'r>(rules: &'r [Rule], who: &Applicant<'_>, wish: &Wish<'_>) -> Re
 ///
 /// # Errors
 /// Why not, with each rule's name.
-pub fn may_name(rules: &[Rule], who: &Applicant<'_>, profile: &str) -> Result<(), NotAllowed> {
+pub fn may_name(rules: &[Rule], who: &Requester<'_>, profile: &str) -> Result<(), NotAllowed> {
     if rules.is_empty() {
         return Ok(());
     }
@@ -233,7 +237,7 @@ pub fn may_name(rules: &[Rule], who: &Applicant<'_>, profile: &str) -> Result<()
 
 fn first<'r>(
     rules: &'r [Rule],
-    who: &Applicant<'_>,
+    who: &Requester<'_>,
     role: Option<&RoleArn>,
     profile: Option<&str>,
 ) -> Result<&'r Rule, NotAllowed> {
@@ -283,7 +287,7 @@ fn list<T: fmt::Display>(items: &[T]) -> String {
 }
 
 impl Rule {
-    fn covers(&self, who: &Applicant<'_>, what: impl Fn(&Self) -> Result<(), String>) -> Covers {
+    fn covers(&self, who: &Requester<'_>, what: impl Fn(&Self) -> Result<(), String>) -> Covers {
         let own = |value| Some(Attribute { value, is_own: true });
         let texts = [
             ("container", &self.container, own(who.container), false),
@@ -372,7 +376,7 @@ impl Rule {
     }
 
     /// Whether what labels set is within the rule.
-    fn permits(&self, wish: &Wish<'_>) -> Result<(), String> {
+    fn permits(&self, wish: &RoleRequest<'_>) -> Result<(), String> {
         let inputs = wish.inputs;
         let external_id = inputs.external_id.as_ref().map(Secret::reveal);
         for (input, globs, value, shown) in [

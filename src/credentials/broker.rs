@@ -182,7 +182,7 @@ pub enum NoCredentials {
     NotLeased,
 }
 
-struct Slot {
+struct SessionEntry {
     state: watch::Sender<State>,
     /// Leases held now; the keeper ends a while after the last.
     leases: watch::Sender<usize>,
@@ -214,7 +214,7 @@ impl Default for Limits {
 
 /// Keeps credentials for all sessions that somebody holds.
 pub struct Broker {
-    slots: DashMap<Arc<Session>, Arc<Slot>>,
+    slots: DashMap<Arc<Session>, Arc<SessionEntry>>,
     provider: Box<dyn CredentialProvider>,
     render: fn(&Credentials) -> Bytes,
     clock: Clock,
@@ -248,7 +248,7 @@ fn outcome(of: &Result<Credentials, ProviderError>) -> usize {
 pub struct Lease {
     broker: Arc<Broker>,
     session: Arc<Session>,
-    slot: Arc<Slot>,
+    slot: Arc<SessionEntry>,
     linger: Duration,
 }
 
@@ -324,7 +324,7 @@ impl Broker {
                 (entry.key().clone(), slot)
             }
             Entry::Vacant(entry) => {
-                let slot = Arc::new(Slot {
+                let slot = Arc::new(SessionEntry {
                     state: watch::Sender::new(State::default()),
                     leases: watch::Sender::new(1),
                     linger: AtomicU64::new(0),
@@ -459,7 +459,7 @@ impl Broker {
     }
 
     /// One fetch, and when AWS was asked.
-    async fn fetch(&self, session: &Session, slot: &Slot) -> (Moment, Result<Credentials, ProviderError>) {
+    async fn fetch(&self, session: &Session, slot: &SessionEntry) -> (Moment, Result<Credentials, ProviderError>) {
         if let Err(error) = alone(self.provider.prepare(session)).await {
             return (self.clock.moment(), Err(error));
         }
@@ -503,7 +503,7 @@ const SAY_AGAIN: Duration = Duration::from_secs(300);
 /// The least time between two tries, whoever asks for one.
 const BETWEEN_TRIES: Duration = Duration::from_secs(1);
 
-async fn keep(broker: Arc<Broker>, session: Arc<Session>, slot: Arc<Slot>) {
+async fn keep(broker: Arc<Broker>, session: Arc<Session>, slot: Arc<SessionEntry>) {
     let mut failures = 0_u32;
     let mut said: Option<(Duration, ProviderError)> = None;
     loop {
@@ -600,7 +600,7 @@ enum Next {
     Gone,
 }
 
-async fn next(broker: &Broker, session: &Session, slot: &Arc<Slot>, wake: Instant) -> Next {
+async fn next(broker: &Broker, session: &Session, slot: &Arc<SessionEntry>, wake: Instant) -> Next {
     tokio::select! {
         () = slot.look.notified() => Next::Look,
         leased = leased_until(broker, session, slot, wake) => if leased { Next::Due } else { Next::Gone },
@@ -609,7 +609,7 @@ async fn next(broker: &Broker, session: &Session, slot: &Arc<Slot>, wake: Instan
 
 /// Sleeps until `wake`. `false`: the last lease ended, and nobody took another within the time that it was to be kept;
 /// the slot is gone.
-async fn leased_until(broker: &Broker, session: &Session, slot: &Arc<Slot>, wake: Instant) -> bool {
+async fn leased_until(broker: &Broker, session: &Session, slot: &Arc<SessionEntry>, wake: Instant) -> bool {
     let mut leases = slot.leases.subscribe();
     loop {
         // The sender lives in `slot`, so waiting cannot fail; an error would mean that nobody holds a lease.

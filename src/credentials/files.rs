@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use crate::files;
 
 /// The largest file that is read; real ones have a few kilobytes.
-const MOST_BYTES: u64 = 1 << 20;
+const MAX_BYTES: u64 = 1 << 20;
 /// The permissions of group and others to write (inode(7)).
 const WRITABLE_BY_OTHERS: u32 = 0o022;
 
@@ -169,7 +169,7 @@ impl AwsFiles {
         let meta = file.metadata().map_err(unreadable)?;
         self.trust(path, &meta)?;
         let mut text = String::new();
-        file.take(MOST_BYTES).read_to_string(&mut text).map_err(unreadable)?;
+        file.take(MAX_BYTES).read_to_string(&mut text).map_err(unreadable)?;
         Ok(Some(Contents {
             text,
             stamp: Stamp::of(&meta),
@@ -200,8 +200,8 @@ impl AwsFiles {
                 path.display()
             ));
         }
-        if meta.len() >= MOST_BYTES {
-            return untrusted(format!("it has {} bytes; expected less than {MOST_BYTES}", meta.len()));
+        if meta.len() >= MAX_BYTES {
+            return untrusted(format!("it has {} bytes; expected less than {MAX_BYTES}", meta.len()));
         }
         Ok(())
     }
@@ -289,7 +289,7 @@ mod tests {
             }
         }
         let large = dir.path().join("large");
-        std::fs::File::create(&large).unwrap().set_len(MOST_BYTES).unwrap();
+        std::fs::File::create(&large).unwrap().set_len(MAX_BYTES).unwrap();
         assert!(
             files
                 .read(&large)

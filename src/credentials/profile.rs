@@ -10,7 +10,7 @@ use aws_types::os_shim_internal::{Env, Fs};
 use std::path::{Path, PathBuf};
 
 use super::Secret;
-use crate::config::Nearest;
+use crate::config::Suggestion;
 
 /// The way to a profile's credentials: what is first, and the roles to go through.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -98,7 +98,7 @@ pub enum ProfileError {
         /// Who names it.
         by: String,
         /// The nearest that there is.
-        nearest: Nearest,
+        nearest: Suggestion,
     },
     /// It says nothing of credentials.
     #[error(
@@ -188,7 +188,7 @@ pub fn plan(set: &ProfileSet, name: &str, allowed: Allowed<'_>) -> Result<Plan, 
                 .last()
                 .map(|by| format!(", which profile {by:?} names"))
                 .unwrap_or_default(),
-            nearest: Nearest::among(name, set.profiles()),
+            nearest: Suggestion::among(name, set.profiles()),
         })?;
         check(profile, PROGRAMS, allowed)?;
         check(profile, ENDPOINTS, allowed)?;
@@ -384,7 +384,7 @@ fn sso(set: &ProfileSet, profile: &Profile) -> Result<Option<Sso>, ProfileError>
     let section = match session {
         None => None,
         Some(session) => Some(set.sso_session(session).ok_or_else(|| {
-            let nearest = Nearest::among(session, set.sso_sessions());
+            let nearest = Suggestion::among(session, set.sso_sessions());
             wrong(profile, format!("there is no [sso-session {session}]{nearest}"))
         })?),
     };

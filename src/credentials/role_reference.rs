@@ -1,7 +1,7 @@
 //! A role as people name it: ARN, name, `name@account`, alias.
 
 use super::{MAX_ROLE_NAME, RoleArn, has_role_characters, is_account_id, is_role_path, long_role_name};
-use crate::config::{Nearest, Settings};
+use crate::config::{Settings, Suggestion};
 
 /// A role as a person names it, not yet looked up.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -40,7 +40,7 @@ pub enum RoleError {
         /// What stands behind the `@`.
         account: String,
         /// The nearest alias.
-        nearest: Nearest,
+        nearest: Suggestion,
     },
 }
 
@@ -74,7 +74,7 @@ pub fn read_role(text: &str, settings: &Settings, partition: &str) -> Result<Nam
             .ok_or_else(|| RoleError::NotAnAccount {
                 role: text.to_owned(),
                 account: account.to_owned(),
-                nearest: Nearest::among(account, settings.accounts.keys().map(String::as_str)),
+                nearest: Suggestion::among(account, settings.accounts.keys().map(String::as_str)),
             })?;
         return Ok(NamedRole::Arn(RoleArn::of(partition, account, name)));
     }

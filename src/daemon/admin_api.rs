@@ -11,8 +11,8 @@ use futures_util::future::BoxFuture;
 use super::resolver::Resolver;
 use super::{IMDS_ADDRESS, base_identity, client_settings, metrics, self_probe};
 use crate::admin::{
-    self, BaseStatus, ClockStatus, ConnectionStatus, ContainerStatus, CredentialStatus, EngineStatus, Explanation,
-    Judgement, Observatory, RefusalStatus, RequestStatus, Status,
+    self, AdminApi, BaseStatus, ClockStatus, ConnectionStatus, ContainerStatus, CredentialStatus, EngineStatus,
+    ExplainStep, Explanation, RefusalStatus, RequestStatus, Status,
 };
 use crate::clock::{Clock, rfc3339_seconds};
 use crate::config::{Attach, CredentialSource};
@@ -20,7 +20,7 @@ use crate::containers::connection_slots::{self, ConnectionSlots};
 use crate::containers::docker::Lag;
 use crate::containers::index::EngineState;
 use crate::containers::watcher::Instances as _;
-use crate::containers::{ContainerId, Level, NetworkMode, Record};
+use crate::containers::{ContainerId, NetworkMode, ProofLevel, Record};
 use crate::credentials::Session;
 use crate::credentials::sts::Sts;
 use crate::descriptors;
@@ -48,7 +48,7 @@ pub(super) struct Observer {
     pub(super) lag: Arc<Lag>,
 }
 
-impl Observatory for Observer {
+impl AdminApi for Observer {
     fn status(&self) -> Status {
         let (state, reason) = match &*self.service.index.engine() {
             EngineState::Away(why) => ("away", Some(why.clone())),
@@ -130,20 +130,20 @@ impl Observatory for Observer {
 
     fn trust(&self, container: &str) -> Option<Vec<admin::Trust>> {
         let record = self.meant(container)?;
-        let around = self.resolver.around.load();
+        let facts = self.resolver.facts.load();
         Some(match record.instance.role.session().map(|session| &**session) {
             Some(Session::Role(session)) => {
-                base_identity::trust(session, around.base(session.profile.as_deref()).arn.as_deref())
+                base_identity::trust(session, facts.base(session.profile.as_deref()).arn.as_deref())
             }
             _ => Vec::new(),
         })
     }
 
-    fn modify(&self, container: &str, modify: &admin::Modify) -> Result<admin::Options, admin::NotDone> {
-        let record = self.meant(container).ok_or(admin::NotDone::NoContainer)?;
+    fn modify(&self, container: &str, modify: &admin::Modify) -> Result<admin::Options, admin::ApiError> {
+        let record = self.meant(container).ok_or(admin::ApiError::NoContainer)?;
         let hops = modify.http_put_response_hop_limit;
         if hops.is_some_and(|hops| !(1..=64).contains(&hops)) {
-            return Err(admin::NotDone::Wrong(
+            return Err(admin::ApiError::Wrong(
                 "http-put-response-hop-limit: expected a whole number from 1 to 64".to_owned(),
             ));
         }
@@ -177,9 +177,9 @@ impl Observatory for Observer {
         })
     }
 
-    fn trigger(&self, container: &str, trigger: &admin::Trigger) -> Result<Vec<admin::EventStatus>, admin::NotDone> {
-        let wrong = |text: String| admin::NotDone::Wrong(text);
-        let record = self.meant(container).ok_or(admin::NotDone::NoContainer)?;
+    fn trigger(&self, container: &str, trigger: &admin::Trigger) -> Result<Vec<admin::EventStatus>, admin::ApiError> {
+        let wrong = |text: String| admin::ApiError::Wrong(text);
+        let record = self.meant(container).ok_or(admin::ApiError::NoContainer)?;
         let kind = Kind::parse(&trigger.event).ok_or_else(|| {
             let names: Vec<_> = Kind::ALL.into_iter().map(Kind::name).collect();
             wrong(format!("event {:?}: expected {}", trigger.event, names.join(", ")))
@@ -296,7 +296,7 @@ impl Observer {
         let all = self.service.index.all();
         let broken = all.iter().filter(|record| {
             let life = record.life.as_ref().filter(|life| life.alive());
-            record.not_attached.is_some() || life.is_some_and(|life| life.witness.path_problem().is_some())
+            record.not_attached.is_some() || life.is_some_and(|life| life.handle.path_problem().is_some())
         });
         let broken: Vec<_> = broken.map(|record| record.definition.name.as_str()).collect();
         let serves = format!("serves {} containers", all.len() - broken.len());
@@ -307,12 +307,12 @@ impl Observer {
     }
 
     /// Orders something for a container, and has it looked at again.
-    fn order(&self, record: &Record, change: impl FnOnce(&mut Ordered)) -> Result<Ordered, admin::NotDone> {
+    fn order(&self, record: &Record, change: impl FnOnce(&mut Ordered)) -> Result<Ordered, admin::ApiError> {
         let index = &self.service.index;
         let exists = |id: &ContainerId| !index.is_gone(id);
         // It syncs the file.
         let ordered = blocking(|| self.resolver.orders.order(&record.definition.id, exists, change));
-        let ordered = ordered.map_err(|error| admin::NotDone::Failed(with_causes(&error)))?;
+        let ordered = ordered.map_err(|error| admin::ApiError::Failed(with_causes(&error)))?;
         self.resolver.changed.send_modify(|version| *version += 1);
         Ok(ordered)
     }
@@ -339,13 +339,13 @@ impl Observer {
 
     fn bases(&self) -> Vec<BaseStatus> {
         let states = self.resolver.sts.as_ref().map(Sts::states).unwrap_or_default();
-        let around = self.resolver.around.load();
+        let facts = self.resolver.facts.load();
         let states = states.into_iter();
         states
             .map(|(profile, state)| {
                 // The daemon's own base has its profile's name, if it was given one.
                 let own = profile == self.resolver.settings.load().profile;
-                let base = around.base(profile.as_deref().filter(|_| !own));
+                let base = facts.base(profile.as_deref().filter(|_| !own));
                 base_identity::status(profile, state, base.arn.clone())
             })
             .collect()
@@ -400,10 +400,10 @@ impl Observer {
     }
 
     /// Every step that a request of the container meets, in its order.
-    fn judge(&self, record: &Record) -> Vec<Judgement> {
+    fn judge(&self, record: &Record) -> Vec<ExplainStep> {
         let mut steps = Vec::new();
         let mut step = |step: &str, ok: bool, seen: String| {
-            steps.push(Judgement {
+            steps.push(ExplainStep {
                 step: step.to_owned(),
                 ok,
                 seen,
@@ -429,7 +429,7 @@ impl Observer {
                     "first process {}, cgroup {}, network namespace {}, since {}",
                     life.pid,
                     life.cgroup.0,
-                    life.witness.namespace().0,
+                    life.handle.namespace().0,
                     rfc3339_seconds(life.started)
                 ),
             ),
@@ -451,7 +451,7 @@ impl Observer {
                 true,
                 "over the host, whose network it has; imds-router health checks that path".to_owned(),
             ),
-            (None, Some(life)) if record.attaches => match blocking(|| life.witness.check_path()) {
+            (None, Some(life)) if record.attaches => match blocking(|| life.handle.check_path()) {
                 Ok(()) => (true, "over a link of its own, imds0, which is in place now".to_owned()),
                 Err(why) => (false, format!("over a link of its own, imds0: {why}")),
             },
@@ -468,8 +468,8 @@ impl Observer {
         step("attach", is_reached, way);
         let proof = "a socket of exactly the connection, in that namespace, made by that cgroup or one below";
         match self.resolver.level {
-            Level::Full => step("proof", true, format!("required on each connection: {proof}")),
-            Level::Address => step(
+            ProofLevel::Full => step("proof", true, format!("required on each connection: {proof}")),
+            ProofLevel::Address => step(
                 "proof",
                 true,
                 "its address, by the engine's word only, as the configuration allows".to_owned(),
@@ -568,7 +568,7 @@ impl Observer {
             )
         }));
         let runs = record.life.as_ref().filter(|life| life.alive());
-        problems.extend(runs.and_then(|life| life.witness.path_problem()));
+        problems.extend(runs.and_then(|life| life.handle.path_problem()));
         if self.resolver.kept.is_some() && instance.endpoint && record.definition.network_mode == NetworkMode::Host {
             problems.push(GETS_THE_HOSTS.to_owned());
         }
@@ -642,7 +642,7 @@ impl Observer {
                 .session()
                 .and_then(|session| session.role().cloned())
         };
-        let others = self.service.index.within(life.witness.namespace());
+        let others = self.service.index.within(life.handle.namespace());
         let other = others
             .iter()
             .find(|other| other.definition.id != record.definition.id && role(other) != role(record));

@@ -21,7 +21,7 @@ use crate::credentials::files::AwsFiles;
 use crate::credentials::profile::Keys;
 use crate::credentials::sts::Sts;
 use crate::credentials::{RoleSession, Secret};
-use crate::instance::{Base, Surroundings};
+use crate::instance::{Base, RuntimeFacts};
 
 /// The first and the longest pause between two questions who the base is.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
@@ -73,10 +73,10 @@ pub(super) async fn ask(sts: &Sts, name: Option<&str>) -> (Base, Option<Provider
 
 /// Adds what is known of a base; whether that is new. Who it is, once known, is kept while it cannot be asked: what its
 /// containers have is as good as it was.
-pub(super) fn note(around: &mut Surroundings, name: Option<&str>, mut base: Base) -> bool {
+pub(super) fn note(facts: &mut RuntimeFacts, name: Option<&str>, mut base: Base) -> bool {
     let known = match name {
-        None => &mut around.base,
-        Some(name) => around.profiles.entry(name.to_owned()).or_default(),
+        None => &mut facts.base,
+        Some(name) => facts.profiles.entry(name.to_owned()).or_default(),
     };
     if base.arn.is_none() {
         (base.arn, base.account) = (known.arn.clone(), known.account.clone());
@@ -160,10 +160,10 @@ impl Resolver {
     fn note(&self, name: Option<&str>, base: Base) -> bool {
         let mut new = false;
         // Others learn at the same time.
-        self.around.rcu(|around| {
-            let mut around = Surroundings::clone(around);
-            new = note(&mut around, name, base.clone());
-            around
+        self.facts.rcu(|facts| {
+            let mut facts = RuntimeFacts::clone(facts);
+            new = note(&mut facts, name, base.clone());
+            facts
         });
         if new {
             self.changed.send_modify(|version| *version += 1);
@@ -173,10 +173,10 @@ impl Resolver {
 
     fn forget(&self, name: &Name) {
         if let Some(profile) = name {
-            self.around.rcu(|around| {
-                let mut around = Surroundings::clone(around);
-                around.profiles.remove(profile);
-                around
+            self.facts.rcu(|facts| {
+                let mut facts = RuntimeFacts::clone(facts);
+                facts.profiles.remove(profile);
+                facts
             });
         }
         self.wanted.send_if_modified(|wanted| wanted.remove(name));
@@ -184,7 +184,7 @@ impl Resolver {
 
     /// Somebody's role depends on the base of this profile.
     pub(super) fn want(&self, profile: &str) {
-        let known = self.around.load().profiles.contains_key(profile);
+        let known = self.facts.load().profiles.contains_key(profile);
         if !known {
             self.wanted
                 .send_if_modified(|wanted| wanted.insert(Some(profile.to_owned())));
@@ -302,20 +302,20 @@ mod tests {
             region: account.map(|_| "eu-west-1".to_owned()),
             problem: problem.map(str::to_owned),
         };
-        let mut around = Surroundings::default();
+        let mut facts = RuntimeFacts::default();
         for name in [None, Some("p")] {
-            assert!(note(&mut around, name, base(None, Some("down"))));
-            assert!(note(&mut around, name, base(Some("1"), None)));
-            assert!(!note(&mut around, name, base(Some("1"), None)));
-            assert!(note(&mut around, name, base(None, Some("down"))));
-            let known = around.base(name);
+            assert!(note(&mut facts, name, base(None, Some("down"))));
+            assert!(note(&mut facts, name, base(Some("1"), None)));
+            assert!(!note(&mut facts, name, base(Some("1"), None)));
+            assert!(note(&mut facts, name, base(None, Some("down"))));
+            let known = facts.base(name);
             assert_eq!(
                 (known.account.as_deref(), known.problem.as_deref()),
                 (Some("1"), Some("down"))
             );
             assert_eq!(known.region.as_deref(), Some("eu-west-1"));
-            assert!(note(&mut around, name, base(Some("2"), None)));
-            assert_eq!(*around.base(name), base(Some("2"), None));
+            assert!(note(&mut facts, name, base(Some("2"), None)));
+            assert_eq!(*facts.base(name), base(Some("2"), None));
         }
     }
 

@@ -15,9 +15,9 @@ use crate::containers::image_labels::Images;
 use crate::containers::legacy_labels;
 use crate::containers::lookups::read_image;
 use crate::containers::watcher::{ContainerEngine as _, EngineError, split_environment};
-use crate::containers::{Attachments, ContainerId, Definition};
+use crate::containers::{ContainerId, Definition, NetworkEndpoints};
 use crate::credentials::sts::Sts;
-use crate::instance::{Instance, Role, Surroundings, resolve};
+use crate::instance::{Instance, Role, RuntimeFacts, resolve};
 use crate::logging::printable;
 
 /// What `check` found.
@@ -132,7 +132,7 @@ const NO_PROJECT: &str = "warning: the file has no name of a project: rules and 
 /// Finds out what containers would get.
 struct Checker {
     settings: Settings,
-    around: Surroundings,
+    facts: RuntimeFacts,
     sts: Option<Sts>,
     text: String,
     containers: usize,
@@ -141,9 +141,9 @@ struct Checker {
 
 impl Checker {
     async fn new(settings: Settings) -> Self {
-        let mut around = Surroundings {
+        let mut facts = RuntimeFacts {
             host: host_name(),
-            ..Surroundings::default()
+            ..RuntimeFacts::default()
         };
         let mut text = String::new();
         let sts = (settings.source == CredentialSource::Sts).then(|| {
@@ -157,7 +157,7 @@ impl Checker {
                 "base credentials: {}\n",
                 said.map_or("unknown", String::as_str)
             ));
-            base_identity::note(&mut around, None, base);
+            base_identity::note(&mut facts, None, base);
         }
         text.push_str(&rules(&settings));
         if settings.metadata_of_host {
@@ -167,13 +167,13 @@ impl Checker {
                 None => Err(NOTHING_OF_HOST.to_owned()),
             };
             match found {
-                Ok(found) => around.instance = Arc::new(found),
+                Ok(found) => facts.instance = Arc::new(found),
                 Err(why) => text.push_str(&format!("warning: what EC2 says of this host: {why}\n")),
             }
         }
         Self {
             settings,
-            around,
+            facts,
             sts,
             text,
             containers: 0,
@@ -182,13 +182,13 @@ impl Checker {
     }
 
     /// One container: a line.
-    async fn look_at(&mut self, definition: &Definition, attached: &Attachments) {
+    async fn look_at(&mut self, definition: &Definition, attached: &NetworkEndpoints) {
         let first = self.resolved(definition, attached, &self.settings);
         if let (Some(sts), Some(profile)) = (&self.sts, &first.profile)
-            && !self.around.profiles.contains_key(profile)
+            && !self.facts.profiles.contains_key(profile)
         {
             let (base, _) = base_identity::ask(sts, Some(profile)).await;
-            base_identity::note(&mut self.around, Some(profile), base);
+            base_identity::note(&mut self.facts, Some(profile), base);
         }
         let instance = self.resolved(definition, attached, &self.settings);
         let (said, fine) = described(&instance);
@@ -201,11 +201,11 @@ impl Checker {
         }
     }
 
-    fn resolved(&self, definition: &Definition, attached: &Attachments, settings: &Settings) -> Instance {
-        resolve(definition, attached, SystemTime::UNIX_EPOCH, settings, &self.around)
+    fn resolved(&self, definition: &Definition, attached: &NetworkEndpoints, settings: &Settings) -> Instance {
+        resolve(definition, attached, SystemTime::UNIX_EPOCH, settings, &self.facts)
     }
 
-    fn gets(&self, definition: &Definition, attached: &Attachments, settings: &Settings) -> (String, bool) {
+    fn gets(&self, definition: &Definition, attached: &NetworkEndpoints, settings: &Settings) -> (String, bool) {
         described(&self.resolved(definition, attached, settings))
     }
 
@@ -254,8 +254,8 @@ fn rules(settings: &Settings) -> String {
 }
 
 /// Which container is on which network.
-async fn attachments(engine: &Engine) -> Result<HashMap<ContainerId, Attachments>, EngineError> {
-    let mut all: HashMap<ContainerId, Attachments> = HashMap::new();
+async fn attachments(engine: &Engine) -> Result<HashMap<ContainerId, NetworkEndpoints>, EngineError> {
+    let mut all: HashMap<ContainerId, NetworkEndpoints> = HashMap::new();
     for id in engine.networks().await? {
         // One that has gone meanwhile has nobody on it.
         let Some(network) = engine.network(&id).await? else {

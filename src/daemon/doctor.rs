@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::host_mode::Kept;
 use super::{ATTACH_HOST, DOCKER_RUN, IMDS_ADDRESS, base_identity, engine_host, plans};
 use crate::admin;
-use crate::attribution::prerequisites::Lack;
+use crate::attribution::prerequisites::MissingPrerequisite;
 use crate::clock::Clock;
 use crate::config::{Attach, CredentialSource, Proof, Settings};
 use crate::containers::docker::Engine;
@@ -210,11 +210,14 @@ async fn proof(settings: &Settings, kept: Option<Kept>, found: &mut Diagnosis) {
     let accepted = settings.proof == Proof::Address;
     for lack in &lacks {
         let fix = match lack {
-            Lack::Cgroups(_) => {
+            MissingPrerequisite::Cgroups(_) => {
                 "mount -t cgroup2 none /sys/fs/cgroup/unified (in a container: -v /sys/fs/cgroup:/sys/fs/cgroup:ro)"
             }
-            Lack::Remote(_) => "run imds-router on the engine's own host",
-            Lack::Capabilities(_) | Lack::Processes | Lack::Network | Lack::Emulated { .. } => DOCKER_RUN,
+            MissingPrerequisite::Remote(_) => "run imds-router on the engine's own host",
+            MissingPrerequisite::Capabilities(_)
+            | MissingPrerequisite::Processes
+            | MissingPrerequisite::Network
+            | MissingPrerequisite::Emulated { .. } => DOCKER_RUN,
         };
         let verdict = if accepted { Verdict::Note } else { Verdict::Wrong };
         found.add(

@@ -11,12 +11,12 @@ use tracing::{info, warn};
 use super::resolver::Resolver;
 use crate::credentials::http;
 use crate::credentials::instance_profile::HostMetadata;
-use crate::instance::Surroundings;
+use crate::instance::RuntimeFacts;
 use crate::logging::{printable, with_causes};
 use crate::metadata::crawl;
 
 /// How often it is asked, and how soon again after a failure.
-const AGAIN: (Duration, Duration) = (Duration::from_secs(3600), Duration::from_secs(15));
+const RETRY_INTERVAL: (Duration, Duration) = (Duration::from_secs(3600), Duration::from_secs(15));
 /// All answers together.
 const ALL: Duration = Duration::from_secs(20);
 
@@ -46,12 +46,16 @@ pub(super) async fn learn(service: &str, resolver: &Resolver) -> Duration {
         resolver.sees_of_host(BTreeMap::new(), None);
         return Duration::MAX;
     }
-    let known = BTreeMap::clone(&resolver.around.load().instance);
+    let known = BTreeMap::clone(&resolver.facts.load().instance);
     let (seen, problem) = seen(service, known, gather(service).await);
     if let Some(problem) = &problem {
         warn!("{problem}");
     }
-    let pause = if problem.is_none() { AGAIN.0 } else { AGAIN.1 };
+    let pause = if problem.is_none() {
+        RETRY_INTERVAL.0
+    } else {
+        RETRY_INTERVAL.1
+    };
     if resolver.sees_of_host(seen, problem) {
         info!("containers see what EC2 says of this host");
     }
@@ -102,9 +106,9 @@ impl Resolver {
     fn sees_of_host(&self, instance: BTreeMap<String, String>, problem: Option<String>) -> bool {
         self.of_host_problem.store(problem.map(Arc::new));
         let instance = Arc::new(instance);
-        let before = self.around.rcu(|around| Surroundings {
+        let before = self.facts.rcu(|facts| RuntimeFacts {
             instance: instance.clone(),
-            ..Surroundings::clone(around)
+            ..RuntimeFacts::clone(facts)
         });
         let new = before.instance != instance;
         if new {

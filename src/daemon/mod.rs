@@ -45,25 +45,25 @@ use self::resolver::Resolver;
 pub use self::systemd::Inherited;
 use crate::admin;
 use crate::attribution::cgroup::Cgroups;
-use crate::attribution::engine_attestor::EngineWord;
+use crate::attribution::engine_attestor::EngineAttestor;
 use crate::attribution::ingress::Interfaces;
 use crate::attribution::kernel_attestor::{HostKernel, KernelError};
-use crate::attribution::prerequisites::{Lack, emulated, lacking};
+use crate::attribution::prerequisites::{MissingPrerequisite, emulated, missing_prerequisites};
 use crate::clock::Clock;
 use crate::config::{Attach, CredentialSource, DOCKER_RUN, Nested, Proof, Settings};
-use crate::containers::Level;
+use crate::containers::ProofLevel;
 use crate::containers::docker::{DEFAULT_HOST, Engine, architecture};
 use crate::containers::index::Index;
-use crate::containers::watcher::{ContainerEngine, Kernel, Ports, Watcher};
+use crate::containers::watcher::{ContainerEngine, Kernel, Ports, Reconciler};
 use crate::credentials::broker::{Broker, CredentialProvider, Limits};
 use crate::credentials::offline::Offline;
 use crate::credentials::sts::Sts;
 use crate::descriptors;
-use crate::instance::Surroundings;
+use crate::instance::RuntimeFacts;
 use crate::interception::reconcile::Interception;
 use crate::interception::{HostError, LINK};
 use crate::logging::report_lines_left_out;
-use crate::orders::Stops;
+use crate::orders::StopScheduler;
 use crate::protocol::request::credentials_document;
 use crate::server::{self, IMDS_PORT, Service};
 
@@ -90,13 +90,13 @@ pub enum AppError {
          hint: [serve] proof = \"address\" takes the engine's word for who is at an address; a neighbour with NET_RAW \
          (Docker's default) can then take another's credentials", listed(.0)
     )]
-    Lacking(Vec<Lack>),
+    Lacking(Vec<MissingPrerequisite>),
     /// What was asked for needs more than there is.
     #[error(
         "attach namespace is not possible here: {}\nhint: [serve] attach = \"auto\" or \"host\" goes with proof = \"address\"",
         listed(.0)
     )]
-    NoNamespaces(Vec<Lack>),
+    NoNamespaces(Vec<MissingPrerequisite>),
     /// Host attach would take the host's own metadata service away.
     #[error(
         "{what} would take {IMDS_ADDRESS} away from this host, which has a metadata service of its own: {kept}\n\
@@ -165,7 +165,7 @@ pub enum AppError {
         "{} is damaged: {why}\nhint: it has the changes by imds-router modify and trigger, some of which may restrict a container; \
          repair it, or delete it and make the changes again", path.display()
     )]
-    Orders {
+    RuntimeOverrides {
         /// The file.
         path: PathBuf,
         /// The damage.
@@ -187,21 +187,21 @@ pub enum AppError {
 const NOTHING_OF_HOST: &str = "[metadata] base = \"host\": this host has no metadata service of EC2's that is its own, so that containers \
     see what is derived";
 
-fn listed(lacks: &[Lack]) -> String {
+fn listed(lacks: &[MissingPrerequisite]) -> String {
     let all: Vec<_> = lacks.iter().map(ToString::to_string).collect();
     all.join("; ")
 }
 
 /// What is lacking here for the kernel's word.
-async fn lacks(settings: &Settings) -> Vec<Lack> {
+async fn lacks(settings: &Settings) -> Vec<MissingPrerequisite> {
     let engine = engine_host(settings);
-    let mut lacks = lacking(&engine).await;
+    let mut lacks = missing_prerequisites(&engine).await;
     lacks.extend(architecture(&engine).await.and_then(|engines| emulated(&engines)));
     lacks
 }
 
 /// What callers are proven by here, with these settings.
-async fn level(settings: &Settings, kept: Option<Kept>) -> Result<Level, AppError> {
+async fn level(settings: &Settings, kept: Option<Kept>) -> Result<ProofLevel, AppError> {
     if settings.attach == Attach::Network {
         return match (kept, settings.proof) {
             // Docker's network with that address takes it away from the host's processes, too.
@@ -209,7 +209,7 @@ async fn level(settings: &Settings, kept: Option<Kept>) -> Result<Level, AppErro
                 what: "attach = \"network\"",
                 kept,
             }),
-            (None, Proof::Address) => Ok(Level::Address),
+            (None, Proof::Address) => Ok(ProofLevel::Address),
             (None, Proof::Full) => Err(AppError::AddressProof("network")),
         };
     }
@@ -226,14 +226,14 @@ async fn level(settings: &Settings, kept: Option<Kept>) -> Result<Level, AppErro
     }
     match (lacks.is_empty(), settings.proof, settings.attach) {
         (_, Proof::Full, Attach::Host) => Err(AppError::AddressProof("host")),
-        (true, _, Attach::Auto | Attach::Namespace | Attach::Network) => Ok(Level::Full),
+        (true, _, Attach::Auto | Attach::Namespace | Attach::Network) => Ok(ProofLevel::Full),
         (false, Proof::Full, _) => Err(AppError::Lacking(lacks)),
         (false, Proof::Address, Attach::Namespace) => Err(AppError::NoNamespaces(lacks)),
         (_, Proof::Address, Attach::Auto | Attach::Host | Attach::Network) => {
             for lack in lacks {
                 warn!(%lack, "callers are proven by their address only, as the configuration allows");
             }
-            Ok(Level::Address)
+            Ok(ProofLevel::Address)
         }
     }
 }
@@ -292,13 +292,13 @@ pub async fn run(
         }
         CredentialSource::Offline => None,
     };
-    let mut around = Surroundings {
+    let mut facts = RuntimeFacts {
         host: host_name(),
-        ..Surroundings::default()
+        ..RuntimeFacts::default()
     };
     if let Some((sts, _)) = &sts {
         // Before anybody is looked at: a session in another region is another session.
-        around.base.region = sts.region(None).await;
+        facts.base.region = sts.region(None).await;
     }
     let provider: Box<dyn CredentialProvider> = match &sts {
         Some((sts, _)) => Box::new(sts.clone()),
@@ -315,7 +315,7 @@ pub async fn run(
         level,
         kept,
         of_host_problem: ArcSwapOption::empty(),
-        around: ArcSwap::from_pointee(around),
+        facts: ArcSwap::from_pointee(facts),
         orders,
         clock: clock.clone(),
         broker: broker.clone(),
@@ -340,12 +340,12 @@ pub async fn run(
     let nested = settings.nested == Nested::Outer;
     let listeners = Arc::new(HostNamespaceListeners::new(service.clone(), settings.ipv6, nested));
     let host_kernel = match level {
-        Level::Full => Some(Arc::new(HostKernel::new(listeners.clone(), clock.clone())?)),
-        Level::Address => None,
+        ProofLevel::Full => Some(Arc::new(HostKernel::new(listeners.clone(), clock.clone())?)),
+        ProofLevel::Address => None,
     };
     let kernel: Arc<dyn Kernel> = match &host_kernel {
         Some(kernel) => kernel.clone(),
-        None => Arc::new(EngineWord::new(clock.clone())),
+        None => Arc::new(EngineAttestor::new(clock.clone())),
     };
     let host = Cgroups::this_threads_namespace().map_err(|error| KernelError::Namespace(error.to_string()))?;
     let engine = engine_host(&settings);
@@ -353,7 +353,7 @@ pub async fn run(
     let lag = docker.lag();
     let port: Arc<dyn ContainerEngine> = Arc::new(docker);
     let permits = resolver.clone();
-    let stops = Stops {
+    let stops = StopScheduler {
         orders: resolver.orders.clone(),
         index: index.clone(),
         engine: port.clone(),
@@ -423,7 +423,7 @@ pub async fn run(
     if admin_is_anothers {
         tasks.spawn(admin_socket::take_over(path, observer.clone()));
     }
-    if level == Level::Full
+    if level == ProofLevel::Full
         && let Err(error) = listeners.open(&settings.state_dir, inherited.take_netns())
     {
         give_up(interception);
@@ -480,14 +480,14 @@ pub async fn run(
         let pause = host_metadata::learn(&service, &resolver).await;
         tasks.spawn(host_metadata::keep(service, resolver.clone(), pause));
     }
-    tasks.spawn(Watcher::new(ports, index.clone(), misses, clock.clone()).run());
+    tasks.spawn(Reconciler::new(ports, index.clone(), misses, clock.clone()).run());
     match listener {
         Some((listener, _)) if on_network => {
             tasks.spawn(server::accept_on_network(listener, interfaces, host, service));
         }
         Some((listener, _)) => {
             // Who comes in neither over a bridge nor from this host is nobody's container where the kernel tells bridges apart.
-            let level = if between { Level::Full } else { level };
+            let level = if between { ProofLevel::Full } else { level };
             tasks.spawn(server::accept_on_host(listener, interfaces, host, level, service));
         }
         None => {}

@@ -147,7 +147,7 @@ async fn leave_namespaces(index: &Index) {
     for run in runs {
         leaving.spawn_blocking(move || {
             // A run that ends meanwhile takes its namespace along.
-            if let Err(why) = run.witness.detach()
+            if let Err(why) = run.handle.detach()
                 && run.alive()
             {
                 warn!(container = %run.container, why, "a rule or route of ours is left in a container");

@@ -12,24 +12,24 @@ use super::{NOTHING_OF_HOST, base_identity};
 use crate::clock::Clock;
 use crate::config::{Attach, CredentialSource, RELOADED, Settings};
 use crate::containers::watcher::{Hold, Instances};
-use crate::containers::{Attachments, Definition, Level};
+use crate::containers::{Definition, NetworkEndpoints, ProofLevel};
 use crate::credentials::broker::{Broker, LINGER, LINGER_NEVER_STARTED, Lease};
 use crate::credentials::sts::Sts;
 use crate::credentials::{Session, offline};
-use crate::instance::{At, FALLBACK_REGION, Instance, Surroundings, resolve_sparingly};
+use crate::instance::{At, FALLBACK_REGION, Instance, RuntimeFacts, resolve_sparingly};
 use crate::metadata::tree::REGION;
-use crate::orders::Orders;
+use crate::orders::RuntimeOverrides;
 
 /// Settings, and what was learnt since.
 pub(super) struct Resolver {
     pub(super) settings: ArcSwap<Settings>,
-    pub(super) level: Level,
+    pub(super) level: ProofLevel,
     /// The host has its own metadata service, and keeps it.
     pub(super) kept: Option<Kept>,
     /// Why EC2 says nothing of this host, though containers are to see that.
     pub(super) of_host_problem: ArcSwapOption<String>,
-    pub(super) around: ArcSwap<Surroundings>,
-    pub(super) orders: Arc<Orders>,
+    pub(super) facts: ArcSwap<RuntimeFacts>,
+    pub(super) orders: Arc<RuntimeOverrides>,
     pub(super) clock: Clock,
     pub(super) broker: Arc<Broker>,
     pub(super) changed: watch::Sender<u64>,
@@ -41,14 +41,14 @@ pub(super) struct Resolver {
 
 impl Resolver {
     pub(super) fn region(&self) -> String {
-        let around = self.around.load();
-        let of_host = || around.instance.get(REGION).cloned();
+        let facts = self.facts.load();
+        let of_host = || facts.instance.get(REGION).cloned();
         self.settings
             .load()
             .region
             .clone()
             .or_else(of_host)
-            .or_else(|| around.base.region.clone())
+            .or_else(|| facts.base.region.clone())
             .unwrap_or_else(|| FALLBACK_REGION.to_owned())
     }
 
@@ -59,7 +59,7 @@ impl Resolver {
             .load()
             .account_id
             .clone()
-            .or_else(|| self.around.load().base.account.clone())
+            .or_else(|| self.facts.load().base.account.clone())
             .or_else(offline)
     }
 
@@ -73,8 +73,8 @@ impl Resolver {
 
     pub(super) fn proof(&self) -> &'static str {
         match self.level {
-            Level::Full => "full",
-            Level::Address => "address",
+            ProofLevel::Full => "full",
+            ProofLevel::Address => "address",
         }
     }
 
@@ -90,8 +90,8 @@ impl Resolver {
                     .to_owned(),
             );
         }
-        let around = self.around.load();
-        let known = around.base.region.is_some() || around.instance.contains_key(REGION);
+        let facts = self.facts.load();
+        let known = facts.base.region.is_some() || facts.instance.contains_key(REGION);
         if self.settings.load().region.is_none() && !known {
             warnings.push(format!(
                 "no region is configured; {FALLBACK_REGION} is a guess: --region, AWS_REGION or region = \"…\""
@@ -107,7 +107,7 @@ impl Resolver {
         if self.settings.load().metadata_of_host && self.kept.is_none_or(|kept| kept.ec2().is_none()) {
             warnings.push(NOTHING_OF_HOST.to_owned());
         }
-        if self.level == Level::Address {
+        if self.level == ProofLevel::Address {
             warnings.push(
                 "callers are proven by their address only: a neighbour with NET_RAW on the same bridge can send with it and \
                  take another's credentials; --cap-drop NET_RAW, a network each, or full proof closes that"
@@ -119,14 +119,19 @@ impl Resolver {
 }
 
 impl Instances for Resolver {
-    fn resolve(&self, container: &Arc<Definition>, attachments: &Arc<Attachments>, started: SystemTime) -> Instance {
+    fn resolve(
+        &self,
+        container: &Arc<Definition>,
+        attachments: &Arc<NetworkEndpoints>,
+        started: SystemTime,
+    ) -> Instance {
         let at = At {
             started,
             now: self.clock.wall(),
             ordered: self.orders.of(&container.id).unwrap_or_default(),
         };
-        let (settings, around) = (self.settings.load_full(), self.around.load_full());
-        let instance = resolve_sparingly(container, attachments, at, &settings, &around);
+        let (settings, facts) = (self.settings.load_full(), self.facts.load_full());
+        let instance = resolve_sparingly(container, attachments, at, &settings, &facts);
         if let Some(profile) = &instance.profile {
             self.want(profile);
         }
@@ -141,7 +146,7 @@ impl Instances for Resolver {
 
     fn attaches(&self) -> bool {
         let inside = matches!(self.settings.load().attach, Attach::Auto | Attach::Namespace);
-        self.level == Level::Full && inside
+        self.level == ProofLevel::Full && inside
     }
 
     fn image_labels_count(&self) -> bool {

@@ -18,7 +18,7 @@ use crate::logging::printable;
 /// its socket. That is nobody to stand by for.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How often the lock is tried: whoever takes over is there this long after the other has gone.
-const AGAIN: Duration = Duration::from_millis(100);
+const RETRY_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Puts `plan` up as soon as nobody else has. `said` hears who serves meanwhile, and nothing more once it is our turn.
 /// `None`: it was `shutdown` that came first.
@@ -52,7 +52,7 @@ pub async fn our_turn(
                     return done.map(Some);
                 }
             }
-            tokio::time::sleep(AGAIN).await;
+            tokio::time::sleep(RETRY_INTERVAL).await;
         }
     };
     tokio::select! {

@@ -10,7 +10,7 @@ use super::{AppError, durable_files};
 use crate::clock::Clock;
 use crate::files;
 use crate::metadata::identity_document::Signer;
-use crate::orders::Orders;
+use crate::orders::RuntimeOverrides;
 use crate::protocol::token::{TokenAuthority, TokenKey};
 
 /// Issues and verifies IMDS tokens.
@@ -64,9 +64,9 @@ pub(super) fn signer(state_dir: &Path) -> Result<Signer, AppError> {
 const ORDERS: &str = "orders.json";
 
 /// Changes by `modify` and `trigger`. A damaged file keeps the daemon from starting: a change that it lost may be a restriction.
-pub(super) fn orders(state_dir: &Path) -> Result<Orders, AppError> {
+pub(super) fn orders(state_dir: &Path) -> Result<RuntimeOverrides, AppError> {
     let path = state_dir.join(ORDERS);
-    let damaged = |why: String| AppError::Orders {
+    let damaged = |why: String| AppError::RuntimeOverrides {
         path: path.clone(),
         why,
     };
@@ -77,7 +77,7 @@ pub(super) fn orders(state_dir: &Path) -> Result<Orders, AppError> {
     };
     let written = path.clone();
     let keep = move |bytes: &[u8]| durable_files::write(&written, bytes);
-    Orders::new(&bytes, Box::new(keep)).map_err(|error| damaged(error.to_string()))
+    RuntimeOverrides::new(&bytes, Box::new(keep)).map_err(|error| damaged(error.to_string()))
 }
 
 /// A key in a file. Creates it if it is missing. Replaces it if it is damaged and only this user could have written it.

@@ -17,7 +17,7 @@ use self::role::{Case, Verdict};
 use crate::config::{HttpEndpoint, HttpTokens, Settings};
 use crate::containers::compose;
 use crate::containers::labels::{self, ContainerSpec};
-use crate::containers::{Attachments, Definition};
+use crate::containers::{Definition, NetworkEndpoints};
 use crate::credentials::{RoleArn, Session, offline, partition_of, region_in};
 use crate::metadata::events::{self, Event, Kind};
 use crate::metadata::tree::{self, Facts, Link, View};
@@ -58,7 +58,7 @@ pub struct Instance {
     /// Its role, or why it has none.
     pub role: Role,
     /// The profile whose base credentials decide on its role, once the policy lets the container have it: it has to be
-    /// known, [`Surroundings::base`], before the role is. `None`: the daemon's own base, or none is needed.
+    /// known, [`RuntimeFacts::base`], before the role is. `None`: the daemon's own base, or none is needed.
     pub profile: Option<String>,
     /// The rule of `[[allow]]` that decided on its role, if there are rules.
     pub rule: Option<String>,
@@ -95,7 +95,7 @@ impl Role {
 
 /// What the daemon knows beside the settings: learnt at run time, the same for all containers.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Surroundings {
+pub struct RuntimeFacts {
     /// The base credentials of the daemon itself.
     pub base: Base,
     /// Those of the profiles that containers name, as far as they are known.
@@ -140,7 +140,7 @@ static UNKNOWN: Base = Base {
     problem: None,
 };
 
-impl Surroundings {
+impl RuntimeFacts {
     /// What is known of a profile's base; `None`: of the daemon's own.
     pub fn base(&self, profile: Option<&str>) -> &Base {
         match profile {
@@ -224,7 +224,7 @@ fn seconds(time: SystemTime) -> u64 {
 /// What is to happen to a container: by its labels, and as ordered. One of a kind, and what was ordered wins.
 fn events(spec: &ContainerSpec, started: SystemTime, ordered: &Ordered) -> Vec<Event> {
     let decided = seconds(started);
-    let born = Kind::ALL.into_iter().filter_map(|kind| {
+    let run_started = Kind::ALL.into_iter().filter_map(|kind| {
         let after = *spec.events.get(&kind)?;
         let action = kind
             .action(spec.event_actions.get(&kind).map(String::as_str))?
@@ -238,8 +238,8 @@ fn events(spec: &ContainerSpec, started: SystemTime, ordered: &Ordered) -> Vec<E
             stops: None,
         })
     });
-    let mut events: Vec<_> = born
-        .filter(|born| !ordered.events.iter().any(|it| it.kind == born.kind))
+    let mut events: Vec<_> = run_started
+        .filter(|run_started| !ordered.events.iter().any(|it| it.kind == run_started.kind))
         .collect();
     events.extend(ordered.events.clone());
     events
@@ -249,26 +249,26 @@ fn events(spec: &ContainerSpec, started: SystemTime, ordered: &Ordered) -> Vec<E
 /// the tree.
 pub fn resolve_sparingly(
     container: &Arc<Definition>,
-    attachments: &Arc<Attachments>,
+    attachments: &Arc<NetworkEndpoints>,
     at: impl Into<At>,
     settings: &Arc<Settings>,
-    around: &Arc<Surroundings>,
+    facts: &Arc<RuntimeFacts>,
 ) -> Instance {
     let at: At = at.into();
-    let mut instance = resolve(container, attachments, at.clone(), settings, around);
+    let mut instance = resolve(container, attachments, at.clone(), settings, facts);
     let (container, attachments) = (container.clone(), attachments.clone());
-    let (settings, around) = (settings.clone(), around.clone());
-    instance.view = View::later(move || resolve(&container, &attachments, at.clone(), &settings, &around).view);
+    let (settings, facts) = (settings.clone(), facts.clone());
+    instance.view = View::later(move || resolve(&container, &attachments, at.clone(), &settings, &facts).view);
     instance
 }
 
 /// Makes the instance of one container.
 pub fn resolve(
     container: &Definition,
-    attachments: &Attachments,
+    attachments: &NetworkEndpoints,
     at: impl Into<At>,
     settings: &Settings,
-    around: &Surroundings,
+    facts: &RuntimeFacts,
 ) -> Instance {
     let At { started, now, ordered } = at.into();
     let options = &ordered.options;
@@ -278,11 +278,11 @@ pub fn resolve(
         .into_iter()
         .chain(errors.iter().map(ToString::to_string))
         .collect();
-    let overrides = overrides(&spec, settings, around);
+    let overrides = overrides(&spec, settings, facts);
     let given = |path: &str| overrides.get(path).cloned();
     let region = given(tree::REGION)
         .or_else(|| settings.region.clone())
-        .or_else(|| around.base.region.clone());
+        .or_else(|| facts.base.region.clone());
     // Where nothing names one, it follows the role, as far as that is written out.
     let region = region.unwrap_or_else(|| {
         let typed = spec.role.as_deref().or(settings.default_role.as_deref());
@@ -306,7 +306,7 @@ pub fn resolve(
         attachments,
         spec: &spec,
         settings,
-        around,
+        facts,
         region: &region,
         partition,
     };
@@ -329,12 +329,12 @@ pub fn resolve(
     if let (Role::Refused(why), true) = (&role, problems.is_empty()) {
         problems.push(why.clone());
     }
-    let account = account(listed.as_ref(), settings, around);
+    let account = account(listed.as_ref(), settings, facts);
     let events = events(&spec, started, &ordered);
     let (told, again) = events::told(&events, container.id.as_str(), seconds(now));
     let own_id = derived_id("i-", container.id.as_str());
     let id = given(INSTANCE_ID).unwrap_or_else(|| own_id.clone());
-    let shared = around.instance.get(INSTANCE_ID) == Some(&id);
+    let shared = facts.instance.get(INSTANCE_ID) == Some(&id);
     let facts = Facts {
         container: container.id.as_str().to_owned(),
         instance_id: id.clone(),
@@ -387,7 +387,7 @@ pub fn resolve(
 
 /// Values that take the place of what is derived, the most particular first: the label of the path, the label of its own, the
 /// configuration, the host.
-fn overrides(spec: &ContainerSpec, settings: &Settings, around: &Surroundings) -> BTreeMap<String, String> {
+fn overrides(spec: &ContainerSpec, settings: &Settings, facts: &RuntimeFacts) -> BTreeMap<String, String> {
     let own = [
         (tree::REGION, &spec.region),
         (tree::ZONE, &spec.availability_zone),
@@ -401,7 +401,7 @@ fn overrides(spec: &ContainerSpec, settings: &Settings, around: &Surroundings) -
     let labels: BTreeMap<String, String> = own.chain(spec.metadata.clone()).collect();
     let mut configured = settings.from_file.values.clone();
     configured.extend(settings.metadata.clone());
-    let mut all = BTreeMap::clone(&around.instance);
+    let mut all = BTreeMap::clone(&facts.instance);
     // The region of the configuration overrides the host's, and that of a zone of the configuration.
     let zoned = configured.contains_key(tree::ZONE);
     if let (Some(region), true) = (&settings.region, zoned || !all.is_empty()) {
@@ -428,7 +428,7 @@ fn overrides(spec: &ContainerSpec, settings: &Settings, around: &Surroundings) -
 }
 
 /// The container's links, as EC2 would number them. What is given for the first one's MAC and IPv4 address is its.
-fn links(attachments: &Attachments, given: &dyn Fn(&str) -> Option<String>) -> Vec<Link> {
+fn links(attachments: &NetworkEndpoints, given: &dyn Fn(&str) -> Option<String>) -> Vec<Link> {
     let mut links: Vec<Link> = Vec::new();
     for (id, endpoint) in attachments.in_order() {
         let mac = endpoint.mac.to_ascii_lowercase();
@@ -496,10 +496,10 @@ fn tokens_required(spec: &ContainerSpec, settings: &Settings, understood: bool) 
     asked == HttpTokens::Required || !understood || spec.is_unclear()
 }
 
-fn account(role: Option<&RoleArn>, settings: &Settings, around: &Surroundings) -> String {
+fn account(role: Option<&RoleArn>, settings: &Settings, facts: &RuntimeFacts) -> String {
     role.map(|role| role.account().to_owned())
         .or_else(|| settings.account_id.clone())
-        .or_else(|| around.base.account.clone())
+        .or_else(|| facts.base.account.clone())
         .unwrap_or_else(|| offline::ACCOUNT.to_owned())
 }
 

@@ -3,12 +3,12 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use super::{Base, Role, Surroundings, image_labels};
+use super::{Base, Role, RuntimeFacts, image_labels};
 use crate::config::{CredentialSource, Settings, fill};
 use crate::containers::label_sources::Origin;
 use crate::containers::labels::ContainerSpec;
-use crate::containers::{Attachments, Definition, NetworkMode, compose};
-use crate::credentials::allow_rules::{self, Applicant, Attribute, NotAllowed, Wish};
+use crate::containers::{Definition, NetworkEndpoints, NetworkMode, compose};
+use crate::credentials::allow_rules::{self, Attribute, NotAllowed, Requester, RoleRequest};
 use crate::credentials::role_reference::{NamedRole, read_role};
 use crate::credentials::session_inputs::{CHAINED, Inputs};
 use crate::credentials::{ProfileSession, RoleArn, RoleSession, Session, clean_session_name, offline};
@@ -16,10 +16,10 @@ use crate::credentials::{ProfileSession, RoleArn, RoleSession, Session, clean_se
 /// What decides.
 pub(super) struct Case<'a> {
     pub container: &'a Definition,
-    pub attachments: &'a Attachments,
+    pub attachments: &'a NetworkEndpoints,
     pub spec: &'a ContainerSpec,
     pub settings: &'a Settings,
-    pub around: &'a Surroundings,
+    pub facts: &'a RuntimeFacts,
     pub region: &'a str,
     pub partition: &'a str,
 }
@@ -130,7 +130,7 @@ impl Case<'_> {
             verdict.profile = Some(profile.clone());
         }
         let profile = spec.profile.as_deref();
-        let base = self.around.base(profile);
+        let base = self.facts.base(profile);
         let Some(typed) = typed else {
             return match profile {
                 Some(profile) => self.profile_as_it_is(profile, base, verdict),
@@ -162,7 +162,7 @@ impl Case<'_> {
                 clean_session_name(&name.unwrap_or_else(|| self.container.name.clone()))
             }
         };
-        let wish = Wish {
+        let wish = RoleRequest {
             role: Some(&role),
             profile,
             chain: &chain,
@@ -226,7 +226,7 @@ impl Case<'_> {
     }
 
     fn profile_as_it_is(&self, profile: &str, base: &Base, verdict: &mut Verdict) -> Result<(Session, RoleArn), Role> {
-        let wish = Wish {
+        let wish = RoleRequest {
             role: None,
             profile: Some(profile),
             chain: &[],
@@ -314,7 +314,7 @@ impl Case<'_> {
             ("project", _) => own(format!("label {}", compose::PROJECT), container.project()),
             ("service", _) => own(format!("label {}", compose::SERVICE), container.service()),
             ("id", _) => Some(container.id.short().to_owned()),
-            ("host", _) => Some(self.around.host.clone()),
+            ("host", _) => Some(self.facts.host.clone()),
             (_, Some(("label", key))) => own(format!("label {key}"), container.labels.get(key)),
             (_, Some(("env", key))) => own(format!("variable {key}"), container.environment.as_ref()?.get(key)),
             _ => None,
@@ -329,9 +329,9 @@ impl Case<'_> {
         }
     }
 
-    fn applicant(&self) -> Applicant<'_> {
+    fn applicant(&self) -> Requester<'_> {
         let container = self.container;
-        Applicant {
+        Requester {
             container: &container.name,
             image: &container.image,
             image_id: &container.image_id,

@@ -30,7 +30,7 @@ fn variables(lines: impl IntoIterator<Item = impl AsRef<str>>) -> Pairs {
     Environment::of(lines).0.into_iter().collect()
 }
 
-fn attachments() -> Attachments {
+fn attachments() -> NetworkEndpoints {
     let endpoint = |network: &str, last: u8, internal| Endpoint {
         network: network.into(),
         mac: format!("02:42:00:00:00:0{last}"),
@@ -38,7 +38,7 @@ fn attachments() -> Attachments {
         ipv6: None,
         internal,
     };
-    Attachments(
+    NetworkEndpoints(
         [("n1", "a", 1, true), ("n2", "b", 2, false), ("n3", "c", 3, false)]
             .map(|(id, name, last, internal)| (NetworkId::from(id), endpoint(name, last, internal)))
             .into_iter()
@@ -46,16 +46,16 @@ fn attachments() -> Attachments {
     )
 }
 
-fn around() -> Surroundings {
+fn facts() -> RuntimeFacts {
     let base = Base {
         account: Some("111122223333".into()),
         arn: Some("arn:aws:iam::111122223333:user/base".into()),
         ..Base::default()
     };
-    Surroundings {
+    RuntimeFacts {
         base,
         host: "h1".into(),
-        ..Surroundings::default()
+        ..RuntimeFacts::default()
     }
 }
 
@@ -129,16 +129,16 @@ fn said(instance: &Instance) -> String {
 }
 
 fn instance(labels: &[(&str, &str)], settings: &Settings) -> Instance {
-    instance_among(labels, settings, &around())
+    instance_among(labels, settings, &facts())
 }
 
-fn instance_among(labels: &[(&str, &str)], settings: &Settings, around: &Surroundings) -> Instance {
+fn instance_among(labels: &[(&str, &str)], settings: &Settings, facts: &RuntimeFacts) -> Instance {
     resolve(
         &container(labels),
         &attachments(),
         SystemTime::UNIX_EPOCH,
         settings,
-        around,
+        facts,
     )
 }
 
@@ -326,15 +326,15 @@ fn the_region_follows_from_the_zone() {
         ("imds.region", "us-east-1"),
         ("imds.availability-zone", "us-east-12a"),
     ];
-    let problems = instance_among(&labels, &Settings::default(), &around()).problems;
+    let problems = instance_among(&labels, &Settings::default(), &facts()).problems;
     assert_eq!(problems, ["availability zone us-east-12a is not in region us-east-1"]);
 }
 
 #[test]
 fn a_role_by_name_waits_for_the_account() {
-    let unknown = Surroundings {
+    let unknown = RuntimeFacts {
         base: Base::default(),
-        ..around()
+        ..facts()
     };
     let container = container(&[("imds.role", "app")]);
     let pending = resolve(
@@ -437,7 +437,7 @@ fn the_length_of_a_session() {
          own limit, not 120m"
     );
     // A base that is itself a role's session is bound to the same hour.
-    let mut of_a_role = around();
+    let mut of_a_role = facts();
     of_a_role.base.arn = Some("arn:aws:sts::111122223333:assumed-role/dev/me".into());
     let resolved = |labels: &[(&str, &str)], toml| {
         let container = container(labels);
@@ -454,7 +454,7 @@ fn the_length_of_a_session() {
         Duration::from_secs(3600)
     );
     let why = said(&resolved(&[app, two], ""));
-    let mut nobody = around();
+    let mut nobody = facts();
     nobody.base.arn = None;
     let pending = resolve(
         &container(&[app, two]),
@@ -483,13 +483,13 @@ fn what_the_host_is_is_seen_where_nothing_else_is_given() {
         (tree::REGION, "eu-central-1"),
         ("meta-data/tags/instance/Name", "big"),
     ];
-    let around = Surroundings {
+    let facts = RuntimeFacts {
         instance: Arc::new(host.map(|(path, value)| (path.to_owned(), value.to_owned())).into()),
-        ..around()
+        ..facts()
     };
     let seen = |toml: &str, labels: &[(&str, &str)], path: &str| {
         let settings = configured(toml);
-        let instance = instance_among(labels, &settings, &around);
+        let instance = instance_among(labels, &settings, &facts);
         match instance.view.get(path) {
             Some(Node::Text(text)) => String::from_utf8_lossy(text).into_owned(),
             None => "nothing".to_owned(),
@@ -535,7 +535,7 @@ fn what_the_host_is_is_seen_where_nothing_else_is_given() {
         assert_eq!(seen(toml, labels, path), value, "{toml} {labels:?} {path}");
     }
     // All have the host's id; what keeps containers apart is their own.
-    let id = |labels: &[(&str, &str)]| instance_among(labels, &Settings::default(), &around).id;
+    let id = |labels: &[(&str, &str)]| instance_among(labels, &Settings::default(), &facts).id;
     assert_eq!(id(&[]), "i-0123456789abcdef0");
     assert_eq!(
         id(&[("imds.instance-id", "i-0fffffffffffffff0")]),
@@ -545,22 +545,22 @@ fn what_the_host_is_is_seen_where_nothing_else_is_given() {
 
 #[test]
 fn a_profile_is_a_base_or_served_as_it_is() {
-    let mut around = around();
-    let resolved = |labels: &[(&str, &str)], around: &Surroundings| {
+    let mut facts = facts();
+    let resolved = |labels: &[(&str, &str)], facts: &RuntimeFacts| {
         let settings = configured("account_id = \"999900001111\"\n[credentials]\ndefault_role = \"other\"");
-        instance_among(labels, &settings, around)
+        instance_among(labels, &settings, facts)
     };
     let (dev, app) = (("imds.profile", "dev"), ("imds.role", "app"));
     // Until STS has said whose it is, there is no role by name, and the profile is the one to be read.
-    let pending = resolved(&[dev, app], &around);
+    let pending = resolved(&[dev, app], &facts);
     assert!(
         said(&pending).contains("pending: role app is in the account of the base credentials"),
         "{pending:?}"
     );
     assert_eq!(pending.profile.as_deref(), Some("dev"));
-    let by_arn = resolved(&[dev, ("imds.role", "arn:aws:iam::111122223333:role/x")], &around);
+    let by_arn = resolved(&[dev, ("imds.role", "arn:aws:iam::111122223333:role/x")], &facts);
     assert_eq!(said(&by_arn), format!("{ARN}/x as web@h1, by profile dev"));
-    around.profiles.insert(
+    facts.profiles.insert(
         "dev".into(),
         Base {
             account: Some("444455556666".into()),
@@ -568,27 +568,27 @@ fn a_profile_is_a_base_or_served_as_it_is() {
             ..Base::default()
         },
     );
-    let known = resolved(&[dev, app], &around);
+    let known = resolved(&[dev, app], &facts);
     assert_eq!(
         said(&known),
         "arn:aws:iam::444455556666:role/app as web@h1, by profile dev"
     );
     // As it is: named after the role that it is a session of, or after itself.
-    let served = resolved(&[dev], &around);
+    let served = resolved(&[dev], &facts);
     assert_eq!(said(&served), "credentials of its own, by profile dev");
     assert_eq!(value(&served, "meta-data/services/partition"), "aws");
     assert!(served.view.get("meta-data/iam/security-credentials/Admin").is_some());
-    around.profiles.get_mut("dev").unwrap().arn = Some("arn:aws:iam::444455556666:user/me".into());
+    facts.profiles.get_mut("dev").unwrap().arn = Some("arn:aws:iam::444455556666:user/me".into());
     assert!(
-        resolved(&[dev], &around)
+        resolved(&[dev], &facts)
             .view
             .get("meta-data/iam/security-credentials/dev")
             .is_some()
     );
-    around.profiles.get_mut("dev").unwrap().account = None;
-    around.profiles.get_mut("dev").unwrap().problem = Some("run aws sso login".into());
+    facts.profiles.get_mut("dev").unwrap().account = None;
+    facts.profiles.get_mut("dev").unwrap().problem = Some("run aws sso login".into());
     assert_eq!(
-        said(&resolved(&[dev], &around)),
+        said(&resolved(&[dev], &facts)),
         "pending: profile dev: run aws sso login"
     );
 }
@@ -605,7 +605,7 @@ fn variables_fill_templates_once_they_are_known() {
             &attachments(),
             SystemTime::UNIX_EPOCH,
             &settings,
-            &around(),
+            &facts(),
         ))
     };
     assert_eq!(resolved(&container), "pending: its variables are not known yet");
@@ -802,16 +802,16 @@ fn what_a_rule_looks_at_and_nobody_knows_yet_is_waited_for() {
         [[allow]]\nrole = \"**\"\n";
     let settings = configured(toml);
     let mut container = container(&[("imds.role", "app")]);
-    let resolved = |container: &Definition, attachments: &Attachments| {
+    let resolved = |container: &Definition, attachments: &NetworkEndpoints| {
         said(&resolve(
             container,
             attachments,
             SystemTime::UNIX_EPOCH,
             &settings,
-            &around(),
+            &facts(),
         ))
     };
-    let none = Attachments::default();
+    let none = NetworkEndpoints::default();
     assert_eq!(
         resolved(&container, &none),
         "pending: allow rule 1 (line 1) looks at the container's networks, not known yet"
@@ -871,7 +871,7 @@ fn settings_of_other_programs() {
             &attachments(),
             SystemTime::UNIX_EPOCH,
             &configured(toml),
-            &around(),
+            &facts(),
         ))
     };
     let iam_docker = "com.swipely.iam-docker.iam-profile";
@@ -976,7 +976,7 @@ fn settings_of_other_programs() {
     let mut unknown = container(&[]);
     unknown.environment = None;
     let settings = configured(&compat("env"));
-    let pending = resolve(&unknown, &attachments(), SystemTime::UNIX_EPOCH, &settings, &around());
+    let pending = resolve(&unknown, &attachments(), SystemTime::UNIX_EPOCH, &settings, &facts());
     assert_eq!(
         said(&pending),
         "pending: its variables may name a role, and are not known yet"
@@ -1024,16 +1024,16 @@ fn near(choice: &[usize]) -> Session {
         .map(|((label, values), index)| (*label, values[*index]))
         .filter(|(_, value)| !value.is_empty())
         .collect();
-    let mut around = around();
+    let mut facts = facts();
     for profile in ["a", "ab"] {
-        around.profiles.insert(profile.into(), around.base.clone());
+        facts.profiles.insert(profile.into(), facts.base.clone());
     }
     let instance = resolve(
         &container(&labels),
         &attachments(),
         SystemTime::UNIX_EPOCH,
         &Settings::default(),
-        &around,
+        &facts,
     );
     let session = instance.role.session();
     Session::clone(session.unwrap_or_else(|| panic!("{labels:?}: {}", said(&instance))))
@@ -1113,20 +1113,20 @@ fn a_role_of_another_partition() {
             &attachments(),
             SystemTime::UNIX_EPOCH,
             &offline,
-            &Surroundings::default(),
+            &RuntimeFacts::default(),
         );
         assert_eq!(value(&instance, "meta-data/placement/region"), region);
         assert_eq!(value(&instance, "meta-data/services/domain"), domain);
         assert_eq!(instance.role.session().unwrap().region(), region);
     }
-    let mut around = around();
-    around.base.arn = Some("arn:aws:iam::111122223333:user/me".into());
+    let mut facts = facts();
+    facts.base.arn = Some("arn:aws:iam::111122223333:user/me".into());
     let resolved = resolve(
         &container(&[("imds.role", &of("aws-cn"))]),
         &attachments(),
         SystemTime::UNIX_EPOCH,
         &Settings::default(),
-        &around,
+        &facts,
     );
     assert_eq!(
         resolved.problems,
@@ -1186,7 +1186,7 @@ fn with_image(toml: &str, image: Option<&[(&str, &str)]>, labels: &[(&str, &str)
     container.labels = Pairs::split(&all, image.as_ref());
     container.image_is_known = image.is_some();
     let settings = configured(toml);
-    let instance = resolve(&container, &attachments(), SystemTime::UNIX_EPOCH, &settings, &around());
+    let instance = resolve(&container, &attachments(), SystemTime::UNIX_EPOCH, &settings, &facts());
     (said(&instance), instance)
 }
 
@@ -1374,7 +1374,7 @@ fn with_variables_of_image(toml: &str, image: &[&str], started: &[&str]) -> Stri
         &attachments(),
         SystemTime::UNIX_EPOCH,
         &settings,
-        &around(),
+        &facts(),
     ))
 }
 

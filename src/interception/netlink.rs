@@ -46,7 +46,7 @@ pub(super) const IFA_F_NODAD: u8 = 0x2;
 const NETFILTER_GROUPS: u32 = 1 << 6;
 
 /// Hears of every change to links, addresses, routes and tables, ours and others'.
-pub(super) struct Bell {
+pub(super) struct ChangeListener {
     pub(super) route: OwnedFd,
     pub(super) netfilter: OwnedFd,
 }
@@ -60,7 +60,7 @@ pub(super) struct Kernel {
 }
 
 impl Kernel {
-    pub(super) fn open() -> Result<(Self, Bell), HostError> {
+    pub(super) fn open() -> Result<(Self, ChangeListener), HostError> {
         let no_route = |e: Errno| HostError::failed(&"open a route netlink socket", e.into());
         let no_netfilter = |e: Errno| HostError::nft(&"open a netfilter netlink socket", e.into());
         // Asked first, since NetlinkSocket garbles the reason when socket(2) itself fails.
@@ -80,7 +80,7 @@ impl Kernel {
             bind(&socket, &netlink::SocketAddrNetlink::new(0, groups))?;
             Ok(socket)
         };
-        let bell = Bell {
+        let bell = ChangeListener {
             route: listen(None, ROUTE_GROUPS).map_err(no_route)?,
             netfilter: listen(Some(netlink::NETFILTER), NETFILTER_GROUPS).map_err(no_netfilter)?,
         };

@@ -12,7 +12,7 @@ use rustix::net::{RecvFlags, recv};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::netlink::{Bell, Kernel};
+use super::netlink::{ChangeListener, Kernel};
 use super::{Family, GUARD_TABLE, HostError, Part, Plan, RULES_TABLE, Step, diff, teardown};
 
 /// Changes come in bursts (one deletion of a link is four messages): this long after the first, one look sees all.
@@ -26,7 +26,7 @@ const SETTLE: Duration = Duration::from_millis(20);
 pub struct Interception {
     plan: Plan,
     kernel: Kernel,
-    bell: Bell,
+    bell: ChangeListener,
     taken_over: Vec<Part>,
 }
 

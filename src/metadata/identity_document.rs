@@ -60,7 +60,7 @@ pub fn document(value: &dyn Fn(&str) -> Option<String>, facts: &Facts) -> String
 
 /// How a document is signed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Form {
+pub enum SignatureFormat {
     /// The bare signature: RSA, SHA-256.
     Signature,
     /// PKCS #7 with the document in it. (EC2 signs `pkcs7` with DSA; the one key here is RSA.)
@@ -144,11 +144,11 @@ impl Signer {
 
     /// A document's signature, as EC2 writes it: base64 in lines, without PEM's first and last, and without a last line end.
     /// `None`: it cannot be made.
-    pub fn sign(&self, form: Form, document: &Bytes) -> Option<Bytes> {
+    pub fn sign(&self, form: SignatureFormat, document: &Bytes) -> Option<Bytes> {
         let signature = self.signature(document)?;
         let bytes = match form {
-            Form::Signature => signature,
-            Form::Pkcs7 => self.pkcs7(document, signature).ok()?.into(),
+            SignatureFormat::Signature => signature,
+            SignatureFormat::Pkcs7 => self.pkcs7(document, signature).ok()?.into(),
         };
         let text = STANDARD.encode(bytes);
         let lines: Vec<_> = text.as_bytes().chunks(LINE).collect();
@@ -251,7 +251,7 @@ mod tests {
         let kept = Signer::generate().unwrap();
         let signer = Signer::new(&kept).unwrap();
         let document = tree()("document");
-        for form in [Form::Signature, Form::Pkcs7] {
+        for form in [SignatureFormat::Signature, SignatureFormat::Pkcs7] {
             let signed = signer.sign(form, &document).unwrap();
             let again = Signer::new(&kept).unwrap().sign(form, &document).unwrap();
             assert_eq!(signed, again);

@@ -23,7 +23,7 @@ pub enum Node {
     /// The credentials document of the role.
     Credentials,
     /// A signature of an identity document.
-    Signed(identity_document::Form, Bytes),
+    Signed(identity_document::SignatureFormat, Bytes),
     /// User data: bytes as they were given.
     UserData(Bytes),
 }

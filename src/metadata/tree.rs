@@ -14,7 +14,7 @@ use std::time::SystemTime;
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 
-use super::identity_document::{self, Form};
+use super::identity_document::{self, SignatureFormat};
 use super::{InstanceView, Node, document, zones};
 use crate::clock::rfc3339_seconds;
 use crate::credentials::{RoleArn, domain_of};
@@ -591,9 +591,9 @@ fn view(facts: &Facts) -> InstanceView {
         .collect();
     let form = |name: &str| format!("dynamic/instance-identity/{name}");
     for (name, signed) in [
-        ("pkcs7", Form::Pkcs7),
-        ("rsa2048", Form::Pkcs7),
-        ("signature", Form::Signature),
+        ("pkcs7", SignatureFormat::Pkcs7),
+        ("rsa2048", SignatureFormat::Pkcs7),
+        ("signature", SignatureFormat::Signature),
     ] {
         leaves.insert(form(name), Node::Signed(signed, identity.clone()));
     }

@@ -9,7 +9,7 @@ use std::hash::Hash;
 use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::attribution::Via;
+use crate::attribution::AcceptedFrom;
 
 /// Places of one ingress, at most.
 const PER_INGRESS: usize = 256;
@@ -20,7 +20,7 @@ const PLACES: (usize, usize) = (64, 4096);
 /// container can have any number of addresses, but not of links: behind its link they are one.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(super) struct Sender {
-    pub ingress: Via,
+    pub ingress: AcceptedFrom,
     pub address: Option<IpAddr>,
     pub user: Option<u32>,
 }
@@ -35,7 +35,7 @@ pub(super) struct Unproven {
 #[derive(Debug, Default)]
 struct Taken {
     all: usize,
-    by_ingress: HashMap<Via, usize>,
+    by_ingress: HashMap<AcceptedFrom, usize>,
     by_sender: HashMap<Sender, usize>,
     turned_away: u64,
 }
@@ -64,7 +64,7 @@ impl Unproven {
         let all_free = self.places.saturating_sub(taken.all);
         let ingress_free = PER_INGRESS.saturating_sub(of_ingress);
         // Behind a link there is one sender.
-        let is_alone = matches!(sender.ingress, Via::Namespace(_)) && sender.user.is_none();
+        let is_alone = matches!(sender.ingress, AcceptedFrom::Namespace(_)) && sender.user.is_none();
         let has_share = ingress_free > 0 && (is_alone || may_have_one_more(of_sender, ingress_free));
         if !has_share || !may_have_one_more(of_ingress, all_free) {
             taken.turned_away += 1;
@@ -120,7 +120,7 @@ mod tests {
 
     fn behind_a_bridge(bridge: u32, address: u8) -> Sender {
         Sender {
-            ingress: Via::Bridge(bridge),
+            ingress: AcceptedFrom::Bridge(bridge),
             address: Some([10, 0, 0, address].into()),
             user: None,
         }
@@ -128,7 +128,7 @@ mod tests {
 
     fn behind_a_link(namespace: u64) -> Sender {
         Sender {
-            ingress: Via::Namespace(NamespaceId(namespace)),
+            ingress: AcceptedFrom::Namespace(NamespaceId(namespace)),
             address: None,
             user: None,
         }

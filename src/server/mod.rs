@@ -33,11 +33,13 @@ use self::http::Ended;
 use crate::attribution::ingress::{Interface, Interfaces, ingress};
 #[cfg(target_os = "linux")]
 use crate::attribution::sock_diag::DiagSocket;
-use crate::attribution::{Caller, Connection, First, Refusal, Via, identify_at_once, identify_later, verify_peer};
+use crate::attribution::{
+    AcceptedFrom, Caller, Connection, First, Refusal, identify_at_once, identify_later, verify_peer,
+};
 use crate::clock::Clock;
 use crate::containers::connection_slots::{Full, Slot};
 use crate::containers::index::Index;
-use crate::containers::{ContainerId, Level, Life, NamespaceId};
+use crate::containers::{ContainerId, ContainerRun, NamespaceId, ProofLevel};
 use crate::credentials::broker::{Broker, NoCredentials, ProviderError, Published};
 use crate::descriptors::{self, Budget};
 use crate::instance::{Instance, Role};
@@ -208,8 +210,8 @@ impl Service {
     /// The sender of a connection, from whose share of the places before proof it takes one.
     fn sender(&self, connection: Connection) -> Sender {
         let (address, user) = match connection.via {
-            Via::Namespace(_) => (None, self.host.get().and_then(|user| user(connection))),
-            Via::Bridge(_) => (Some(connection.client.ip()), None),
+            AcceptedFrom::Namespace(_) => (None, self.host.get().and_then(|user| user(connection))),
+            AcceptedFrom::Bridge(_) => (Some(connection.client.ip()), None),
         };
         Sender {
             ingress: connection.via,
@@ -232,7 +234,7 @@ pub async fn accept_on_host(
     listener: tokio::net::TcpListener,
     interfaces: Arc<Interfaces>,
     host: NamespaceId,
-    level: Level,
+    level: ProofLevel,
     service: Arc<Service>,
 ) {
     match DiagSocket::open() {
@@ -243,10 +245,10 @@ pub async fn accept_on_host(
     let via = |stream: &TcpStream, client| {
         let interface = ingress(stream).ok()?;
         match interfaces.kind(interface).ok()? {
-            Interface::Own => Some(Via::Namespace(host)),
-            Interface::Bridge => Some(Via::Bridge(interface)),
+            Interface::Own => Some(AcceptedFrom::Namespace(host)),
+            Interface::Bridge => Some(AcceptedFrom::Bridge(interface)),
             // In a container of its own the daemon has no bridges, only a link to the others' network.
-            Interface::Foreign if level == Level::Address => Some(Via::Bridge(interface)),
+            Interface::Foreign if level == ProofLevel::Address => Some(AcceptedFrom::Bridge(interface)),
             Interface::Foreign => {
                 // Closed without a byte.
                 service.refusals.note(&Refusal::ForeignInterface(interface), client);
@@ -264,7 +266,7 @@ const UNKNOWN_USER: u32 = u32::MAX;
 #[cfg(target_os = "linux")]
 fn host_users(sockets: DiagSocket, host: NamespaceId) -> HostUsers {
     Box::new(move |connection| match connection.via {
-        Via::Namespace(namespace) if namespace == host => {
+        AcceptedFrom::Namespace(namespace) if namespace == host => {
             let user = sockets.user(connection.client, connection.server);
             Some(user.ok().flatten().unwrap_or(UNKNOWN_USER))
         }
@@ -285,12 +287,12 @@ pub async fn accept_on_network(
         let interface = ingress(stream).ok()?;
         let shared = match (stream.local_addr().ok()?.ip(), client.ip()) {
             // From here itself; the kernel takes that from no wire (martian source), and calls the interface the address's.
-            (address, client) if address == client => return Some(Via::Namespace(own)),
+            (address, client) if address == client => return Some(AcceptedFrom::Namespace(own)),
             (IpAddr::V4(address), IpAddr::V4(client)) => interfaces.share_a_network(interface, address, client),
             _ => return None,
         };
         match shared {
-            Ok(true) => Some(Via::Bridge(interface)),
+            Ok(true) => Some(AcceptedFrom::Bridge(interface)),
             Ok(false) => {
                 // Closed without a byte.
                 let client_ip = client.ip();
@@ -325,7 +327,7 @@ pub async fn accept_on_link(
     let via = |stream: &TcpStream, _| {
         // It listens at every address that the private namespace has.
         let local = stream.local_addr().ok()?.ip().to_canonical();
-        addresses.contains(&local).then_some(Via::Namespace(namespace))
+        addresses.contains(&local).then_some(AcceptedFrom::Namespace(namespace))
     };
     accept(&listener, &service, nested, via).await;
 }
@@ -335,7 +337,7 @@ async fn accept(
     listener: &tokio::net::TcpListener,
     service: &Arc<Service>,
     nested: bool,
-    via: impl Fn(&TcpStream, SocketAddr) -> Option<Via>,
+    via: impl Fn(&TcpStream, SocketAddr) -> Option<AcceptedFrom>,
 ) {
     let undecided = Arc::new(Semaphore::new(UNDECIDED));
     loop {
@@ -388,19 +390,19 @@ fn takes_from_the_reserve(stream: &TcpStream, service: &Service) -> bool {
 }
 
 /// Serves one connection: proof, then requests until one of the two leaves, or the container's life ends.
-pub async fn serve<S: Wire>(stream: S, connection: Connection, service: Arc<Service>) {
+pub async fn serve<S: HopLimit>(stream: S, connection: Connection, service: Arc<Service>) {
     serve_accepted(stream, connection, service, None).await;
 }
 
 /// As [`serve`]. `decision` is dropped when the connection has its place, or its caller is proven.
-async fn serve_accepted<S: Wire>(
+async fn serve_accepted<S: HopLimit>(
     stream: S,
     connection: Connection,
     service: Arc<Service>,
     decision: Option<OwnedSemaphorePermit>,
 ) {
     let hops = Arc::new(AtomicU8::new(UNLIMITED));
-    let mut stream = Limited {
+    let mut stream = HopLimitedStream {
         stream,
         early: BytesMut::new(),
         wanted: hops.clone(),
@@ -438,7 +440,7 @@ async fn serve_accepted<S: Wire>(
             tokio::select! {
                 () = requests => {}
                 // An answer in transit is cut, and so is the close: another container may have the address already.
-                () = life.witness.ended() => trace!(container = %life.container, "ended with its container"),
+                () = life.handle.ended() => trace!(container = %life.container, "ended with its container"),
             }
         }
         Err(refusal) => {
@@ -460,8 +462,8 @@ async fn serve_accepted<S: Wire>(
 }
 
 /// Answers the requests of an authenticated caller once it has a slot, or 503 if there is none until the deadline.
-async fn serve_caller<S: Wire>(
-    stream: Limited<S>,
+async fn serve_caller<S: HopLimit>(
+    stream: HopLimitedStream<S>,
     caller: Caller,
     connection: Connection,
     (hops, deadline): (Arc<AtomicU8>, Instant),
@@ -507,7 +509,7 @@ async fn serve_caller<S: Wire>(
 }
 
 /// A connection whose answers can be kept from going far.
-pub trait Wire: AsyncRead + AsyncWrite + Send + Unpin + 'static {
+pub trait HopLimit: AsyncRead + AsyncWrite + Send + Unpin + 'static {
     /// What is sent from now on passes at most so many routers.
     ///
     /// # Errors
@@ -516,14 +518,14 @@ pub trait Wire: AsyncRead + AsyncWrite + Send + Unpin + 'static {
 }
 
 /// In memory there is no router.
-impl Wire for tokio::io::DuplexStream {
+impl HopLimit for tokio::io::DuplexStream {
     fn limit_hops(&self, _hops: u8) -> io::Result<()> {
         Ok(())
     }
 }
 
 #[cfg(target_os = "linux")]
-impl Wire for TcpStream {
+impl HopLimit for TcpStream {
     fn limit_hops(&self, hops: u8) -> io::Result<()> {
         let socket = socket2::SockRef::from(self);
         // The listener of a link has an IPv6 socket for both families.
@@ -541,7 +543,7 @@ const UNLIMITED: u8 = u8::MAX;
 ///
 /// It is never lifted again: what is sent once more because it was lost goes by the limit of that moment, so a token that was
 /// held back would go out with the next answer.
-struct Limited<S> {
+struct HopLimitedStream<S> {
     stream: S,
     /// What came before the proof, and is not read yet.
     early: BytesMut,
@@ -549,7 +551,7 @@ struct Limited<S> {
     set: u8,
 }
 
-impl<S: Wire> Limited<S> {
+impl<S: HopLimit> HopLimitedStream<S> {
     fn keep(&mut self) -> io::Result<()> {
         let wanted = self.wanted.load(Ordering::Relaxed);
         if wanted < self.set {
@@ -579,7 +581,7 @@ impl<S: Wire> Limited<S> {
     }
 }
 
-impl<S: Wire> AsyncRead for Limited<S> {
+impl<S: HopLimit> AsyncRead for HopLimitedStream<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if !self.early.is_empty() {
             let length = self.early.len().min(into.remaining());
@@ -591,7 +593,7 @@ impl<S: Wire> AsyncRead for Limited<S> {
     }
 }
 
-impl<S: Wire> AsyncWrite for Limited<S> {
+impl<S: HopLimit> AsyncWrite for HopLimitedStream<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.keep()?;
         Pin::new(&mut self.stream).poll_write(cx, bytes)
@@ -915,7 +917,7 @@ impl Refusals {
 
 impl Service {
     /// The answer to a request on a connection that got no slot.
-    fn no_slot(&self, life: &Life, request: &Parts) -> Result<Reply, Ended> {
+    fn no_slot(&self, life: &ContainerRun, request: &Parts) -> Result<Reply, Ended> {
         if !life.alive() {
             return Err(Ended);
         }
@@ -984,7 +986,7 @@ mod tests {
             via,
             nested: false,
         };
-        assert_eq!(user(connection(Via::Namespace(host))), Some(UNKNOWN_USER));
-        assert_eq!(user(connection(Via::Namespace(NamespaceId(2)))), None);
+        assert_eq!(user(connection(AcceptedFrom::Namespace(host))), Some(UNKNOWN_USER));
+        assert_eq!(user(connection(AcceptedFrom::Namespace(NamespaceId(2)))), None);
     }
 }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use imds_router::attribution::{Connection, Via, identify};
+use imds_router::attribution::{AcceptedFrom, Connection, identify};
 use imds_router::containers::watcher::Event;
 use imds_router::containers::{CgroupId, NamespaceId, NetworkId, NetworkMode, Open, SocketEvidence};
 
@@ -14,7 +14,7 @@ const OTHER: &[(&str, &str)] = &[("imds.role", "other")];
 const LIST: &str = "/latest/meta-data/iam/security-credentials/";
 
 async fn refused(daemon: &Daemon, client: SocketAddr) {
-    refused_via(daemon, client, Via::Bridge(5)).await;
+    refused_via(daemon, client, AcceptedFrom::Bridge(5)).await;
 }
 
 /// The counters did not decide in time: the client's next connection is answered.
@@ -24,7 +24,7 @@ async fn closed_without_an_answer(daemon: &Daemon, client: SocketAddr) {
     assert!(daemon.clock.now() - asked <= Duration::from_millis(401));
 }
 
-async fn refused_via(daemon: &Daemon, client: SocketAddr, via: Via) {
+async fn refused_via(daemon: &Daemon, client: SocketAddr, via: AcceptedFrom) {
     let mut connection = daemon.dial_via(client, via);
     let asked = daemon.clock.now();
     let reply = connection.send("GET", "/", &[]).await.expect("a refusal");
@@ -46,7 +46,7 @@ async fn a_connection_over_the_link_needs_a_socket_of_the_container() {
     let address = daemon.run(1, APP).await;
     let cgroup = daemon.kernel.alive(&id(1)).unwrap();
     let via = daemon.way_of(1);
-    assert_eq!(via, Via::Namespace(NamespaceId(cgroup.0)));
+    assert_eq!(via, AcceptedFrom::Namespace(NamespaceId(cgroup.0)));
     // No socket at all, one in every state in which the container is not at the other end, one of another cgroup.
     refused_via(&daemon, daemon.client(address), via).await;
     for state in (2..=12).filter(|state| ![4, 5].contains(state)) {
@@ -125,7 +125,13 @@ async fn a_socket_that_is_older_than_the_rules_is_closed_without_an_answer() {
         ..connected(host)
     };
     daemon.kernel.socket(CgroupId(HOST.0), client, earlier);
-    assert!(daemon.dial_via(client, Via::Namespace(HOST)).get(LIST).await.is_none());
+    assert!(
+        daemon
+            .dial_via(client, AcceptedFrom::Namespace(HOST))
+            .get(LIST)
+            .await
+            .is_none()
+    );
     assert_eq!(asks(&daemon, HOST, host).await, (200, "app".into()));
     assert_eq!(daemon.service.refusals(), [("earlier-socket", 1)]);
 }
@@ -161,7 +167,7 @@ async fn a_shared_namespace_tells_why_a_socket_is_no_evidence() {
     let owner = daemon.kernel.alive(&id(1)).unwrap();
     let sharer = join(&daemon, 2, OTHER, NetworkMode::Container(id(1)));
     tokio::time::sleep(Duration::from_millis(300)).await;
-    let via = Via::Namespace(NamespaceId(owner.0));
+    let via = AcceptedFrom::Namespace(NamespaceId(owner.0));
     for cgroup in [owner, sharer] {
         let client = daemon.client("169.254.192.2:0".parse().unwrap());
         let accepted = SocketEvidence {
@@ -290,7 +296,7 @@ async fn callers_on_bridges_do_not_take_the_places_of_links() {
     let address = daemon.run(1, APP).await;
     daemon.settle().await;
     let silent: Vec<_> = (0..400)
-        .map(|number| daemon.dial_via(daemon.client(address), Via::Bridge(5 + number % 20)))
+        .map(|number| daemon.dial_via(daemon.client(address), AcceptedFrom::Bridge(5 + number % 20)))
         .collect();
     tokio::time::sleep(Duration::from_millis(5)).await;
     let asked = daemon.clock.now();
@@ -326,7 +332,7 @@ async fn a_connection_that_comes_before_the_link_is_closed_once_there_is_one() {
     let address = daemon.create(2, OTHER);
     daemon.settle().await;
     daemon.boot(2, address);
-    assert_eq!(daemon.way_of(2), Via::Bridge(5));
+    assert_eq!(daemon.way_of(2), AcceptedFrom::Bridge(5));
     let mut early = daemon.dial(daemon.client(address));
     assert!(early.get(LIST).await.is_none());
     assert_eq!(daemon.connect(2, address).get(LIST).await.unwrap().text(), "other");
@@ -514,7 +520,7 @@ async fn asks(daemon: &Daemon, namespace: NamespaceId, cgroup: CgroupId) -> (u16
     let client = daemon.client("169.254.169.254:0".parse().unwrap());
     daemon.kernel.socket(CgroupId(namespace.0), client, connected(cgroup));
     let reply = daemon
-        .dial_via(client, Via::Namespace(namespace))
+        .dial_via(client, AcceptedFrom::Namespace(namespace))
         .get(LIST)
         .await
         .expect("an answer");
@@ -582,7 +588,7 @@ async fn a_container_in_a_container_counts_as_the_outer_one_only_where_that_is_c
     let inner = SocketAddr::new(INNER.into(), 39_000);
     let reply = daemon.dial_nested(inner, namespace).get(LIST).await.unwrap();
     assert_eq!((reply.status, reply.text().as_str()), (200, "app"));
-    refused_via(&daemon, inner, Via::Namespace(namespace)).await;
+    refused_via(&daemon, inner, AcceptedFrom::Namespace(namespace)).await;
     // A neighbor whose packets the namespace has forwarded keeps its address.
     let neighbor = daemon.dial_nested("172.17.0.3:39000".parse().unwrap(), namespace);
     assert_eq!({ neighbor }.get(LIST).await.unwrap().status, 403);
@@ -615,7 +621,7 @@ async fn translated_connections_are_refused_with_their_reason() {
     // Translated on its way: nobody in the namespace has this connection.
     let namespace = NamespaceId(daemon.kernel.alive(&id(1)).unwrap().0);
     let client = SocketAddr::new(GATEWAY.into(), 40_001);
-    let mut translated = daemon.dial_via(client, Via::Namespace(namespace));
+    let mut translated = daemon.dial_via(client, AcceptedFrom::Namespace(namespace));
     assert_eq!(translated.get(LIST).await.unwrap().status, 403);
     assert_eq!(daemon.service.refusals(), [("gateway", 1), ("translated", 1)]);
 }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use imds_router::containers::Life;
+use imds_router::containers::ContainerRun;
 use imds_router::containers::connection_slots::{KEPT_LIMIT, LIMIT, WAITING_LIMIT};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -24,7 +24,7 @@ async fn daemon() -> (Daemon, SocketAddr) {
     (daemon, address)
 }
 
-fn life(daemon: &Daemon) -> Arc<Life> {
+fn life(daemon: &Daemon) -> Arc<ContainerRun> {
     daemon.index.get(&id(1)).unwrap().life.clone().unwrap()
 }
 

@@ -6,10 +6,10 @@ use std::time::SystemTime;
 
 use imds_router::config::{self, Settings, Sources};
 use imds_router::containers::image_labels::Image;
-use imds_router::containers::watcher::{Event, Row, split_environment};
-use imds_router::containers::{Attachments, ContainerId, Definition, Environment, NetworkMode};
+use imds_router::containers::watcher::{ContainerSummary, Event, split_environment};
+use imds_router::containers::{ContainerId, Definition, Environment, NetworkEndpoints, NetworkMode};
 use imds_router::credentials::Session;
-use imds_router::instance::{Base, Instance, Role, Surroundings, resolve};
+use imds_router::instance::{Base, Instance, Role, RuntimeFacts, resolve};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
@@ -149,7 +149,7 @@ fn merged(image: &Map, started: &Map) -> Map {
 
 impl Case {
     fn definition(&self, image: Option<&Image>) -> Definition {
-        let row = Row {
+        let row = ContainerSummary {
             id: ContainerId::parse(&"ab".repeat(32)).unwrap(),
             name: "web".to_owned(),
             labels: merged(&self.image.labels, &self.labels),
@@ -171,19 +171,19 @@ impl Case {
             arn: Some("arn:aws:iam::111122223333:user/base".to_owned()),
             ..Base::default()
         };
-        let around = Surroundings {
+        let facts = RuntimeFacts {
             profiles: ["dev", "prod"].map(|name| (name.to_owned(), base.clone())).into(),
             base,
             host: "host".to_owned(),
-            ..Surroundings::default()
+            ..RuntimeFacts::default()
         };
         let definition = self.definition(image);
         resolve(
             &definition,
-            &Attachments::default(),
+            &NetworkEndpoints::default(),
             SystemTime::UNIX_EPOCH,
             &SETTINGS[self.settings],
-            &around,
+            &facts,
         )
     }
 

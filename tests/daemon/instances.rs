@@ -16,7 +16,7 @@ use imds_router::metadata::crawl;
 use imds_router::metadata::events::{Event, Kind, Run};
 use imds_router::orders::{StopError, to_stop};
 use imds_router::protocol::request::VERSIONS;
-use imds_router::server::{self, Wire};
+use imds_router::server::{self, HopLimit};
 
 use crate::conformance::Reply;
 use crate::conformance::tricks::{CLOSED, tricks};
@@ -579,7 +579,7 @@ struct Noted {
     seen: Arc<Mutex<Vec<String>>>,
 }
 
-impl Wire for Noted {
+impl HopLimit for Noted {
     fn limit_hops(&self, hops: u8) -> std::io::Result<()> {
         self.seen.lock().unwrap().push(format!("limit {hops}"));
         Ok(())

@@ -14,25 +14,25 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Du
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
 
-use imds_router::attribution::engine_attestor::EngineWord;
-use imds_router::attribution::{Connection, Via};
+use imds_router::attribution::engine_attestor::EngineAttestor;
+use imds_router::attribution::{AcceptedFrom, Connection};
 use imds_router::clock::Clock;
 use imds_router::config::{CredentialSource, Settings};
 use imds_router::containers::image_labels::{Image, ImageStore, InUse};
 use imds_router::containers::index::{EngineState, Index};
 use imds_router::containers::watcher::{
-    Birth, ContainerEngine, EngineError, Event, Events, Hold, Inspection, Instances, Kernel, Listed, Network, Ports,
-    Row, Run, Watcher,
+    ContainerEngine, ContainerSummary, EngineError, Event, Events, Hold, Inspection, Instances, Kernel, Listed,
+    Network, Ports, Reconciler, Run, RunStart,
 };
 use imds_router::containers::{
-    Attachments, CgroupId, ContainerId, Definition, Endpoint, Environment, NamespaceId, NetworkId, NetworkMode, Open,
-    SocketEvidence, Witness,
+    CgroupId, ContainerId, Definition, Endpoint, Environment, NamespaceId, NetworkEndpoints, NetworkId, NetworkMode,
+    Open, RunHandle, SocketEvidence,
 };
 use imds_router::credentials::broker::{Broker, CredentialProvider, Lease, Limits, Provided, ProviderError};
 use imds_router::credentials::{Credentials, RoleArn, Secret, Session};
-use imds_router::instance::{At, Instance, Ordered, Surroundings, resolve_sparingly};
+use imds_router::instance::{At, Instance, Ordered, RuntimeFacts, resolve_sparingly};
 use imds_router::metadata::identity_document::Signer;
-use imds_router::orders::{Orders, Stops};
+use imds_router::orders::{RuntimeOverrides, StopScheduler};
 use imds_router::protocol::request::credentials_document;
 use imds_router::protocol::token::{TokenAuthority, TokenKey};
 use imds_router::server::{self, Service};
@@ -225,10 +225,10 @@ impl ImageStore for ScriptedEngine {
     }
 }
 
-fn row(id: &ContainerId, container: &Container) -> Row {
+fn row(id: &ContainerId, container: &Container) -> ContainerSummary {
     let mut labels = container.image_labels.clone();
     labels.extend(container.labels.clone());
-    Row {
+    ContainerSummary {
         id: id.clone(),
         name: match &container.name {
             Some(name) => name.clone(),
@@ -279,7 +279,7 @@ impl ContainerEngine for ScriptedEngine {
         })
     }
 
-    fn container(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<Row>, EngineError>> {
+    fn container(&self, id: &ContainerId) -> BoxFuture<'static, Result<Option<ContainerSummary>, EngineError>> {
         let (this, id) = (self.clone(), id.clone());
         async move {
             while this.world(|world| world.container_blocks) {
@@ -463,28 +463,28 @@ struct ScriptedWitness {
 }
 
 impl Kernel for ScriptedKernel {
-    fn birth(&self, id: &ContainerId, _run: Option<&Run>, mode: Option<&NetworkMode>) -> Result<Birth, String> {
+    fn run_start(&self, id: &ContainerId, _run: Option<&Run>, mode: Option<&NetworkMode>) -> Result<RunStart, String> {
         let lives = self.0.lock().unwrap();
         let (cgroup, namespace, alive) = lives.lives.get(id).ok_or("not there yet")?;
         if *namespace == HOST && mode != Some(&NetworkMode::Host) {
             return Err("its first process is in the host's network namespace".to_owned());
         }
-        let witness = ScriptedWitness {
+        let handle = ScriptedWitness {
             lives: self.0.clone(),
             cgroup: *cgroup,
             namespace: *namespace,
             alive: alive.subscribe(),
         };
-        Ok(Birth {
+        Ok(RunStart {
             cgroup: *cgroup,
             pid: 1,
             started: UNIX_EPOCH + WALL,
-            witness: Arc::new(witness),
+            handle: Arc::new(handle),
         })
     }
 }
 
-impl Witness for ScriptedWitness {
+impl RunHandle for ScriptedWitness {
     fn alive(&self) -> bool {
         *self.alive.borrow()
     }
@@ -515,7 +515,7 @@ impl Witness for ScriptedWitness {
         Ok(socket.map(|socket| (socket.state, socket.cookie)))
     }
 
-    fn holds(&self, cgroup: CgroupId) -> std::io::Result<bool> {
+    fn owns_cgroup(&self, cgroup: CgroupId) -> std::io::Result<bool> {
         Ok(self.cgroup == cgroup || self.lives.lock().unwrap().below.contains(&(self.cgroup, cgroup)))
     }
 
@@ -606,7 +606,7 @@ struct Resolver {
     settings: Arc<Mutex<Settings>>,
     of_host: Arc<Mutex<Arc<BTreeMap<String, String>>>>,
     broker: Arc<Broker>,
-    orders: Arc<Orders>,
+    orders: Arc<RuntimeOverrides>,
     clock: Clock,
 }
 
@@ -621,11 +621,16 @@ impl Hold for Held {
 }
 
 impl Instances for Resolver {
-    fn resolve(&self, container: &Arc<Definition>, attachments: &Arc<Attachments>, started: SystemTime) -> Instance {
-        let around = Surroundings {
+    fn resolve(
+        &self,
+        container: &Arc<Definition>,
+        attachments: &Arc<NetworkEndpoints>,
+        started: SystemTime,
+    ) -> Instance {
+        let facts = RuntimeFacts {
             host: "h".into(),
             instance: self.of_host.lock().unwrap().clone(),
-            ..Surroundings::default()
+            ..RuntimeFacts::default()
         };
         let at = At {
             started,
@@ -633,7 +638,7 @@ impl Instances for Resolver {
             ordered: self.orders.of(&container.id).unwrap_or_default(),
         };
         let settings = Arc::new(self.settings.lock().unwrap().clone());
-        resolve_sparingly(container, attachments, at, &settings, &Arc::new(around))
+        resolve_sparingly(container, attachments, at, &settings, &Arc::new(facts))
     }
 
     fn hold(&self, session: &Arc<Session>) -> Box<dyn Hold> {
@@ -658,7 +663,7 @@ pub struct Daemon {
     pub clock: Clock,
     /// Wakes the watcher as changed settings do.
     pub changed: watch::Sender<u64>,
-    pub orders: Arc<Orders>,
+    pub orders: Arc<RuntimeOverrides>,
     settings: Arc<Mutex<Settings>>,
     of_host: Arc<Mutex<Arc<BTreeMap<String, String>>>>,
     next_port: AtomicU16,
@@ -698,7 +703,7 @@ impl Daemon {
     pub fn start_by_address(settings: Settings) -> Self {
         let clock = Clock::scripted(UNIX_EPOCH + WALL);
         let (engine, kernel) = (ScriptedEngine::default(), ScriptedKernel::default());
-        let watched = Arc::new(EngineWord::new(clock.clone()));
+        let watched = Arc::new(EngineAttestor::new(clock.clone()));
         Self::start_watching(settings, engine, kernel, watched, clock)
     }
 
@@ -727,7 +732,7 @@ impl Daemon {
             hosts: settings.hosts.clone(),
             ec2_error_documents: settings.ec2_error_documents,
         };
-        let orders = Arc::new(Orders::new(&[], Box::new(|_| Ok(()))).unwrap());
+        let orders = Arc::new(RuntimeOverrides::new(&[], Box::new(|_| Ok(()))).unwrap());
         let (changed, changes) = watch::channel(0);
         let settings = Arc::new(Mutex::new(settings));
         let of_host = Arc::new(Mutex::new(Arc::default()));
@@ -745,7 +750,7 @@ impl Daemon {
             changed: changes.clone(),
         };
         let permits = settings.clone();
-        let stops = Stops {
+        let stops = StopScheduler {
             orders: orders.clone(),
             index: index.clone(),
             engine: Arc::new(engine.clone()),
@@ -753,7 +758,7 @@ impl Daemon {
             changed: changes,
             permitted: Box::new(move || permits.lock().unwrap().triggers_may_stop),
         };
-        let watcher = Watcher::new(ports, index.clone(), misses, clock.clone());
+        let watcher = Reconciler::new(ports, index.clone(), misses, clock.clone());
         let clocks = tokio::spawn(broker.clone().watch_clocks());
         Self {
             engine,
@@ -876,18 +881,18 @@ impl Daemon {
                 }
             };
             let linked = tokio::time::timeout(FIRST_INSTRUCTION, linked).await;
-            let via = linked.map_or(Via::Bridge(5), |()| Via::Namespace(namespace));
+            let via = linked.map_or(AcceptedFrom::Bridge(5), |()| AcceptedFrom::Namespace(namespace));
             server::serve(theirs, connection(client, via), service).await;
         });
         Client::over(ours)
     }
 
     /// Where the connections of a container come in.
-    pub fn way_of(&self, number: u32) -> Via {
+    pub fn way_of(&self, number: u32) -> AcceptedFrom {
         let namespace = self.kernel.namespace(&id(number)).expect("it runs");
         match self.kernel.is_attached(namespace) {
-            true => Via::Namespace(namespace),
-            false => Via::Bridge(5),
+            true => AcceptedFrom::Namespace(namespace),
+            false => AcceptedFrom::Bridge(5),
         }
     }
 
@@ -899,10 +904,10 @@ impl Daemon {
 
     /// A TCP connection that arrives from `client` over a bridge, whoever made it.
     pub async fn tcp_from(&self, client: SocketAddr) -> TcpStream {
-        self.tcp_via(client, Via::Bridge(5)).await
+        self.tcp_via(client, AcceptedFrom::Bridge(5)).await
     }
 
-    async fn tcp_via(&self, client: SocketAddr, via: Via) -> TcpStream {
+    async fn tcp_via(&self, client: SocketAddr, via: AcceptedFrom) -> TcpStream {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (accepted, _) = listener.accept().await.unwrap();
@@ -926,11 +931,11 @@ impl Daemon {
 
     /// A connection that arrives from `client`, whoever made it.
     pub fn dial(&self, client: SocketAddr) -> Client {
-        self.dial_via(client, Via::Bridge(5))
+        self.dial_via(client, AcceptedFrom::Bridge(5))
     }
 
     /// The same, accepted elsewhere.
-    pub fn dial_via(&self, client: SocketAddr, via: Via) -> Client {
+    pub fn dial_via(&self, client: SocketAddr, via: AcceptedFrom) -> Client {
         let (ours, theirs) = tokio::io::duplex(64 * 1024);
         tokio::spawn(server::serve(theirs, connection(client, via), self.service.clone()));
         Client::over(ours)
@@ -941,14 +946,14 @@ impl Daemon {
         let (ours, theirs) = tokio::io::duplex(64 * 1024);
         let connection = Connection {
             nested: true,
-            ..connection(client, Via::Namespace(namespace))
+            ..connection(client, AcceptedFrom::Namespace(namespace))
         };
         tokio::spawn(server::serve(theirs, connection, self.service.clone()));
         Client::over(ours)
     }
 }
 
-fn connection(client: SocketAddr, via: Via) -> Connection {
+fn connection(client: SocketAddr, via: AcceptedFrom) -> Connection {
     Connection {
         client,
         server: "169.254.169.254:80".parse().unwrap(),

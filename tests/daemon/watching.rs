@@ -273,12 +273,12 @@ async fn play(steps: Vec<(Happens, Told)>) {
                 let Some(cgroup) = daemon.kernel.alive(&id(n)) else {
                     continue;
                 };
-                let holds = |w: &mut crate::script::World| {
+                let owns_cgroup = |w: &mut crate::script::World| {
                     w.networks
                         .values()
                         .any(|it| it.get(&id(n)).is_some_and(|e| e.addresses().any(|x| x == at(a).ip())))
                 };
-                if !daemon.engine.world(holds) {
+                if !daemon.engine.world(owns_cgroup) {
                     continue;
                 }
                 let client = daemon.client(at(a));

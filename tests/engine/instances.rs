@@ -192,13 +192,13 @@ fn noticed(container: &Container) -> (u64, String) {
 fn notices(engine: &Arc<Engine>) {
     let moto = engine.moto();
     let daemon = Daemon::start(engine, CONFIG, &moto.daemon_environment());
-    let born = engine
+    let run_started = engine
         .run("born")
         .label("imds.role", "born")
         .label("imds.spot.interrupt-after", "126s")
         .start();
     let told = engine.run("told").label("imds.role", "told").start();
-    crate::cases::is_itself(&born);
+    crate::cases::is_itself(&run_started);
     crate::cases::is_itself(&told);
     let ordered = now().as_secs();
     let said = daemon
@@ -226,7 +226,7 @@ fn notices(engine: &Arc<Engine>) {
     assert!(document.starts_with("{\"action\": \"stop\", "), "{document}");
     assert!((ordered + 3..=ordered + 5).contains(&when), "{ordered} {when}");
     assert!((ordered + 123..=ordered + 124).contains(&at(&document)), "{document}");
-    let (when, document) = noticed(&born);
+    let (when, document) = noticed(&run_started);
     assert!(document.starts_with("{\"action\": \"terminate\", "), "{document}");
     assert!(when.abs_diff(at(&document) - 120) <= 1, "{when}: {document}");
     // Over a restart of the daemon, and called off.
@@ -236,7 +236,7 @@ fn notices(engine: &Arc<Engine>) {
     let daemon = Daemon::start_in(engine, directory, CONFIG, &moto.daemon_environment());
     crate::cases::is_itself(&told);
     assert!(told.get(ACTION, &[]).body.starts_with("{\"action\": \"stop\", "));
-    assert_eq!(born.get(ACTION, &[]).status, 401);
+    assert_eq!(run_started.get(ACTION, &[]).status, 401);
     assert!(daemon.cli(&["trigger", "told"]).ok().contains(": told"));
     daemon.cli(&["trigger", "told", "spot-interruption", "--cancel"]).ok();
     poll(Duration::from_secs(5), "the notice to go", || {
