@@ -24,7 +24,7 @@
 //! * *Connection*: accept, at the link of a network namespace or on the host → the runs of that namespace → proof by the
 //!   kernel → [`attribution::Caller`] or refusal.
 //! * *Request*: is the life still alive → parse → token → look-up in the tree → for a role, the broker → reply.
-//! * *Event*: the one [`containers::watcher::Reconciler`] looks up what an event names, resolves the instance anew, and
+//! * *Event*: the one [`containers::reconciler::Reconciler`] looks up what an event names, resolves the instance anew, and
 //!   replaces the record; the kernel begins and ends lives.
 //!
 //! # What holds

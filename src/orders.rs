@@ -12,7 +12,7 @@ use tracing::{info, warn};
 
 use crate::clock::Clock;
 use crate::containers::index::Index;
-use crate::containers::watcher::ContainerEngine;
+use crate::containers::reconciler::ContainerEngine;
 use crate::containers::{ContainerId, ContainerRun, Record};
 use crate::instance::Ordered;
 use crate::metadata::events::{Event, Kind, Run};

@@ -53,8 +53,8 @@ const fn typed(name: &'static str, arguments: &'static [&'static str], says: &'s
 const WRONG: &[Case] = &[
     file(
         "unknown key",
-        "[docker]\nlabel_prefix = \"imds\"\n\n[serve]\nholt = \"200ms\"\n",
-        "imds-router: imds.toml, line 5: unknown key serve.holt; did you mean serve.hold?\n",
+        "[docker]\nlabel_prefix = \"imds\"\n\n[serve]\nmax_wiat = \"200ms\"\n",
+        "imds-router: imds.toml, line 5: unknown key serve.max_wiat; did you mean serve.max_wait?\n",
     ),
     file(
         "unknown section",
@@ -111,10 +111,10 @@ const WRONG: &[Case] = &[
     ),
     Case {
         name: "what check reads",
-        config: Some("[serve]\nholt = \"200ms\"\n"),
+        config: Some("[serve]\nmax_wiat = \"200ms\"\n"),
         variable: None,
         arguments: &["check", "--config", FILE],
-        says: "imds-router: imds.toml, line 2: unknown key serve.holt; did you mean serve.hold?\n",
+        says: "imds-router: imds.toml, line 2: unknown key serve.max_wiat; did you mean serve.max_wait?\n",
     },
     typed(
         "no file",
@@ -130,9 +130,9 @@ const WRONG: &[Case] = &[
          hint: --config names another file; without one, all defaults hold\n",
     ),
     variable(
-        "IMDS_ROUTER_SERVE_HOLD",
+        "IMDS_ROUTER_SERVE_MAX_WAIT",
         "5s",
-        "imds-router: variable IMDS_ROUTER_SERVE_HOLD: serve.hold = \"5s\": \
+        "imds-router: variable IMDS_ROUTER_SERVE_MAX_WAIT: serve.max_wait = \"5s\": \
          expected a duration from 50ms to 900ms: the strictest SDK gives up at 500ms, most at 1s\n",
     ),
     variable(

@@ -267,11 +267,11 @@ proptest! {
     fn a_label_is_read_or_named_in_an_error(labels in label_maps()) {
         let (spec, errors) = read(&labels);
         let ours = labels.iter().filter(|(label, _)| label.to_ascii_lowercase().starts_with("imds."));
-        prop_assert_eq!(spec.labelled, ours.clone().count() > 0);
+        prop_assert_eq!(spec.labeled, ours.clone().count() > 0);
         for (label, value) in ours {
             let alone = BTreeMap::from([(label.clone(), value.clone())]);
             let (mut read_alone, wrong_alone) = read(&alone);
-            read_alone.labelled = false;
+            read_alone.labeled = false;
             prop_assert!(
                 read_alone != ContainerSpec::default() || !wrong_alone.is_empty(),
                 "{} is ignored", label
@@ -343,7 +343,7 @@ proptest! {
         let (spec, errors) = labels::read(&pairs, None, &settings);
         let (alone, wrong_alone) = labels::read(&own, None, &settings);
         prop_assert!(wrong_alone.iter().all(|error| errors.contains(error)));
-        prop_assert_eq!(spec.labelled, alone.labelled);
+        prop_assert_eq!(spec.labeled, alone.labeled);
         prop_assert_eq!((&spec.role, &spec.profile, &spec.region), (&alone.role, &alone.profile, &alone.region));
         prop_assert_eq!((&spec.metadata, &spec.tags), (&alone.metadata, &alone.tags));
         let (chosen, own) = (&spec.inputs, &alone.inputs);
@@ -758,7 +758,7 @@ fn inputs_are_neither_all_accepted_nor_all_rejected() {
         ),
         (
             "labels",
-            share(label_maps(), |it| read(&it).0.labelled && read(&it).1.is_empty()),
+            share(label_maps(), |it| read(&it).0.labeled && read(&it).1.is_empty()),
         ),
         (
             "labels that an image repeats",

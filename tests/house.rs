@@ -44,12 +44,18 @@ const MAP: &[(&str, &[&str])] = &[
     // What stands in for the kernel behind the watcher's port where there is none to ask.
     (
         "attribution::engine_attestor",
-        &["clock", "containers", "containers::watcher"],
+        &["clock", "containers", "containers::reconciler"],
     ),
     // The real kernel behind the watcher's port.
     (
         "attribution::kernel_attestor",
-        &["clock", "containers", "containers::watcher", "descriptors", "logging"],
+        &[
+            "clock",
+            "containers",
+            "containers::reconciler",
+            "descriptors",
+            "logging",
+        ],
     ),
     ("attribution::cgroup", &["containers", "descriptors"]),
     ("cli", &["config", "logging"]),
@@ -85,7 +91,7 @@ const MAP: &[(&str, &[&str])] = &[
             "metadata::zones",
         ],
     ),
-    ("containers::watcher", &["clock", "credentials", "instance"]),
+    ("containers::reconciler", &["clock", "credentials", "instance"]),
     ("credentials", &[]),
     ("credentials::base", &["clock", "descriptors", "logging"]),
     ("credentials::broker", &["clock"]),
@@ -131,7 +137,7 @@ const MAP: &[(&str, &[&str])] = &[
             "clock",
             "containers",
             "containers::index",
-            "containers::watcher",
+            "containers::reconciler",
             "instance",
             "metadata::events",
         ],

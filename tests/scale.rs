@@ -16,7 +16,7 @@ use imds_router::clock::Clock;
 use imds_router::config::Settings;
 use imds_router::containers::image_labels::{Image, ImageStore, InUse};
 use imds_router::containers::index::{EngineState, Index};
-use imds_router::containers::watcher::{
+use imds_router::containers::reconciler::{
     ContainerEngine, ContainerSummary, EngineError, Event, Events, Hold, Inspection, Instances, Kernel, Listed,
     Network, Ports, Reconciler, Run, RunStart,
 };

@@ -14,7 +14,7 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 
 use crate::clock::Clock;
-use crate::containers::watcher::{Kernel, Run, RunStart};
+use crate::containers::reconciler::{Kernel, Run, RunStart};
 use crate::containers::{CgroupId, ContainerId, NamespaceId, NetworkMode, ProofLevel, RunHandle, SocketEvidence};
 
 /// Lives as the engine tells them. They end when it says so, or when it is away: addresses may move then.

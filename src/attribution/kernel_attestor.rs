@@ -23,7 +23,7 @@ use super::cgroup_watch;
 use super::netns::open_in;
 use super::sock_diag::DiagSocket;
 use crate::clock::Clock;
-use crate::containers::watcher::{Kernel, Run, RunStart};
+use crate::containers::reconciler::{Kernel, Run, RunStart};
 use crate::containers::{CgroupId, ContainerId, NamespaceId, NetworkMode, Open, RunHandle, SocketEvidence};
 use crate::descriptors;
 use crate::logging::with_causes;

@@ -37,7 +37,7 @@
 //! * Containers that share a network namespace share a boundary: one with `NET_RAW` in it reads along. The same holds for
 //!   containers in the host's network. One with `NET_ADMIN` can also divert a connection that another one opens: it answers itself,
 //!   and uses the addresses and ports of that connection at the daemon.
-//! * `[serve] nested = "outer"`: what a namespace forwards from a bridge inside it, and masquerades with an address of its own,
+//! * `[serve] docker_in_docker = "inherit"`: what a namespace forwards from a bridge inside it, and masquerades with an address of its own,
 //!   counts as its container. A container that does that for its neighbors gives them its identity.
 
 #[cfg(target_os = "linux")]
@@ -88,7 +88,7 @@ pub struct Connection {
     pub server: SocketAddr,
     /// Where it was accepted.
     pub via: AcceptedFrom,
-    /// Whether a container inside the container of that namespace counts as it (`[serve] nested`).
+    /// Whether a container inside the container of that namespace counts as it (`[serve] docker_in_docker`).
     pub nested: bool,
 }
 

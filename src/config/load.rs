@@ -523,8 +523,8 @@ mod tests {
                 "imds.http_put_response_hop_limit = \"2\": expected a whole number from 1 to 64, without quotes",
             ),
             (
-                "[imds]\nlabels_may_lower = \"true\"",
-                "imds.labels_may_lower = \"true\": expected true or false, without quotes",
+                "[imds]\nlabels_may_relax = \"true\"",
+                "imds.labels_may_relax = \"true\": expected true or false, without quotes",
             ),
             (
                 "[credentials]\nprofile = 5",
@@ -747,7 +747,7 @@ mod tests {
 region = "eu-west-1"
 account_id = "111122223333"
 [serve]
-hold = "300ms"
+max_wait = "300ms"
 [imds]
 http_tokens = "required"
 hosts = ["Metadata.local", "x"]
@@ -762,7 +762,7 @@ prod = "444455556666"
         )
         .unwrap();
         assert_eq!(settings.region.as_deref(), Some("eu-west-1"));
-        assert_eq!(settings.hold, Duration::from_millis(300));
+        assert_eq!(settings.max_wait, Duration::from_millis(300));
         assert_eq!(settings.http_tokens, HttpTokens::Required);
         assert_eq!(settings.hosts, ["metadata.local", "x"]);
         assert_eq!(settings.duration, Duration::from_secs(7200));
@@ -778,11 +778,11 @@ prod = "444455556666"
                 "c.toml, line 1: unknown key regoin; did you mean region?",
             ),
             (
-                "\n[serve]\nholt = \"1s\"",
-                "c.toml, line 3: unknown key serve.holt; did you mean serve.hold?",
+                "\n[serve]\nmax_wiat = \"1s\"",
+                "c.toml, line 3: unknown key serve.max_wiat; did you mean serve.max_wait?",
             ),
             (
-                "[server]\nhold = \"1s\"",
+                "[server]\nmax_wait = \"1s\"",
                 "c.toml, line 1: unknown key server; did you mean serve?",
             ),
             (
@@ -942,7 +942,7 @@ profile = "dev"
 
     #[test]
     fn what_a_running_daemon_takes_over_is_what_it_says() {
-        let old = read("[serve]\nhold = \"300ms\"").unwrap();
+        let old = read("[serve]\nmax_wait = \"300ms\"").unwrap();
         let same = old.reloaded(&old);
         assert!(same == (old.clone(), true));
         for key in KEYS {
@@ -971,7 +971,7 @@ profile = "dev"
         }
         let mut new = read("[roles]\na = \"arn:aws:iam::111122223333:role/a\"\n[[allow]]\nrole = \"**\"").unwrap();
         assert!(!old.reloaded(&new).1);
-        new.hold = old.hold;
+        new.max_wait = old.max_wait;
         assert!(old.reloaded(&new) == (new, true));
     }
 
@@ -1003,10 +1003,10 @@ profile = "dev"
             ..Sources::default()
         };
         assert_eq!(
-            load(&variables("IMDS_ROUTER_SERVE_HOLDS", "1s"))
+            load(&variables("IMDS_ROUTER_SERVE_MAX_WAITS", "1s"))
                 .unwrap_err()
                 .to_string(),
-            "variable IMDS_ROUTER_SERVE_HOLDS: unknown key IMDS_ROUTER_SERVE_HOLDS; did you mean IMDS_ROUTER_SERVE_HOLD?"
+            "variable IMDS_ROUTER_SERVE_MAX_WAITS: unknown key IMDS_ROUTER_SERVE_MAX_WAITS; did you mean IMDS_ROUTER_SERVE_MAX_WAIT?"
         );
         assert!(
             load(&variables("IMDS_ROUTER_IMDS_HTTP_TOKENS", "no"))

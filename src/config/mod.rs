@@ -51,8 +51,8 @@ pub enum Attach {
 
 /// What becomes of the metadata service that the host itself has.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum HostService {
-    /// [`HostService::Keep`] on a machine of a cloud, else [`HostService::Replace`].
+pub enum HostImds {
+    /// [`HostImds::Keep`] on a machine of a cloud, else [`HostImds::Replace`].
     Auto,
     /// The host's processes go on with it; containers are rejected there, and served over their own links only.
     Keep,
@@ -71,21 +71,21 @@ pub enum Proof {
 
 /// What containers inside a container get.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Nested {
+pub enum DockerInDocker {
     /// Nothing.
     Refuse,
     /// What the outer container gets.
-    Outer,
+    Inherit,
 }
 
 /// Who finds an instance metadata service at all.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum HttpEndpoint {
     /// Containers with an `imds.` label or a role; the others get 403, so that nothing in them believes that it is on EC2.
-    Labelled,
+    Labeled,
     /// All containers.
     Enabled,
-    /// None; with `labels_may_lower`, except for those whose label says `enabled`.
+    /// None; with `labels_may_relax`, except for those whose label says `enabled`.
     Disabled,
 }
 
@@ -144,24 +144,24 @@ pub struct Settings {
     pub unknown_labels_are_errors: bool,
     /// `serve.attach`
     pub attach: Attach,
-    /// `serve.host_service`
-    pub host_service: HostService,
+    /// `serve.host_imds`
+    pub host_imds: HostImds,
     /// `serve.dmi_dir`: where the firmware's own words are.
     pub dmi_dir: PathBuf,
     /// `serve.proof`
     pub proof: Proof,
-    /// `serve.nested`
-    pub nested: Nested,
-    /// `serve.hold`: the longest that a request waits, in all.
-    pub hold: Duration,
+    /// `serve.docker_in_docker`
+    pub docker_in_docker: DockerInDocker,
+    /// `serve.max_wait`: the longest that a request waits, in all.
+    pub max_wait: Duration,
     /// `serve.admin_socket`
     pub admin_socket: PathBuf,
     /// `serve.metrics`: where else, beside the admin socket, metrics are.
     pub metrics: Option<SocketAddr>,
     /// `serve.state_dir`
     pub state_dir: PathBuf,
-    /// `imds.labels_may_lower`
-    pub labels_may_lower: bool,
+    /// `imds.labels_may_relax`
+    pub labels_may_relax: bool,
     /// `imds.http_endpoint`
     pub http_endpoint: HttpEndpoint,
     /// `imds.http_tokens`
@@ -230,16 +230,16 @@ impl Default for Settings {
             image_labels: false,
             unknown_labels_are_errors: true,
             attach: Attach::Auto,
-            host_service: HostService::Auto,
+            host_imds: HostImds::Auto,
             dmi_dir: DEFAULT_DMI_DIR.into(),
             proof: Proof::Full,
-            nested: Nested::Refuse,
-            hold: Duration::from_millis(400),
+            docker_in_docker: DockerInDocker::Refuse,
+            max_wait: Duration::from_millis(400),
             admin_socket: DEFAULT_ADMIN_SOCKET.into(),
             metrics: None,
             state_dir: "/var/lib/imds-router".into(),
-            labels_may_lower: false,
-            http_endpoint: HttpEndpoint::Labelled,
+            labels_may_relax: false,
+            http_endpoint: HttpEndpoint::Labeled,
             http_tokens: HttpTokens::Optional,
             ipv6: true,
             hosts: Vec::new(),
@@ -279,7 +279,7 @@ impl Settings {
             region: new.region.clone(),
             account_id: new.account_id.clone(),
             unknown_labels_are_errors: new.unknown_labels_are_errors,
-            labels_may_lower: new.labels_may_lower,
+            labels_may_relax: new.labels_may_relax,
             http_endpoint: new.http_endpoint,
             http_tokens: new.http_tokens,
             default_role: new.default_role.clone(),
@@ -308,7 +308,7 @@ impl Settings {
 
 /// What [`Settings::reloaded`] takes over, as a message says it.
 pub const RELOADED: &str = "region, account_id, roles, accounts, allow, compat, metadata, public_keys, docker.unknown_labels, \
-    imds.http_endpoint, imds.http_tokens, imds.labels_may_lower, imds.http_put_response_hop_limit, imds.instance_metadata_tags, imds.triggers_may_stop, \
+    imds.http_endpoint, imds.http_tokens, imds.labels_may_relax, imds.http_put_response_hop_limit, imds.instance_metadata_tags, imds.triggers_may_stop, \
     imds.compose_tags, imds.user_data, imds.user_data_base64, imds.user_data_file, credentials.default_role, credentials.session_name, credentials.duration";
 
 /// Reads `400ms`, `30s`, `15m`, `1h`, `1h30m` (largest unit first), and seconds as AWS writes them: `3600`.

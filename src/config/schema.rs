@@ -8,8 +8,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
 use super::{
-    Attach, CredentialSource, DEFAULT_ADMIN_SOCKET, DEFAULT_DMI_DIR, HostService, HttpEndpoint, HttpTokens, Nested,
-    Proof, Settings, decode_base64, hop_limit, is_region, is_user_data, parse_duration, template_fits,
+    Attach, CredentialSource, DEFAULT_ADMIN_SOCKET, DEFAULT_DMI_DIR, DockerInDocker, HostImds, HttpEndpoint,
+    HttpTokens, Proof, Settings, decode_base64, hop_limit, is_region, is_user_data, parse_duration, template_fits,
 };
 use crate::credentials::allow_rules::{Glob, Pair, Rule};
 use crate::credentials::{is_account_id, session_inputs};
@@ -209,24 +209,24 @@ pub const KEYS: &[Key] = &[
         },
     },
     Key {
-        path: "serve.host_service",
+        path: "serve.host_imds",
         default: "auto",
         expected: "\"auto\", \"keep\" or \"replace\"",
         about: "What becomes of a metadata service that the host itself has. `keep`: its processes go on with it, and containers are rejected there. `replace`: its address is ours, for everybody on this host. `auto`: `keep` on a machine of a cloud.",
         read: |s, v| {
             v.one_of(&[
-                ("auto", HostService::Auto),
-                ("keep", HostService::Keep),
-                ("replace", HostService::Replace),
+                ("auto", HostImds::Auto),
+                ("keep", HostImds::Keep),
+                ("replace", HostImds::Replace),
             ])
-            .map(|it| s.host_service = it)
+            .map(|it| s.host_imds = it)
         },
     },
     Key {
         path: "serve.dmi_dir",
         default: DEFAULT_DMI_DIR,
         expected: "an absolute path",
-        about: "Where the firmware says whose machine this is (sys_vendor, product_name …), for serve.host_service.",
+        about: "Where the firmware says whose machine this is (sys_vendor, product_name …), for serve.host_imds.",
         read: |s, v| absolute(v).map(|it| s.dmi_dir = it),
     },
     Key {
@@ -240,23 +240,23 @@ pub const KEYS: &[Key] = &[
         },
     },
     Key {
-        path: "serve.nested",
+        path: "serve.docker_in_docker",
         default: "refuse",
-        expected: "\"refuse\" or \"outer\"",
+        expected: "\"refuse\" or \"inherit\"",
         about: "What containers inside a container (Docker-in-Docker) get: nothing, or the outer container's role. Attach `namespace` only.",
         read: |s, v| {
-            v.one_of(&[("refuse", Nested::Refuse), ("outer", Nested::Outer)])
-                .map(|it| s.nested = it)
+            v.one_of(&[("refuse", DockerInDocker::Refuse), ("inherit", DockerInDocker::Inherit)])
+                .map(|it| s.docker_in_docker = it)
         },
     },
     Key {
-        path: "serve.hold",
+        path: "serve.max_wait",
         default: "400ms",
         expected: "a duration from 50ms to 900ms: the strictest SDK gives up at 500ms, most at 1s",
         about: "The longest that a request waits in all, for its container to be known and for its first credentials.",
         read: |s, v| {
             v.duration(Duration::from_millis(50), Duration::from_millis(900))
-                .map(|it| s.hold = it)
+                .map(|it| s.max_wait = it)
         },
     },
     Key {
@@ -284,20 +284,20 @@ pub const KEYS: &[Key] = &[
         read: |s, v| absolute(v).map(|it| s.state_dir = it),
     },
     Key {
-        path: "imds.labels_may_lower",
+        path: "imds.labels_may_relax",
         default: "false",
         expected: "true or false",
         about: "Whether labels may make the options of this section laxer, not only stricter.",
-        read: |s, v| v.boolean().map(|it| s.labels_may_lower = it),
+        read: |s, v| v.boolean().map(|it| s.labels_may_relax = it),
     },
     Key {
         path: "imds.http_endpoint",
-        default: "labelled",
-        expected: "\"labelled\", \"enabled\" or \"disabled\"",
+        default: "labeled",
+        expected: "\"labeled\", \"enabled\" or \"disabled\"",
         about: "Which containers find a metadata service.",
         read: |s, v| {
             v.one_of(&[
-                ("labelled", HttpEndpoint::Labelled),
+                ("labeled", HttpEndpoint::Labeled),
                 ("enabled", HttpEndpoint::Enabled),
                 ("disabled", HttpEndpoint::Disabled),
             ])

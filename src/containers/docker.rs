@@ -27,7 +27,9 @@ use tracing::debug;
 
 use super::docker_http::{self, Line};
 use super::image_labels::Image;
-use super::watcher::{ContainerEngine, ContainerSummary, EngineError, Event, Events, Inspection, Listed, Network, Run};
+use super::reconciler::{
+    ContainerEngine, ContainerSummary, EngineError, Event, Events, Inspection, Listed, Network, Run,
+};
 use super::{ContainerId, Endpoint, Environment, NetworkId, NetworkMode};
 use crate::clock::Clock;
 use crate::logging::{printable, with_causes};

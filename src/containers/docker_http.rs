@@ -15,7 +15,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::watcher::EngineError;
+use super::reconciler::EngineError;
 use crate::logging::{printable, with_causes};
 
 /// The longest list that is read. That of ten thousand containers has some 20 MB.

@@ -24,7 +24,7 @@ use crate::metadata::zones;
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct ContainerSpec {
     /// Whether the container has an own label with our prefix, or a role by an own label or variable of `[compat]`.
-    pub labelled: bool,
+    pub labeled: bool,
     /// Labels and variables that choose credentials, and that the image may have set.
     pub unclear: Vec<String>,
     /// The same, of those that say where the container is.
@@ -79,7 +79,7 @@ impl ContainerSpec {
     /// Whether the labels may have been wrong, or others, before the image had some of them.
     pub fn is_unclear(&self) -> bool {
         let names = [&self.unclear, &self.unclear_place, &self.joined_policies];
-        names.iter().any(|names| !names.is_empty()) || (!self.labelled && self.inputs != Inputs::default())
+        names.iter().any(|names| !names.is_empty()) || (!self.labeled && self.inputs != Inputs::default())
     }
 }
 
@@ -113,7 +113,7 @@ pub enum LabelError {
         what: String,
     },
     /// A label that would make an option laxer than the configuration.
-    #[error("label {label}={value:?} is laxer than the configuration's; [imds] labels_may_lower = true allows it")]
+    #[error("label {label}={value:?} is laxer than the configuration's; [imds] labels_may_relax = true allows it")]
     Lowers {
         /// The label.
         label: String,
@@ -187,7 +187,7 @@ const LABELS: &[Label] = &[
         expected: "a duration from 15m to 12h (STS's own bounds)",
         read: |spec, value| {
             let duration = parse_duration(value).filter(|it| session_inputs::DURATION.contains(it));
-            duration.map(|it| spec.inputs.duration = Some(it))
+            duration.map(|it| spec.shorten_session(it))
         },
     },
     Label {
@@ -554,6 +554,15 @@ fn class(name: &str, value: &str) -> Class {
     known.map_or(Class::Fact, |known| known.class)
 }
 
+impl ContainerSpec {
+    /// Two labels set the duration: `imds.role.duration` and one of another program. The shorter one counts, whichever of the two is
+    /// known to be the container's own.
+    pub(super) fn shorten_session(&mut self, duration: Duration) {
+        let shortest = self.inputs.duration.map_or(duration, |other| other.min(duration));
+        self.inputs.duration = Some(shortest);
+    }
+}
+
 /// `own`, with the restrictions of `all`, which has ambiguous pairs as well.
 fn restricted(own: ContainerSpec, all: ContainerSpec, ambiguous: &[Ambiguous], settings: &Settings) -> ContainerSpec {
     let of_class = |class| {
@@ -632,7 +641,7 @@ fn parse(labels: &Labels, variables: Option<&Labels>, settings: &Settings) -> (C
         let Some(name) = label_name(label, settings) else {
             continue;
         };
-        spec.labelled = true;
+        spec.labeled = true;
         if !label.starts_with(&prefix) {
             if settings.unknown_labels_are_errors {
                 errors.push(LabelError::Unknown {
@@ -734,7 +743,7 @@ fn parse(labels: &Labels, variables: Option<&Labels>, settings: &Settings) -> (C
     ];
     for (name, value, _) in lowers
         .into_iter()
-        .filter(|(.., lowers)| *lowers && !settings.labels_may_lower)
+        .filter(|(.., lowers)| *lowers && !settings.labels_may_relax)
     {
         errors.push(LabelError::Lowers {
             label: format!("{prefix}{name}"),
@@ -772,7 +781,7 @@ mod tests {
             &Settings::default(),
         );
         assert_eq!(errors, []);
-        assert!(spec.labelled);
+        assert!(spec.labeled);
         assert_eq!(spec.role.as_deref(), Some("web"));
         assert_eq!(spec.http_tokens, Some(HttpTokens::Required));
         assert_eq!(spec.availability_zone.as_deref(), Some("eu-west-1b"));
@@ -828,11 +837,11 @@ mod tests {
                 required,
                 "imds.http-tokens",
                 "optional",
-                "label imds.http-tokens=\"optional\" is laxer than the configuration's; [imds] labels_may_lower = true allows it",
+                "label imds.http-tokens=\"optional\" is laxer than the configuration's; [imds] labels_may_relax = true allows it",
             ),
         ] {
             let (spec, errors) = read(&labels(&[(label, value)]), &settings);
-            assert!(spec.labelled);
+            assert!(spec.labeled);
             assert_eq!(errors.iter().map(ToString::to_string).collect::<Vec<_>>(), [message]);
         }
     }
@@ -972,7 +981,7 @@ mod tests {
             let (spec, errors) = read(&given.clone().into_iter().collect(), &Settings::default());
             let inputs = &spec.inputs;
             let nothing = ContainerSpec {
-                labelled: true,
+                labeled: true,
                 ..ContainerSpec::default()
             };
             prop_assert!(spec != nothing || !errors.is_empty(), "a label is neither read nor refused");

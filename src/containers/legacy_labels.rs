@@ -74,7 +74,7 @@ pub(super) fn read(
         return;
     }
     if let Some(role) = labels.get(IAM_DOCKER).filter(|it| wanted.iam_docker && !it.is_empty()) {
-        spec.labelled = true;
+        spec.labeled = true;
         if !role.starts_with("arn:") {
             errors.push(bad(IAM_DOCKER, role, "a role ARN"));
         }
@@ -102,7 +102,7 @@ pub(super) fn read(
 fn variables(environment: &Labels, spec: &mut ContainerSpec, errors: &mut Vec<LabelError>) {
     let get = |name: &str| environment.get(name).map(String::as_str).filter(|it| !it.is_empty());
     let Some(value) = get(IAM_ROLE) else { return };
-    spec.labelled = true;
+    spec.labeled = true;
     spec.role = Some(value.to_owned());
     if let Some(value) = get(IAM_EXTERNAL_ID).filter(|_| spec.inputs.external_id.is_none()) {
         match session_inputs::is_external_id(value) {
@@ -153,7 +153,7 @@ fn imds_server(labels: &Labels, prefix: &str, spec: &mut ContainerSpec, errors: 
                 let duration = value.parse().ok().map(Duration::from_secs);
                 let duration = duration.filter(|it| session_inputs::DURATION.contains(it));
                 duration
-                    .map(|it| spec.inputs.duration = Some(it))
+                    .map(|it| spec.shorten_session(it))
                     .ok_or("seconds, from 900 to 43200")
             }
             // The daemon's own base credentials for the container: that is what a profile is for.

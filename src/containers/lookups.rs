@@ -10,7 +10,7 @@ use futures_util::stream::StreamExt as _;
 use tokio::time::timeout;
 
 use super::image_labels::{Image, KnownImages};
-use super::watcher::{ContainerEngine, ContainerSummary, EngineError, Inspection, Network, blocking};
+use super::reconciler::{ContainerEngine, ContainerSummary, EngineError, Inspection, Network, blocking};
 use super::{ContainerId, NetworkId};
 
 /// Images that are asked for at once.

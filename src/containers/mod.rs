@@ -14,8 +14,8 @@ pub mod label_sources;
 pub mod labels;
 pub mod legacy_labels;
 pub mod lookups;
+pub mod reconciler;
 mod subscription;
-pub mod watcher;
 
 use std::collections::BTreeMap;
 use std::fmt;

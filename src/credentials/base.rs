@@ -35,7 +35,7 @@ use crate::descriptors;
 use crate::logging::{printable, with_causes};
 
 /// The longest that one attempt of a call to AWS takes. Requests of containers do not wait for it: they have a deadline of their own
-/// (`serve.hold`), and a session is refreshed long before it expires.
+/// (`serve.max_wait`), and a session is refreshed long before it expires.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(30);
 /// The same of all attempts. A service that does not answer has one: the second is for services that answered.
 const OPERATION_TIMEOUT: Duration = Duration::from_secs(35);

@@ -19,7 +19,7 @@ use crate::config::{Attach, CredentialSource};
 use crate::containers::connection_slots::{self, ConnectionSlots};
 use crate::containers::docker::Lag;
 use crate::containers::index::EngineState;
-use crate::containers::watcher::Instances as _;
+use crate::containers::reconciler::Instances as _;
 use crate::containers::{ContainerId, NetworkMode, ProofLevel, Record};
 use crate::credentials::Session;
 use crate::credentials::sts::Sts;

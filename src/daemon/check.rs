@@ -14,7 +14,7 @@ use crate::containers::docker::Engine;
 use crate::containers::image_labels::Images;
 use crate::containers::legacy_labels;
 use crate::containers::lookups::read_image;
-use crate::containers::watcher::{ContainerEngine as _, EngineError, split_environment};
+use crate::containers::reconciler::{ContainerEngine as _, EngineError, split_environment};
 use crate::containers::{ContainerId, Definition, NetworkEndpoints};
 use crate::credentials::sts::Sts;
 use crate::instance::{Instance, Role, RuntimeFacts, resolve};

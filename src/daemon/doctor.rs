@@ -11,7 +11,7 @@ use crate::clock::Clock;
 use crate::config::{Attach, CredentialSource, Proof, Settings};
 use crate::containers::docker::Engine;
 use crate::containers::lookups::answer_within;
-use crate::containers::watcher::{ContainerEngine as _, EngineError};
+use crate::containers::reconciler::{ContainerEngine as _, EngineError};
 use crate::credentials::sts::Sts;
 use crate::interception::reconcile::{Survey, survey};
 use crate::interception::{GUARD_TABLE, HostError, LINK, Plan, RULES_TABLE};
@@ -241,7 +241,7 @@ async fn proof(settings: &Settings, kept: Option<Kept>, found: &mut Diagnosis) {
             Verdict::Wrong,
             format!("attach: host, and this host has a metadata service of its own: {kept}"),
             "the daemon does not start: it would take that away from the host's own processes, and their role with it",
-            Some("attach = \"auto\" with full proof; or [serve] host_service = \"keep\" or \"replace\", if that is meant"),
+            Some("attach = \"auto\" with full proof; or [serve] host_imds = \"keep\" or \"replace\", if that is meant"),
         );
     } else {
         found.add(

@@ -9,7 +9,7 @@ use tracing::warn;
 use super::interception::{give_up, intercept, knows_ipv6};
 use super::{IMDS_ADDRESS, IMDS_ADDRESS_IPV6};
 use crate::clock::Clock;
-use crate::config::{HostService, Settings};
+use crate::config::{HostImds, Settings};
 use crate::interception::cloud::{Cloud, and_rejecting_ports, services};
 use crate::interception::reconcile::{Interception, clear};
 use crate::interception::{HostError, Plan};
@@ -27,8 +27,8 @@ impl Kept {
     /// Whether it is, by these settings, on this host.
     pub fn here(settings: &Settings) -> Option<Self> {
         let cloud = Cloud::find(&settings.dmi_dir);
-        let meant = settings.host_service == HostService::Keep;
-        let kept = meant || (settings.host_service == HostService::Auto && cloud.is_some());
+        let meant = settings.host_imds == HostImds::Keep;
+        let kept = meant || (settings.host_imds == HostImds::Auto && cloud.is_some());
         kept.then_some(Self { cloud, meant })
     }
 
@@ -104,7 +104,7 @@ impl fmt::Display for Kept {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.cloud {
             Some(cloud) => write!(f, "a machine of {cloud}"),
-            None => write!(f, "[serve] host_service = \"keep\""),
+            None => write!(f, "[serve] host_imds = \"keep\""),
         }
     }
 }

@@ -50,11 +50,11 @@ use crate::attribution::ingress::Interfaces;
 use crate::attribution::kernel_attestor::{HostKernel, KernelError};
 use crate::attribution::prerequisites::{MissingPrerequisite, emulated, missing_prerequisites};
 use crate::clock::Clock;
-use crate::config::{Attach, CredentialSource, DOCKER_RUN, Nested, Proof, Settings};
+use crate::config::{Attach, CredentialSource, DOCKER_RUN, DockerInDocker, Proof, Settings};
 use crate::containers::ProofLevel;
 use crate::containers::docker::{DEFAULT_HOST, Engine, architecture};
 use crate::containers::index::Index;
-use crate::containers::watcher::{ContainerEngine, Kernel, Ports, Reconciler};
+use crate::containers::reconciler::{ContainerEngine, Kernel, Ports, Reconciler};
 use crate::credentials::broker::{Broker, CredentialProvider, Limits};
 use crate::credentials::offline::Offline;
 use crate::credentials::sts::Sts;
@@ -101,8 +101,8 @@ pub enum AppError {
     #[error(
         "{what} would take {IMDS_ADDRESS} away from this host, which has a metadata service of its own: {kept}\n\
          hint: attach = \"auto\" with full proof serves containers inside their namespaces, and leaves the host's own alone\n\
-         hint: attach = \"host\" with [serve] host_service = \"keep\" and proof = \"address\" intercepts only requests from bridges\n\
-         hint: [serve] host_service = \"replace\" takes the address all the same: this host's own processes then lose their \
+         hint: attach = \"host\" with [serve] host_imds = \"keep\" and proof = \"address\" intercepts only requests from bridges\n\
+         hint: [serve] host_imds = \"replace\" takes the address all the same: this host's own processes then lose their \
          metadata service, and with it their role"
     )]
     KeepsItsOwn {
@@ -113,7 +113,7 @@ pub enum AppError {
     },
     /// There is nobody to ask about this host.
     #[error(
-        "{NOTHING_OF_HOST}\nhint: it takes a machine of EC2 (its firmware says so), whose own service is left to it: [serve] host_service"
+        "{NOTHING_OF_HOST}\nhint: it takes a machine of EC2 (its firmware says so), whose own service is left to it: [serve] host_imds"
     )]
     NothingOfHost,
     /// By the address alone, which the configuration does not accept.
@@ -332,12 +332,12 @@ pub async fn run(
         (tokens, signer),
         clock.clone(),
         server::Options {
-            hold: settings.hold,
+            hold: settings.max_wait,
             hosts: settings.hosts.clone(),
             ec2_error_documents: settings.ec2_error_documents,
         },
     );
-    let nested = settings.nested == Nested::Outer;
+    let nested = settings.docker_in_docker == DockerInDocker::Inherit;
     let listeners = Arc::new(HostNamespaceListeners::new(service.clone(), settings.ipv6, nested));
     let host_kernel = match level {
         ProofLevel::Full => Some(Arc::new(HostKernel::new(listeners.clone(), clock.clone())?)),

@@ -11,7 +11,7 @@ use super::host_mode::Kept;
 use super::{NOTHING_OF_HOST, base_identity};
 use crate::clock::Clock;
 use crate::config::{Attach, CredentialSource, RELOADED, Settings};
-use crate::containers::watcher::{Hold, Instances};
+use crate::containers::reconciler::{Hold, Instances};
 use crate::containers::{Definition, NetworkEndpoints, ProofLevel};
 use crate::credentials::broker::{Broker, LINGER, LINGER_NEVER_STARTED, Lease};
 use crate::credentials::sts::Sts;

@@ -6,7 +6,7 @@ use crate::containers::labels::ContainerSpec;
 
 /// Why the container gets no credentials: its image has labels or variables that choose them, with the same values.
 pub(super) fn problem(container: &Definition, spec: &ContainerSpec, settings: &Settings) -> Option<String> {
-    if !spec.labelled && settings.default_role.is_none() {
+    if !spec.labeled && settings.default_role.is_none() {
         return None;
     }
     let has_role = spec.role.is_some() || spec.profile.is_some() || settings.default_role.is_some();

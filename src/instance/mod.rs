@@ -478,16 +478,16 @@ fn tags(
 fn endpoint(spec: &ContainerSpec, role: &Role, settings: &Settings) -> bool {
     match (spec.http_endpoint, settings.http_endpoint) {
         (Some(false), _) => false,
-        (Some(true), HttpEndpoint::Disabled) => settings.labels_may_lower,
+        (Some(true), HttpEndpoint::Disabled) => settings.labels_may_relax,
         (_, HttpEndpoint::Disabled) => false,
         (Some(true), _) | (None, HttpEndpoint::Enabled) => true,
-        (None, HttpEndpoint::Labelled) => spec.labelled || *role != Role::None,
+        (None, HttpEndpoint::Labeled) => spec.labeled || *role != Role::None,
     }
 }
 
 fn tokens_required(spec: &ContainerSpec, settings: &Settings, understood: bool) -> bool {
     let asked = match spec.http_tokens {
-        Some(label) if settings.labels_may_lower => label,
+        Some(label) if settings.labels_may_relax => label,
         Some(label) => label.max(settings.http_tokens),
         None => settings.http_tokens,
     };

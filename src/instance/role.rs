@@ -59,12 +59,12 @@ impl Verdict {
 /// Refuses credentials to a container because of `problem`.
 ///
 /// A container that neither has a label of its own nor gets the default role asked for none, and finds no metadata service
-/// ([`crate::config::HttpEndpoint::Labelled`]): pairs of its image must not change that.
+/// ([`crate::config::HttpEndpoint::Labeled`]): pairs of its image must not change that.
 pub(super) fn refuse(case: &Case<'_>, problem: &str) -> Verdict {
     let refused = Verdict::of(Role::Refused(problem.to_owned()));
     let default_role = case.settings.default_role.as_deref();
     match default_role.map(|template| case.fill(template)) {
-        _ if case.spec.labelled => refused,
+        _ if case.spec.labeled => refused,
         Some(Ok(Some(_))) => refused,
         Some(Err(Role::Pending(_))) => Verdict { open: true, ..refused },
         Some(Ok(None) | Err(_)) | None => Verdict::of(Role::None),
@@ -134,7 +134,7 @@ impl Case<'_> {
         let Some(typed) = typed else {
             return match profile {
                 Some(profile) => self.profile_as_it_is(profile, base, verdict),
-                None if spec.inputs == Inputs::default() || !spec.labelled => Err(Role::None),
+                None if spec.inputs == Inputs::default() || !spec.labeled => Err(Role::None),
                 None => Err(Role::Refused(format!(
                     "labels {prefix}.role.… without {prefix}.role: there is no role that they are for",
                     prefix = self.settings.label_prefix

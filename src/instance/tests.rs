@@ -171,18 +171,18 @@ fn values_follow_from_the_container() {
 
 #[test]
 fn who_finds_a_service() {
-    let with = |http_endpoint, labels_may_lower| Settings {
+    let with = |http_endpoint, labels_may_relax| Settings {
         http_endpoint,
-        labels_may_lower,
+        labels_may_relax,
         ..Settings::default()
     };
     let on: &[(&str, &str)] = &[("imds.http-endpoint", "enabled")];
     let off: &[(&str, &str)] = &[("imds.http-endpoint", "disabled")];
     let other: &[(&str, &str)] = &[("imds.region", "eu-west-1")];
     for (settings, labels, endpoint) in [
-        (with(HttpEndpoint::Labelled, false), &[][..], false),
-        (with(HttpEndpoint::Labelled, false), other, true),
-        (with(HttpEndpoint::Labelled, false), off, false),
+        (with(HttpEndpoint::Labeled, false), &[][..], false),
+        (with(HttpEndpoint::Labeled, false), other, true),
+        (with(HttpEndpoint::Labeled, false), off, false),
         (with(HttpEndpoint::Enabled, false), &[], true),
         (with(HttpEndpoint::Enabled, false), off, false),
         (with(HttpEndpoint::Disabled, false), other, false),
@@ -219,7 +219,7 @@ fn labels_make_options_stricter_only() {
         !instance(
             lax,
             &Settings {
-                labels_may_lower: true,
+                labels_may_relax: true,
                 ..required
             }
         )

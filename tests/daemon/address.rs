@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use imds_router::containers::NetworkId;
 use imds_router::containers::index::EngineState;
-use imds_router::containers::watcher::Event;
+use imds_router::containers::reconciler::Event;
 
 use crate::script::{Call, Daemon, Fails, endpoint, id, settings};
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use imds_router::attribution::{AcceptedFrom, Connection, identify};
-use imds_router::containers::watcher::Event;
+use imds_router::containers::reconciler::Event;
 use imds_router::containers::{CgroupId, NamespaceId, NetworkId, NetworkMode, Open, SocketEvidence};
 
 use crate::script::{Daemon, GATEWAY, HOST, INNER, connected, endpoint, id, settings};

@@ -11,7 +11,7 @@ use tracing::subscriber::DefaultGuard;
 
 use imds_router::containers::NetworkId;
 use imds_router::containers::index::EngineState;
-use imds_router::containers::watcher::Event;
+use imds_router::containers::reconciler::Event;
 use imds_router::instance::Instance;
 
 use crate::script::{Call, Container, Daemon, Fails, ScriptedEngine, ScriptedKernel, endpoint, id, settings};

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::sync::{LazyLock, Mutex};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use imds_router::config::{self, Settings, Sources};
 use imds_router::containers::image_labels::Image;
-use imds_router::containers::watcher::{ContainerSummary, Event, split_environment};
+use imds_router::containers::reconciler::{ContainerSummary, Event, split_environment};
 use imds_router::containers::{ContainerId, Definition, Environment, NetworkEndpoints, NetworkMode};
 use imds_router::credentials::Session;
 use imds_router::instance::{Base, Instance, Role, RuntimeFacts, resolve};
@@ -22,7 +22,7 @@ const CONFIGURATIONS: &[&str] = &[
     "",
     "[credentials]\ndefault_role = \"fallback\"",
     "[imds]\nhttp_endpoint = \"enabled\"",
-    "[imds]\nhttp_endpoint = \"disabled\"\nlabels_may_lower = true\n[credentials]\ndefault_role = \"fallback\"",
+    "[imds]\nhttp_endpoint = \"disabled\"\nlabels_may_relax = true\n[credentials]\ndefault_role = \"fallback\"",
     "[imds]\nhttp_tokens = \"required\"",
     "[imds]\nhttp_put_response_hop_limit = 5\ninstance_metadata_tags = \"enabled\"\n[credentials]\nduration = \"30m\"\ndefault_role = \"fallback\"",
     "[credentials]\ndefault_role = \"{label:team}\"\nsession_name = \"{project}-{env:USER}\"",
@@ -315,6 +315,30 @@ fn cases() -> impl Strategy<Value = (Case, Image)> {
             (case.clone(), image)
         })
     })
+}
+
+/// The property below has found this: without its image, the label of the other program alone set the duration.
+#[test]
+fn the_shorter_of_two_durations_counts_without_the_image_too() {
+    let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+    let case = Case {
+        settings: 9,
+        labels: [
+            pair("imds.role.duration", "15m"),
+            pair("imds.aws.session-duration", "43200"),
+        ]
+        .into(),
+        variables: Map::new(),
+        image: Image {
+            labels: [pair("imds.aws.session-duration", "43200")].into(),
+            environment: Environment(Map::new()),
+        },
+    };
+    for image in [Some(&case.image), None] {
+        let outcome = case.outcome(image);
+        let session = outcome.role.session().expect("the default role");
+        assert_eq!(session.duration(), Duration::from_secs(15 * 60), "{image:?}");
+    }
 }
 
 #[test]

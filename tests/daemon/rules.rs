@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use imds_router::config::{Compat, Settings};
-use imds_router::containers::watcher::Event;
+use imds_router::containers::reconciler::Event;
 use imds_router::credentials::allow_rules::{Glob, Rule};
 
 use crate::script::{Container, Daemon, SECRET, id, settings};

@@ -20,7 +20,7 @@ use imds_router::clock::Clock;
 use imds_router::config::{CredentialSource, Settings};
 use imds_router::containers::image_labels::{Image, ImageStore, InUse};
 use imds_router::containers::index::{EngineState, Index};
-use imds_router::containers::watcher::{
+use imds_router::containers::reconciler::{
     ContainerEngine, ContainerSummary, EngineError, Event, Events, Hold, Inspection, Instances, Kernel, Listed,
     Network, Ports, Reconciler, Run, RunStart,
 };
@@ -728,7 +728,7 @@ impl Daemon {
         let (index, misses) = Index::new();
         let tokens = TokenAuthority::new(&TokenKey([7; 32]), "boot", clock.clone());
         let options = server::Options {
-            hold: settings.hold,
+            hold: settings.max_wait,
             hosts: settings.hosts.clone(),
             ec2_error_documents: settings.ec2_error_documents,
         };

@@ -7,7 +7,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use imds_router::containers::index::EngineState;
-use imds_router::containers::watcher::Event;
+use imds_router::containers::reconciler::Event;
 use imds_router::containers::{CgroupId, NetworkId};
 
 use crate::script::{Container, Daemon, ScriptedEngine, ScriptedKernel, connected, endpoint, id, settings};

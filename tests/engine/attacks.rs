@@ -612,9 +612,9 @@ fn add(all: &mut Value, one: Value) {
 }
 
 /// The victim's namespace has a link to the service, and may forward what comes over another link to it. Packets of inner
-/// containers arrive in this way, and with `nested = "outer"` they are served.
+/// containers arrive in this way, and with `docker_in_docker = "inherit"` they are served.
 fn packets_sent_into_the_victims_namespace(engine: &Arc<Engine>) {
-    for nested in ["refuse", "outer"] {
+    for nested in ["refuse", "inherit"] {
         packets_sent_into(engine, nested);
     }
 }
@@ -627,7 +627,7 @@ fn packets_sent_into(engine: &Arc<Engine>, nested: &str) {
         engine.host("sh", &["-c", &set])
     };
     let before = over_rules("0");
-    let field = Field::with(engine, &[], &format!("nested = \"{nested}\""));
+    let field = Field::with(engine, &[], &format!("docker_in_docker = \"{nested}\""));
     let forwards = field.victim.exec(&["cat", "/proc/sys/net/ipv4/ip_forward"]);
     println!("nested = {nested}; the victim's ip_forward is {}", forwards.trim());
     // A stand-in in the victim's own namespace.

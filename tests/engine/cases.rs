@@ -212,14 +212,14 @@ fn inside(container: &Container) -> String {
 }
 
 fn nothing_is_left_in_any_namespace(engine: &Arc<Engine>) {
-    let labelled = engine.run("labelled").label("imds.role", "labelled").start();
+    let labeled = engine.run("labeled").label("imds.role", "labeled").start();
     let lonely = engine
         .run("lonely")
         .label("imds.role", "lonely")
         .network("none")
         .start();
     let bare = engine.run("bare").start();
-    let containers = [&labelled, &lonely, &bare];
+    let containers = [&labeled, &lonely, &bare];
     let before = containers.map(inside);
     let addresses = |container: &Container| {
         let mut ip = container.intruder("ip");
@@ -228,9 +228,9 @@ fn nothing_is_left_in_any_namespace(engine: &Arc<Engine>) {
     };
     let own = containers.map(addresses);
     let daemon = daemon(engine, "namespace");
-    is_itself(&labelled);
+    is_itself(&labeled);
     is_itself(&lonely);
-    for (container, own) in [(&labelled, &own[0]), (&lonely, &own[1])] {
+    for (container, own) in [(&labeled, &own[0]), (&lonely, &own[1])] {
         let served = inside(container);
         for part in [
             "169.254.169.254 dev imds0 table 169",
@@ -259,16 +259,16 @@ fn nothing_is_left_in_any_namespace(engine: &Arc<Engine>) {
         )
     };
     let killed = start();
-    is_itself(&labelled);
+    is_itself(&labeled);
     killed.kill();
     assert!(Daemon::is_pinned(engine, &directory));
-    let refused = labelled.request("GET", LIST, &[]);
+    let refused = labeled.request("GET", LIST, &[]);
     assert!(
         refused.as_ref().is_err_and(|why| why.connection_refused()),
         "{refused:?}"
     );
     let next = start();
-    is_itself(&labelled);
+    is_itself(&labeled);
     next.stop();
     for (container, before) in containers.iter().zip(&before) {
         assert_eq!(&inside(container), before, "{}", container.name());

@@ -21,7 +21,7 @@ use crate::rig::{Attach, Container, Daemon, Engine, Rig, poll, rounds, run};
 const PARALLEL: u32 = 8;
 /// Fewer roles than lives, more than addresses: neighbours in time have different ones.
 const ROLES: u32 = 7;
-/// `[serve] hold` (400 ms), and what Python and eight containers on two cores add to a measurement.
+/// `[serve] max_wait` (400 ms), and what Python and eight containers on two cores add to a measurement.
 const WITHIN: f64 = 400.0 + 150.0;
 /// Longer than `life.py` waits for an answer.
 const LONGEST: Duration = Duration::from_secs(5);

@@ -254,8 +254,8 @@ fn the_host_keeps_its_own(engine: &Arc<Engine>) {
     ec2.the_host_has_its_own();
     engine.set("ipv6/conf/all/forwarding", "1");
     let six = engine.network("six", &["--ipv6", "--subnet", "fd00:6::/64"]);
-    let unlabelled = engine.run("unlabelled").network(six.name()).start();
-    let asks = |address: &str| unlabelled.request("GET", &format!("http://{address}{LIST}"), &[]);
+    let unlabeled = engine.run("unlabeled").network(six.name()).start();
+    let asks = |address: &str| unlabeled.request("GET", &format!("http://{address}{LIST}"), &[]);
     let everywhere = ["169.254.169.254", "169.254.170.2", "[fd00:ec2::254]"];
     for address in everywhere {
         // An address of IPv6 settles first.
@@ -529,7 +529,7 @@ fn attach_host_is_for_whoever_means_it(engine: &Arc<Engine>) {
                 "attach = \"{attach}\" would take 169.254.169.254 away from this host, which has a metadata service of its own"
             ),
             "a machine of EC2 (firmware, sys_vendor: Amazon EC2)",
-            "[serve] host_service = \"replace\"",
+            "[serve] host_imds = \"replace\"",
         ] {
             assert!(output.contains(said), "{said} is not in {output}");
         }
@@ -539,7 +539,7 @@ fn attach_host_is_for_whoever_means_it(engine: &Arc<Engine>) {
     // Whoever means it has it, as on any other machine.
     let daemon = Daemon::start(
         engine,
-        &format!("{config}host_service = \"replace\"\n"),
+        &format!("{config}host_imds = \"replace\"\n"),
         &ec2.environment(),
     );
     let app = engine.run("app").label("imds.role", "app").start();
@@ -553,7 +553,7 @@ fn attach_host_is_for_whoever_means_it(engine: &Arc<Engine>) {
     daemon.stop();
 
     // Whoever keeps it by intent has what comes over bridges intercepted, and nothing else.
-    daemon_between(engine, &ec2, &app, &format!("{config}host_service = \"keep\"\n"));
+    daemon_between(engine, &ec2, &app, &format!("{config}host_imds = \"keep\"\n"));
     drop(app);
     ec2.cli(&["intercept", "down"]).ok();
     before.assert_same(&at_rest());
@@ -581,7 +581,7 @@ fn where_the_address_is_ours_nothing_leads_to_the_hosts_own(engine: &Arc<Engine>
         }
     };
     leaks();
-    let replace = format!("{OFFLINE}[serve]\nattach = \"host\"\nproof = \"address\"\nhost_service = \"replace\"\n");
+    let replace = format!("{OFFLINE}[serve]\nattach = \"host\"\nproof = \"address\"\nhost_imds = \"replace\"\n");
     let disabled = format!("{replace}[imds]\nhttp_protocol_ipv6 = \"disabled\"\n");
     for (config, off_on_loopback, served) in [(&replace, "0", true), (&disabled, "0", false), (&replace, "1", false)] {
         engine.set("ipv6/conf/lo/disable_ipv6", off_on_loopback);
@@ -617,10 +617,10 @@ fn where_the_address_is_ours_nothing_leads_to_the_hosts_own(engine: &Arc<Engine>
 /// A daemon between containers and a service that the host keeps.
 fn daemon_between(engine: &Arc<Engine>, ec2: &Ec2, app: &Container, config: &str) {
     let polls = polling(engine, "polls");
-    let unlabelled = engine.run("unlabelled").start();
+    let unlabeled = engine.run("unlabeled").start();
     let told = |status: u16| {
         let told = || {
-            unlabelled
+            unlabeled
                 .request("GET", LIST, &[])
                 .is_ok_and(|reply| reply.status == status && reply.body.is_empty())
         };

@@ -179,7 +179,7 @@ fn status_is_watched(engine: &Arc<Engine>) {
 fn who_waits_goes_on_when_it_is_known(engine: &Arc<Engine>) {
     let binary = format!("--volume={}:/opt/imds-router:ro", engine.outside(DAEMON));
     let waiting = |name: &str, label: &str| engine.run(name).label(label, name).arg(&binary).start();
-    let (container, unlabelled) = (waiting("app", "imds.role"), waiting("other", "role"));
+    let (container, unlabeled) = (waiting("app", "imds.role"), waiting("other", "role"));
     let short = ["/opt/imds-router", "wait", "--timeout", "500ms"];
     let in_vain = container.try_exec(&short);
     assert_eq!(in_vain.status.code(), Some(1), "{in_vain}");
@@ -196,7 +196,7 @@ fn who_waits_goes_on_when_it_is_known(engine: &Arc<Engine>) {
     assert!(ended.success(), "{ended}: {}", waits.output());
     is_itself(&container);
     // Who is refused goes on waiting.
-    let refused = unlabelled.try_exec(&short);
+    let refused = unlabeled.try_exec(&short);
     assert_eq!(refused.status.code(), Some(1), "{refused}");
     assert!(
         refused.stderr.contains("the last that was heard: status 403"),

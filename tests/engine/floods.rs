@@ -269,7 +269,7 @@ end=$(($(date +%s) + 6))
 while [ $(date +%s) -lt $end ]; do
     echo link set l1 up; echo address del fd00:77::1/128 dev lo; echo link set l1 down; echo address add fd00:77::1/128 dev lo
 done | ip -batch - | wc -l";
-    let config = "account_id = \"111122223333\"\n[serve]\nnested = \"outer\"\n";
+    let config = "account_id = \"111122223333\"\n[serve]\ndocker_in_docker = \"inherit\"\n";
     let daemon = Daemon::start(engine, config, &engine.moto().daemon_environment());
     let network = engine.network_with_ipv6("links", "fd00:4ed::/64");
     let start = |name: &str, capability: &str| {

@@ -489,8 +489,8 @@ fn unprivileged(engine: &Arc<Engine>) {
     let url = format!("{}{LIST}", crate::rig::http::IMDS);
     let process = engine.request("GET", &url, &[]).expect("a refusal");
     assert_eq!((process.status, process.body.as_str()), (403, ""));
-    let unlabelled = engine.run("unlabelled").network("shop_metadata").start();
-    assert_eq!(unlabelled.get(LIST, &[]).status, 403);
+    let unlabeled = engine.run("unlabeled").network("shop_metadata").start();
+    assert_eq!(unlabeled.get(LIST, &[]).status, 403);
     let outside = engine
         .run("outside")
         .label("imds.role", "outside")
@@ -529,7 +529,7 @@ fn unprivileged(engine: &Arc<Engine>) {
         engine.docker(&["restart", daemon.id()]);
     });
     keep_log(&daemon);
-    drop((unlabelled, heir));
+    drop((unlabeled, heir));
     drop(shop);
     before.assert_same(&engine.network_at_rest());
 }

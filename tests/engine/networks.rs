@@ -160,7 +160,7 @@ fn containers_in_a_container(engine: &Arc<Engine>) {
         inside(network, &format!("/busybox timeout 3 /busybox wget -q -O - {url}"))
     };
     let start = |nested: &str| {
-        let config = format!("account_id = \"{ACCOUNT}\"\n[serve]\nnested = \"{nested}\"");
+        let config = format!("account_id = \"{ACCOUNT}\"\n[serve]\ndocker_in_docker = \"{nested}\"");
         Daemon::start(engine, &config, &engine.moto().daemon_environment())
     };
     let daemon = start("refuse");
@@ -173,7 +173,7 @@ fn containers_in_a_container(engine: &Arc<Engine>) {
     assert!(refused.stdout.contains("403"), "{refused}");
     assert!(refusals(&daemon).contains("foreign-cgroup"), "{}", refusals(&daemon));
     daemon.stop();
-    let daemon = start("outer");
+    let daemon = start("inherit");
     is_itself(&outer);
     assert_eq!(inner("bridge").ok(), "outer");
     // The answer with a token has the inner engine's router on its way.
@@ -196,7 +196,7 @@ fn containers_in_a_container(engine: &Arc<Engine>) {
     assert!(heard.stdout.starts_with("HTTP/1.0 200 OK"), "{heard}");
     daemon.stop();
     // Over a bridge, what an inner container sends cannot be told from what the outer one sends: they share an address.
-    let attach = "attach = \"host\"\nproof = \"address\"\nnested = \"outer\"";
+    let attach = "attach = \"host\"\nproof = \"address\"\ndocker_in_docker = \"inherit\"";
     let config = format!("account_id = \"{ACCOUNT}\"\n[serve]\n{attach}");
     let daemon = Daemon::start(engine, &config, &engine.moto().daemon_environment());
     is_itself(&outer);

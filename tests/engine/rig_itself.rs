@@ -278,7 +278,7 @@ fn the_network_can_be_compared(engine: &Arc<Engine>) {
 }
 
 fn images_carry_labels(engine: &Arc<Engine>) {
-    let image = engine.image_with("labelled", &[("imds.role", "from the image")], &[("COLOUR", "blue")]);
+    let image = engine.image_with("labeled", &[("imds.role", "from the image")], &[("COLOUR", "blue")]);
     let container = engine.run("of-image").image(&image).start();
     assert_eq!(
         container.inspect("{{index .Config.Labels \"imds.role\"}}"),
