@@ -1,6 +1,6 @@
 //! Who runs here: the containers of this host, as nouns.
 //!
-//! Nothing in this file does I/O, reads a clock or holds a lock. [`watcher`] is the one writer, [`index`] is what
+//! Nothing in this file does I/O, reads a clock or holds a lock. [`reconciler`] is the one writer, [`index`] is what
 //! everybody reads.
 
 pub mod compose;
