@@ -25,13 +25,13 @@ use super::{AdminApi, ApiError, Handover};
 use crate::descriptors;
 
 /// Answers on the socket until the task is dropped.
-pub async fn serve(listener: UnixListener, observatory: Arc<dyn AdminApi>) {
+pub async fn serve(listener: UnixListener, api: Arc<dyn AdminApi>) {
     let mut open = Open::default();
     let mut spare = Spare::default();
     loop {
         let stream = accepted(&mut spare, || listener.accept()).await;
-        open.spawn(converse(stream, observatory.clone(), |request, observatory| {
-            Box::pin(answer(request, observatory))
+        open.spawn(converse(stream, api.clone(), |request, api| {
+            Box::pin(answer(request, api))
         }));
     }
 }
@@ -70,12 +70,12 @@ impl Open {
     }
 }
 
-/// A descriptor that is closed for a connection when no other is left: an operator sees that files are short.
+/// A descriptor that [`accepted`] closes when no other is free, so that an operator can still query the daemon.
 #[derive(Default)]
 struct Spare(Option<File>);
 
 impl Spare {
-    /// Opens it again, once there is a descriptor for it.
+    /// Opens it again if a descriptor is free.
     fn restore(&mut self) {
         if self.0.is_none() {
             self.0 = File::open("/dev/null").ok();
@@ -88,15 +88,16 @@ async fn accepted<S, From, A>(spare: &mut Spare, accept: impl Fn() -> A) -> S
 where
     A: Future<Output = io::Result<(S, From)>>,
 {
+    // Only here: opened again before the next try, it would take the number that it has just left.
+    spare.restore();
     loop {
-        spare.restore();
         match accept().await {
             Ok((stream, _)) => return stream,
             Err(error) => {
                 descriptors::note("admin socket and metrics", &error);
                 warn!(%error, "cannot accept a connection");
                 if descriptors::is_shortage(&error) && spare.0.take().is_some() {
-                    // Its number is free now, for the same connection.
+                    // Its number is free now: accept the same connection.
                     continue;
                 }
                 tokio::time::sleep(Duration::from_millis(50)).await;
@@ -106,16 +107,16 @@ where
 }
 
 /// Answers what Prometheus and health checks ask, and nothing else, until the task is dropped.
-pub async fn serve_metrics(listener: TcpListener, observatory: Arc<dyn AdminApi>) {
+pub async fn serve_metrics(listener: TcpListener, api: Arc<dyn AdminApi>) {
     let mut open = Open::default();
     let mut spare = Spare::default();
     loop {
         let stream = accepted(&mut spare, || listener.accept()).await;
-        open.spawn(converse(stream, observatory.clone(), |request, observatory| {
+        open.spawn(converse(stream, api.clone(), |request, api| {
             Box::pin(async move {
                 let known = matches!(request.uri().path(), "/metrics" | "/livez" | "/readyz");
                 match known && request.method() == Method::GET {
-                    true => answer(request, observatory).await,
+                    true => answer(request, api).await,
                     false => reply(StatusCode::NOT_FOUND, "text/plain", Vec::new()),
                 }
             })
@@ -126,12 +127,12 @@ pub async fn serve_metrics(listener: TcpListener, observatory: Arc<dyn AdminApi>
 /// One connection.
 async fn converse<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
-    observatory: Arc<dyn AdminApi>,
+    api: Arc<dyn AdminApi>,
     answer: impl for<'a> Fn(Request<Incoming>, &'a dyn AdminApi) -> BoxFuture<'a, Response<Full<Bytes>>>,
 ) {
-    let observatory = observatory.as_ref();
+    let api = api.as_ref();
     let service = service_fn(|request: Request<Incoming>| {
-        let answer = answer(request, observatory);
+        let answer = answer(request, api);
         async move { Ok::<_, std::convert::Infallible>(answer.await) }
     });
     // Whoever hangs up has seen enough.
@@ -153,7 +154,7 @@ fn reply(status: StatusCode, content_type: &'static str, body: Vec<u8>) -> Respo
 /// The largest body of a request.
 const MAX_BYTES: usize = 64 * 1024;
 
-async fn answer(request: Request<Incoming>, observatory: &dyn AdminApi) -> Response<Full<Bytes>> {
+async fn answer(request: Request<Incoming>, api: &dyn AdminApi) -> Response<Full<Bytes>> {
     let (parts, body) = request.into_parts();
     let path = percent_encoding::percent_decode_str(parts.uri.path())
         .decode_utf8_lossy()
@@ -165,30 +166,30 @@ async fn answer(request: Request<Incoming>, observatory: &dyn AdminApi) -> Respo
     };
     let (status, content_type, body) = match (&parts.method, verb, of) {
         (&Method::GET, "metrics", None) => {
-            let (content_type, text) = observatory.metrics();
+            let (content_type, text) = api.metrics();
             (StatusCode::OK, content_type, text.into_bytes())
         }
-        (&Method::GET, "status", None) => json(serde_json::to_vec_pretty(&observatory.status())),
-        (&Method::GET, "explain", Some(container)) => observatory
+        (&Method::GET, "status", None) => json(serde_json::to_vec_pretty(&api.status())),
+        (&Method::GET, "explain", Some(container)) => api
             .explain(container)
             .map_or_else(absent, |it| json(serde_json::to_vec_pretty(&it))),
-        (&Method::GET, "trust-policy", Some(container)) => observatory
+        (&Method::GET, "trust-policy", Some(container)) => api
             .trust(container)
             .map_or_else(absent, |it| json(serde_json::to_vec_pretty(&it))),
-        (&Method::GET, "identity-certificate", None) => json(serde_json::to_vec(&observatory.identity_certificate())),
-        (&Method::GET, "events", Some(container)) => observatory
+        (&Method::GET, "identity-certificate", None) => json(serde_json::to_vec(&api.identity_certificate())),
+        (&Method::GET, "events", Some(container)) => api
             .events(container)
             .map_or_else(absent, |it| json(serde_json::to_vec_pretty(&it))),
         (&Method::POST, "modify", Some(container)) => {
             let asked = serde_json::from_slice(&whole(body).await).map_err(|error| ApiError::Wrong(error.to_string()));
-            done(asked.and_then(|modify| observatory.modify(container, &modify)))
+            done(asked.and_then(|modify| api.modify(container, &modify)))
         }
         (&Method::POST, "trigger", Some(container)) => {
             let asked = serde_json::from_slice(&whole(body).await).map_err(|error| ApiError::Wrong(error.to_string()));
-            done(asked.and_then(|trigger| observatory.trigger(container, &trigger)))
+            done(asked.and_then(|trigger| api.trigger(container, &trigger)))
         }
         (&Method::GET, "livez", None) => text(StatusCode::OK, "alive".to_owned()),
-        (&Method::GET, "readyz", None) => match observatory.readiness().await {
+        (&Method::GET, "readyz", None) => match api.readiness().await {
             Ok(said) => text(StatusCode::OK, said),
             Err(why) => text(StatusCode::SERVICE_UNAVAILABLE, why),
         },
@@ -196,7 +197,7 @@ async fn answer(request: Request<Incoming>, observatory: &dyn AdminApi) -> Respo
             let handed = whole(body).await;
             let taken = Handover::read(&String::from_utf8_lossy(&handed))
                 .map_err(str::to_owned)
-                .and_then(|handover| observatory.login(profile, &handover));
+                .and_then(|handover| api.login(profile, &handover));
             match taken {
                 Ok(said) => text(StatusCode::OK, said),
                 Err(why) => text(StatusCode::BAD_REQUEST, why),
@@ -294,8 +295,8 @@ mod tests {
             ("GET /metrics", 200, "application/openmetrics-text", ""),
         ] {
             let (mut client, server) = tokio::io::duplex(4096);
-            let served = tokio::spawn(converse(server, Arc::new(Nothing), |request, observatory| {
-                Box::pin(answer(request, observatory))
+            let served = tokio::spawn(converse(server, Arc::new(Nothing), |request, api| {
+                Box::pin(answer(request, api))
             }));
             let sent = match request.strip_prefix("POST /login") {
                 Some(_) => r#"{"AccessKeyId":"A","SecretAccessKey":"s","SessionToken":"t"}"#,
@@ -341,17 +342,25 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_spare_descriptor_closes_for_a_connection() {
-        let shortage = || io::Error::from_raw_os_error(rustix::io::Errno::MFILE.raw_os_error());
-        let tries = std::sync::atomic::AtomicU32::new(0);
+    async fn the_spare_descriptor_closes_once_for_a_connection() {
+        const PAUSE: Duration = Duration::from_millis(50);
         let mut spare = Spare::default();
-        let began = tokio::time::Instant::now();
-        let accept = async || match tries.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
-            0 => Err(shortage()),
-            number => Ok((number, ())),
-        };
-        assert_eq!(accepted(&mut spare, accept).await, 1);
-        assert_eq!(began.elapsed(), Duration::ZERO, "accepted at once");
+        // How often accept(2) fails, and how long it takes until a connection is accepted.
+        for (failures, waited) in [(0, Duration::ZERO), (1, Duration::ZERO), (2, PAUSE), (4, PAUSE * 3)] {
+            let tries = std::sync::atomic::AtomicU32::new(0);
+            let began = tokio::time::Instant::now();
+            let accept = async || match tries.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
+                number if number < failures => Err(rustix::io::Errno::MFILE.into()),
+                number => Ok((number, ())),
+            };
+            let accepting = timeout(Duration::from_secs(5), accepted(&mut spare, accept));
+            assert_eq!(accepting.await, Ok(failures));
+            let took = began.elapsed();
+            assert!(
+                took >= waited && took < waited + PAUSE,
+                "{failures} failures took {took:?}"
+            );
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,10 +1,13 @@
 //! How many file descriptors of the daemon a container takes.
 
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Trial;
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
 use crate::cases::{daemon, is_itself};
 use crate::floods::ASK;
@@ -23,6 +26,10 @@ pub fn trials(rig: &Rig) -> Vec<Trial> {
         rig.once(
             "descriptors::a_shortage_is_told_and_ends_by_itself",
             a_shortage_is_told_and_ends_by_itself,
+        ),
+        rig.once(
+            "descriptors::status_is_answered_when_no_number_is_free",
+            status_is_answered_when_no_number_is_free,
         ),
         rig.once(
             "descriptors::many_containers_within_the_limit",
@@ -134,6 +141,58 @@ fn a_shortage_is_told_and_ends_by_itself(engine: &Arc<Engine>) {
         problems().is_empty().then_some(())
     });
     daemon.stop();
+}
+
+/// The limit falls to the lowest number that is free, as if other work had taken all. Each connection to the admin socket gets the
+/// number of the spare descriptor, and the daemon opens the spare again afterwards, without using a processor while it waits.
+fn status_is_answered_when_no_number_is_free(engine: &Arc<Engine>) {
+    let daemon = daemon(engine, "namespace");
+    at_rest(&daemon);
+    let pid = Pid::from_raw(daemon.pid().cast_signed()).expect("a process");
+    let descriptors = PathBuf::from(format!("/proc/{}/fd", daemon.pid()));
+    let lowest_free = (0..).find(|number| !descriptors.join(number.to_string()).exists());
+    let limit = Rlimit {
+        current: lowest_free,
+        ..getrlimit(Resource::Nofile)
+    };
+    let before = prlimit(Some(pid), Resource::Nofile, limit).expect("root may lower it");
+    for _ in 0..10 {
+        let asked = Instant::now();
+        daemon.status();
+        assert!(
+            asked.elapsed() < Duration::from_secs(5),
+            "status took {:?}",
+            asked.elapsed()
+        );
+    }
+    // A client that holds the only number: others wait, and the daemon does not try again and again.
+    let held = UnixStream::connect(daemon.admin_socket()).expect("it listens");
+    let waiting = UnixStream::connect(daemon.admin_socket()).expect("its backlog has a place");
+    let used = processor_time(&daemon);
+    std::thread::sleep(Duration::from_secs(2));
+    let used = processor_time(&daemon) - used;
+    assert!(
+        used < Duration::from_millis(400),
+        "{used:?} of processor time within 2 s"
+    );
+    drop((held, waiting));
+    poll(Duration::from_secs(5), "status", || {
+        daemon.cli(&["status", "--json"]).succeeded().then_some(())
+    });
+    prlimit(Some(pid), Resource::Nofile, before).expect("root may raise it");
+    daemon.stop();
+}
+
+/// Fields 14 and 15 of `stat`, in clock ticks (proc_pid_stat(5)).
+fn processor_time(daemon: &Daemon) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).expect("it runs");
+    let (_, after_name) = stat.rsplit_once(") ").expect("a name in brackets");
+    let fields: Vec<&str> = after_name.split(' ').collect();
+    let ticks: u64 = fields[11..13]
+        .iter()
+        .map(|it| it.parse::<u64>().expect("a number"))
+        .sum();
+    Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second())
 }
 
 /// Whether a container of the image [`BOX`] gets its role.
