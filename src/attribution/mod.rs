@@ -102,11 +102,21 @@ pub enum AcceptedFrom {
     Bridge(u32),
 }
 
-/// A life that was proven to be at the other end. Only [`identify`] makes one:
+/// An authenticated caller: the container run at the other end of a connection. Only [`identify`] makes one:
 ///
 /// ```compile_fail
-/// # fn guess(life: std::sync::Arc<imds_router::containers::Life>) -> imds_router::attribution::Caller {
-/// imds_router::attribution::Caller { life, socket: None } // no proof in hand, and none can be made here
+/// # use std::sync::Arc; use imds_router::{attribution::Caller, containers::ContainerRun};
+/// # fn guess(life: Arc<ContainerRun>) -> Caller {
+/// Caller { life, socket: None } // no proof in hand, and none can be made here
+/// # }
+/// ```
+///
+/// The same names, in code that must compile: after a rename, the example above would fail for another reason.
+///
+/// ```
+/// # use std::sync::Arc; use imds_router::{attribution::Caller, containers::ContainerRun};
+/// # fn read(caller: &Caller) -> &Arc<ContainerRun> {
+/// caller.life()
 /// # }
 /// ```
 #[derive(Clone, Debug)]
