@@ -94,11 +94,11 @@ pub fn shortages() -> Vec<(&'static str, u64)> {
     shortages.iter().map(|(work, count)| (*work, *count)).collect()
 }
 
-/// A descriptor that a container's link keeps, unless it is one of those left for the engine, the admin socket and STS. Without them,
-/// a host with too many containers could not even show its status.
+/// Returns the descriptor of a container's link, unless its number is in the part of the reserve for the engine, the admin socket and
+/// STS. Without this part, a host with too many containers could not show its status.
 ///
 /// # Errors
-/// EMFILE, as the kernel reports when none is left.
+/// EMFILE, the kernel's own error for a shortage.
 pub fn for_link<F: AsFd>(descriptor: F) -> io::Result<F> {
     let number = usize::try_from(descriptor.as_fd().as_raw_fd()).unwrap_or(usize::MAX);
     match Budget::of(limit()).is_reserved_from_links(number) {

@@ -1,36 +1,41 @@
 //! One daemon per Docker host that is the EC2 instance metadata service (IMDS) of every container on it, each with its
 //! own role.
 //!
-//! # The house
-//! Each folder answers one question.
+//! # Modules
 //!
-//! | where | question |
+//! | module | job |
 //! |---|---|
-//! | [`containers`] | who runs here: engine events → an index of containers and their lives |
-//! | [`attribution`] | who is asking: a connection → a proven life, or a refusal |
-//! | [`metadata`] | what would EC2 know about it: the tree of one container, as data |
-//! | [`credentials`] | what does AWS give it: roles, sessions, keepers, providers |
-//! | [`protocol`] | how does EC2 say it: requests, replies, tokens |
-//! | [`interception`] | how does 169.254.169.254 get there: on the host, and over a link of its own into each namespace |
-//! | [`admin`] | what does the operator see |
-//! | [`instance`] | labels, settings and links → what one container is to see: pure, the one place |
-//! | [`server`] | HTTP over any connection |
-//! | [`descriptors`] | how are file descriptors shared out: limit, reserve, shortages |
-//! | [`files`] | which files can be read without waiting |
-//! | [`config`], [`cli`], [`commands`], [`logging`], [`clock`] | what was typed, what is done, what is said, what time it is |
-//! | [`daemon`] | puts the parts together; nobody sees it |
+//! | [`containers`] | follows the Docker API: engine events → an index of containers and their runs |
+//! | [`attribution`] | authenticates callers: a connection → the container run that sent it, or a refusal |
+//! | [`instance`] | resolves labels, settings and network endpoints → the role and metadata of one container; no I/O |
+//! | [`metadata`] | builds the metadata tree of one container, as data |
+//! | [`credentials`] | resolves roles, calls STS, refreshes sessions |
+//! | [`protocol`] | reads and writes EC2's wire format: requests, replies, tokens |
+//! | [`server`] | serves HTTP over any connection |
+//! | [`interception`] | brings 169.254.169.254 to the host, and over a link into each network namespace |
+//! | [`admin`] | the admin API: types, server, client, output of `status` and `explain` |
+//! | [`orders`] | stores the changes by `trigger` and `modify` |
+//! | [`descriptors`] | shares out file descriptors: limit, reserve, shortages |
+//! | [`files`] | reads files that must not block |
+//! | [`config`], [`cli`], [`commands`] | settings, command line, and what each command does |
+//! | [`logging`], [`clock`] | log output and its limits; time |
+//! | [`daemon`] | starts and connects all of the above; no other module except [`commands`] imports it |
 //!
-//! # The flows
-//! * *Connection*: accept, at the link of a network namespace or on the host → the runs of that namespace → proof by the
-//!   kernel → [`attribution::Caller`] or refusal.
-//! * *Request*: is the life still alive → parse → token → look-up in the tree → for a role, the broker → reply.
-//! * *Event*: the one [`containers::reconciler::Reconciler`] looks up what an event names, resolves the instance anew, and
-//!   replaces the record; the kernel begins and ends lives.
+//! # Flows
 //!
-//! # What holds
-//! * No answer without proof: [`attribution::Caller`] is made in one place, from the kernel's word on exactly this connection.
-//! * Nothing below `server` waits for AWS: credentials are fetched when a container is created, and kept fresh.
-//! * One deadline goes through every wait of a request; no lock is held over an `await`.
+//! * *Connection*: `server` accepts it, at the link of a network namespace or on the host. `attribution` finds the runs in that
+//!   namespace, and the kernel shows which of them owns the socket. The result is an [`attribution::Caller`] or a refusal.
+//! * *Request*: `server` checks that the run is still alive, parses the request, checks the token, and looks the path up in the
+//!   metadata tree. For a role, it takes credentials from the broker.
+//! * *Event*: the [`containers::reconciler::Reconciler`] looks up the container that an event names, resolves its instance, and
+//!   replaces its record. The kernel reports when runs start and stop.
+//!
+//! # Invariants
+//!
+//! * No answer without proof: one function makes an [`attribution::Caller`], from kernel evidence about exactly this connection.
+//! * No request calls AWS: the daemon fetches credentials when a container is created, and refreshes them. A request waits for the
+//!   first ones at most.
+//! * One deadline limits every wait of a request. No request holds a lock over an `await`.
 //! * Secrets have no `Debug`, and no log level shows one.
 
 #![deny(unsafe_code)]

@@ -1,4 +1,4 @@
-//! How much of the kernel's word is to be had here: everything, or what is lacking for it.
+//! Checks whether the kernel can authenticate callers on this host, and lists the missing prerequisites.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;

@@ -212,7 +212,7 @@ pub const KEYS: &[Key] = &[
         path: "serve.host_imds",
         default: "auto",
         expected: "\"auto\", \"keep\" or \"replace\"",
-        about: "What becomes of a metadata service that the host itself has. `keep`: its processes go on with it, and containers are rejected there. `replace`: its address is ours, for everybody on this host. `auto`: `keep` on a machine of a cloud.",
+        about: "How to treat the host's own metadata service. `keep`: host processes keep using it, and containers are blocked from it. `replace`: the daemon takes its address, for all processes on this host. `auto`: `keep` on a machine of a cloud.",
         read: |s, v| {
             v.one_of(&[
                 ("auto", HostImds::Auto),
@@ -253,7 +253,7 @@ pub const KEYS: &[Key] = &[
         path: "serve.max_wait",
         default: "400ms",
         expected: "a duration from 50ms to 900ms: the strictest SDK gives up at 500ms, most at 1s",
-        about: "The longest that a request waits in all, for its container to be known and for its first credentials.",
+        about: "Maximum time that a request waits, in all: for the look-up of its container and for the first credentials.",
         read: |s, v| {
             v.duration(Duration::from_millis(50), Duration::from_millis(900))
                 .map(|it| s.max_wait = it)

@@ -18,8 +18,8 @@ use crate::rig::{Background, Client, Container, Daemon, Done, Engine, Identity, 
 
 /// Who base credentials belong to that moto has not issued.
 const ACCOUNT: &str = "123456789012";
-/// However the daemon is started anew, its containers are served again within this time.
-const RETRY_INTERVAL: Duration = Duration::from_secs(2);
+/// Maximum time from any kind of restart of the daemon until its containers are served.
+const SERVED_AGAIN: Duration = Duration::from_secs(2);
 
 pub fn trials(rig: &Rig) -> Vec<Trial> {
     let mut trials = rig.in_each_view("image::as_the_daemon_itself_says", as_the_daemon_itself_says);
@@ -376,19 +376,19 @@ fn compose(engine: &Arc<Engine>) {
     poll(Duration::from_secs(25), "its health", || {
         (health() == "healthy").then_some(())
     });
-    again("docker restart", RETRY_INTERVAL, &apps, || {
+    again("docker restart", SERVED_AGAIN, &apps, || {
         engine.docker(&["restart", &id]);
     });
-    again("docker kill, docker start", RETRY_INTERVAL, &apps, || {
+    again("docker kill, docker start", SERVED_AGAIN, &apps, || {
         engine.docker(&["kill", &id]);
         engine.docker(&["start", &id]);
     });
-    again("a crash", RETRY_INTERVAL, &apps, || {
+    again("a crash", SERVED_AGAIN, &apps, || {
         let pid = Pid::from_raw(i32::try_from(pid()).expect("a process id")).expect("a process id");
         kill_process(pid, Signal::KILL).expect("it runs");
     });
     keep_log(&daemon);
-    again("a new container", RETRY_INTERVAL, &apps, || {
+    again("a new container", SERVED_AGAIN, &apps, || {
         ours.run(&["up", "--detach", "--force-recreate"]);
     });
     let daemon = ours.container("imds-router");
@@ -415,7 +415,7 @@ fn compose(engine: &Arc<Engine>) {
         assert_eq!(role, app.role);
     }
     let took = began.elapsed();
-    assert!(took < RETRY_INTERVAL, "taken over after {took:?}");
+    assert!(took < SERVED_AGAIN, "taken over after {took:?}");
     assert!(inside(&other, &["health"]).ok().starts_with("serves "));
     keep_log(&other);
     drop((theirs, ours, shop));
